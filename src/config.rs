@@ -1,0 +1,154 @@
+//! Every limit and setting of the server, with its unit in its name.
+//!
+//! Built by `cli/serve.rs` from the command line, or from [`Default`] in tests; read by everyone, changed by nobody.
+
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
+
+/// Settings of the HTTP server and of everything behind it but the model.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Where to listen.
+    pub listen: SocketAddr,
+    /// The name clients call the model by.
+    pub served_model_name: String,
+    /// Longest body of a JSON or multipart request.
+    pub max_body_bytes: usize,
+    /// A whole request, from its first byte to its last token.
+    pub request_timeout: Duration,
+    /// How often an idle stream carries a comment.
+    pub keep_alive_interval: Duration,
+    /// How long running streams may go on after SIGTERM.
+    pub drain_timeout: Duration,
+    /// Completion length when the request names none (bounded by what the context leaves).
+    pub default_max_tokens: usize,
+    /// Most stop strings a request, and the longest of them.
+    pub max_stop_strings: usize,
+    pub max_stop_string_bytes: usize,
+    /// Most messages a conversation.
+    pub max_messages: usize,
+    /// Most videos a request.
+    pub max_videos_per_request: usize,
+    pub media: MediaConfig,
+    pub engine: EngineConfig,
+}
+
+/// Limits of the media stage: what a video may cost.
+#[derive(Debug, Clone)]
+pub struct MediaConfig {
+    /// Frames a video is sampled to when the request does not say (the model's own number).
+    pub num_frames: usize,
+    /// Most frames a request may ask for.
+    pub max_frames: usize,
+    /// Largest video file.
+    pub max_video_bytes: usize,
+    /// Longest video.
+    pub max_video_seconds: f64,
+    /// Largest side of a frame, pixels.
+    pub max_frame_side: usize,
+    /// Most pixels of a frame.
+    pub max_frame_pixels: usize,
+    /// Most packets of a video stream that are looked at.
+    pub max_video_packets: usize,
+    /// Wall clock for probing and decoding one video.
+    pub decode_timeout: Duration,
+    /// Wall clock for downloading one video.
+    pub fetch_timeout: Duration,
+    /// Most redirects of one download.
+    pub max_redirects: usize,
+    /// Decoders running at the same time.
+    pub max_concurrent_decodes: usize,
+    /// Memory for sampled frames of recent videos.
+    pub frame_cache_bytes: usize,
+    /// Directory that `file:` URLs may point into; none: they are refused.
+    pub allowed_media_dir: Option<PathBuf>,
+    /// Whether `http(s)` URLs are fetched at all.
+    pub allow_remote_urls: bool,
+    /// Whether URLs may resolve to private, loopback or link-local addresses (tests, closed networks).
+    pub allow_private_addresses: bool,
+    /// The ffmpeg binary; none: found on PATH (ffprobe likewise).
+    pub ffmpeg_path: Option<PathBuf>,
+    pub ffprobe_path: Option<PathBuf>,
+}
+
+/// Limits of the engine.
+#[derive(Debug, Clone)]
+pub struct EngineConfig {
+    /// Tokens a KV block.
+    pub block_size: usize,
+    /// Memory of the KV cache.
+    pub kv_cache_bytes: usize,
+    /// Sequences in a step.
+    pub max_running_sequences: usize,
+    /// Sequences waiting for a place in a step (requests still fetching or decoding included).
+    pub max_waiting_sequences: usize,
+    /// Prompt tokens computed in one step.
+    pub max_prefill_tokens: usize,
+    /// Frames encoded in one step.
+    pub max_encode_frames: usize,
+    /// Videos whose encoded tokens are kept.
+    pub max_cached_videos: usize,
+    /// Most tokens of prompt and completion together; 0: the checkpoint's own.
+    pub max_context_tokens: usize,
+    /// Whether prompts share blocks.
+    pub prefix_cache: bool,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Config {
+            listen: ([127, 0, 0, 1], 8000).into(),
+            served_model_name: "tinyllava".into(),
+            max_body_bytes: 256 << 20,
+            request_timeout: Duration::from_secs(600),
+            keep_alive_interval: Duration::from_secs(5),
+            drain_timeout: Duration::from_secs(30),
+            default_max_tokens: 1024,
+            max_stop_strings: 4,
+            max_stop_string_bytes: 256,
+            max_messages: 128,
+            max_videos_per_request: 1,
+            media: MediaConfig::default(),
+            engine: EngineConfig::default(),
+        }
+    }
+}
+
+impl Default for MediaConfig {
+    fn default() -> Self {
+        MediaConfig {
+            num_frames: 16,
+            max_frames: 64,
+            max_video_bytes: 128 << 20,
+            max_video_seconds: 3.0 * 3600.0,
+            max_frame_side: 8192,
+            max_frame_pixels: 8192 * 4320,
+            max_video_packets: 2_000_000,
+            decode_timeout: Duration::from_secs(60),
+            fetch_timeout: Duration::from_secs(60),
+            max_redirects: 3,
+            max_concurrent_decodes: 4,
+            frame_cache_bytes: 256 << 20,
+            allowed_media_dir: None,
+            allow_remote_urls: true,
+            allow_private_addresses: false,
+            ffmpeg_path: None,
+            ffprobe_path: None,
+        }
+    }
+}
+
+impl Default for EngineConfig {
+    fn default() -> Self {
+        EngineConfig {
+            block_size: 16,
+            kv_cache_bytes: 1 << 30,
+            max_running_sequences: 64,
+            max_waiting_sequences: 128,
+            max_prefill_tokens: 512,
+            max_encode_frames: 2,
+            max_cached_videos: 32,
+            max_context_tokens: 0,
+            prefix_cache: true,
+        }
+    }
+}

@@ -1,0 +1,209 @@
+//! Crossing 1 and 2: how a request enters the engine and how its tokens come back.
+//!
+//! Called by `http/chat.rs` and the commands. Never blocks.
+
+use std::{ops::Range, sync::Arc, time::Duration};
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+
+use crate::{
+    model::FrameBatch,
+    scheduler::{SamplingParams, StopReason, TokenId, VideoDigest},
+};
+
+/// One video of a sequence.
+#[derive(Debug, Clone)]
+pub struct VideoInput {
+    /// Where its visual tokens stand in `NewSequence::token_ids` (each of them [`crate::scheduler::VISUAL_TOKEN`]).
+    pub span: Range<usize>,
+    /// Content address of the frames.
+    pub digest: VideoDigest,
+    /// The pixels, resized to the model's input size.
+    pub frames: FrameBatch,
+}
+
+/// What the engine needs to know of a request.
+#[derive(Debug, Clone)]
+pub struct NewSequence {
+    /// The whole prompt; visual tokens are [`crate::scheduler::VISUAL_TOKEN`].
+    pub token_ids: Vec<TokenId>,
+    /// Its videos, in the order of their spans.
+    pub videos: Vec<VideoInput>,
+    /// How to sample the completion.
+    pub sampling: SamplingParams,
+}
+
+/// What comes back, one a channel message.
+#[derive(Debug, Clone, PartialEq)]
+pub enum TokenEvent {
+    /// The sequence was admitted; `cached_tokens` of its prompt came from the prefix cache.
+    Started { cached_tokens: usize },
+    /// The next token of the completion (end tokens are not sent).
+    Token(TokenId),
+    /// The end; nothing follows.
+    Finished(StopReason),
+    /// The step that held this sequence failed; nothing follows. The text is for the log.
+    Failed(String),
+}
+
+/// The tokens of one sequence. Dropping it is the only way to cancel.
+#[derive(Debug)]
+pub struct TokenStream {
+    pub(super) events: mpsc::Receiver<TokenEvent>,
+    pub(super) _permit: OwnedSemaphorePermit,
+}
+
+impl TokenStream {
+    /// The next event; `None` when the engine is gone.
+    pub async fn next(&mut self) -> Option<TokenEvent> {
+        self.events.recv().await
+    }
+}
+
+/// The engine's life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum EngineStatus {
+    /// Steps run.
+    Ready,
+    /// The thread ended; no sequence will be served any more.
+    Failed,
+}
+
+/// Why no place could be reserved.
+#[derive(Debug, thiserror::Error)]
+pub enum ReserveError {
+    /// All places are taken.
+    #[error("the server already holds {max_sequences} requests; try again in {} s", retry_after.as_secs())]
+    QueueFull { max_sequences: usize, retry_after: Duration },
+    /// The engine thread is gone.
+    #[error("the engine has stopped")]
+    Stopped,
+}
+
+/// Why a sequence was refused.
+#[derive(Debug, thiserror::Error)]
+pub enum SubmitError {
+    /// Prompt and completion do not fit.
+    #[error(
+        "the prompt has {prompt_tokens} tokens and up to {max_tokens} more were asked for, but the context holds {context}"
+    )]
+    ContextLengthExceeded { prompt_tokens: usize, max_tokens: usize, context: usize },
+    /// The KV cache as a whole is too small for it.
+    #[error("the request needs {needed} KV cache blocks, but the server has {total} in all")]
+    KvCacheTooSmall { needed: usize, total: usize },
+    /// The frames do not fit the model.
+    #[error("invalid sequence: {0}")]
+    Invalid(String),
+    /// The engine thread is gone.
+    #[error("the engine has stopped")]
+    Stopped,
+}
+
+/// A message to the engine thread.
+#[derive(Debug)]
+pub(super) struct Submission {
+    pub sequence: NewSequence,
+    pub events: mpsc::Sender<TokenEvent>,
+}
+
+/// What the handle must know of the engine to refuse early.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct EngineLimits {
+    /// Most tokens of prompt and completion together.
+    pub context: usize,
+    /// Blocks of the KV cache.
+    pub num_blocks: usize,
+    /// Tokens a block.
+    pub block_size: usize,
+    /// Waiting and running sequences together.
+    pub max_sequences: usize,
+    /// Visual tokens a video becomes.
+    pub visual_tokens: usize,
+    /// Side of the model's square input, pixels.
+    pub image_size: usize,
+}
+
+/// The way into the engine; cheap to clone.
+#[derive(Debug, Clone)]
+pub struct EngineHandle {
+    pub(super) places: Arc<Semaphore>,
+    pub(super) submissions: mpsc::Sender<Submission>,
+    pub(super) status: watch::Receiver<EngineStatus>,
+    pub(super) limits: EngineLimits,
+}
+
+impl EngineHandle {
+    /// Takes a place in the queue, before anything is downloaded or decoded.
+    pub fn reserve(&self) -> Result<Permit, ReserveError> {
+        if self.status() == EngineStatus::Failed {
+            return Err(ReserveError::Stopped);
+        }
+        let place = self.places.clone().try_acquire_owned().map_err(|_| ReserveError::QueueFull {
+            max_sequences: self.limits.max_sequences,
+            retry_after: Duration::from_secs(1),
+        })?;
+        Ok(Permit { place, engine: self.clone() })
+    }
+
+    /// The engine's life, now.
+    pub fn status(&self) -> EngineStatus {
+        *self.status.borrow()
+    }
+
+    /// What fits.
+    pub fn limits(&self) -> EngineLimits {
+        self.limits
+    }
+}
+
+/// A place in the queue; given back when dropped or when the stream made of it is dropped.
+#[derive(Debug)]
+pub struct Permit {
+    place: OwnedSemaphorePermit,
+    engine: EngineHandle,
+}
+
+impl Permit {
+    /// Hands the sequence to the engine.
+    ///
+    /// # Errors
+    /// When it can never run: longer than the context or the whole KV cache, or frames of a wrong size.
+    pub fn submit(self, sequence: NewSequence) -> Result<TokenStream, SubmitError> {
+        self.engine.limits.check(&sequence)?;
+        // Room for every event the sequence can produce: the engine never waits for a slow client.
+        let (sender, events) = mpsc::channel(sequence.sampling.max_tokens + 2);
+        let submission = Submission { sequence, events: sender };
+        self.engine.submissions.try_send(submission).map_err(|_| SubmitError::Stopped)?;
+        Ok(TokenStream { events, _permit: self.place })
+    }
+}
+
+impl EngineLimits {
+    /// Whether `sequence` can ever run.
+    fn check(&self, sequence: &NewSequence) -> Result<(), SubmitError> {
+        let prompt_tokens = sequence.token_ids.len();
+        let max_tokens = sequence.sampling.max_tokens;
+        if prompt_tokens == 0 || max_tokens == 0 {
+            return Err(SubmitError::Invalid("an empty prompt or completion".into()));
+        }
+        if prompt_tokens + max_tokens > self.context {
+            return Err(SubmitError::ContextLengthExceeded {
+                prompt_tokens,
+                max_tokens,
+                context: self.context,
+            });
+        }
+        let needed = (prompt_tokens + max_tokens).div_ceil(self.block_size);
+        if needed > self.num_blocks {
+            return Err(SubmitError::KvCacheTooSmall { needed, total: self.num_blocks });
+        }
+        for video in &sequence.videos {
+            let span_fits = video.span.end <= prompt_tokens && video.span.len() == self.visual_tokens;
+            let frames_fit = video.frames.size == self.image_size && video.frames.num_frames() > 0;
+            if !span_fits || !frames_fit {
+                return Err(SubmitError::Invalid("the video does not fit the model's input".into()));
+            }
+        }
+        Ok(())
+    }
+}

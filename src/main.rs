@@ -1,0 +1,3 @@
+//! The `tinyllava` binary: see [`tinyllava::cli`].
+
+fn main() {}

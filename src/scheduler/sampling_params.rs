@@ -1,0 +1,52 @@
+//! How the next token is chosen: the validated form, integers and floats only.
+
+use super::TokenId;
+
+/// Sampling of one sequence. Order of the stages: penalties, bias, temperature, top-k, top-p, min-p.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SamplingParams {
+    /// 0 means greedy.
+    pub temperature: f32,
+    /// 0 means no limit.
+    pub top_k: usize,
+    /// 1 means no limit.
+    pub top_p: f32,
+    /// 0 means no limit.
+    pub min_p: f32,
+    /// 1 means none; over prompt and completion, as in the original's `generate`.
+    pub repetition_penalty: f32,
+    /// Subtracted per occurrence in the completion.
+    pub frequency_penalty: f32,
+    /// Subtracted once for a token of the completion.
+    pub presence_penalty: f32,
+    /// Added to the logits of these tokens.
+    pub logit_bias: Vec<(TokenId, f32)>,
+    /// The random stream depends on this and the token's position alone.
+    pub seed: u64,
+    /// Most tokens of the completion.
+    pub max_tokens: usize,
+    /// Go on after an end token (benchmarks).
+    pub ignore_eos: bool,
+    /// Further ids that end the sequence.
+    pub stop_token_ids: Vec<TokenId>,
+}
+
+impl SamplingParams {
+    /// Greedy decoding of at most `max_tokens` tokens.
+    pub fn greedy(max_tokens: usize) -> Self {
+        SamplingParams {
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            frequency_penalty: 0.0,
+            presence_penalty: 0.0,
+            logit_bias: Vec::new(),
+            seed: 0,
+            max_tokens,
+            ignore_eos: false,
+            stop_token_ids: Vec::new(),
+        }
+    }
+}

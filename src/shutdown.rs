@@ -1,0 +1,1 @@
+//! Graceful drain on SIGTERM and SIGINT.
