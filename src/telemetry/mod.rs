@@ -1,1 +1,8 @@
 //! Metrics and logs.
+//!
+//! Called by everyone but [`crate::scheduler`]. Never knows what a prompt or an answer says.
+
+pub mod metrics;
+pub mod tracing;
+
+pub use metrics::Metrics;
