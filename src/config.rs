@@ -128,7 +128,7 @@ impl Default for Config {
             max_stop_string_bytes: 256,
             max_messages: 128,
             max_content_parts: 64,
-            max_text_bytes: 1 << 20,
+            max_text_bytes: 128 << 10,
             max_token_list: 1024,
             max_videos_per_request: 1,
             media: MediaConfig::default(),

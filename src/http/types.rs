@@ -87,13 +87,34 @@ pub struct ContentPart {
     pub extra: Extra,
 }
 
+/// A video and, in the same object, how its frames are sampled.
+// The knobs are listed again and not flattened: a flattened structure loses the path of a fault.
 #[derive(Debug, Default, Deserialize)]
 pub struct VideoUrl {
     /// May be left out when the video comes as a part of a multipart body.
     pub url: Option<String>,
     pub uuid: Option<String>,
+    pub num_frames: Option<i64>,
+    pub fps: Option<f64>,
+    pub max_frames: Option<i64>,
+    pub start: Option<f64>,
+    pub end: Option<f64>,
     #[serde(flatten)]
-    pub knobs: SamplingKnobs,
+    pub extra: Extra,
+}
+
+impl VideoUrl {
+    /// Moves the knobs out.
+    pub fn take_knobs(&mut self) -> SamplingKnobs {
+        SamplingKnobs {
+            num_frames: self.num_frames,
+            fps: self.fps,
+            max_frames: self.max_frames,
+            start: self.start,
+            end: self.end,
+            extra: std::mem::take(&mut self.extra),
+        }
+    }
 }
 
 /// How frames are sampled.
@@ -169,8 +190,8 @@ mod tests {
         assert!(matches!(&parts[0].video_url, Some(TextOr::Text(url)) if url == "https://a/b.mp4"));
         let Some(TextOr::Other(object)) = &parts[1].video_url else { panic!("object expected") };
         assert_eq!(object.url.as_deref(), Some("https://a/c.mp4"));
-        assert_eq!(object.knobs.fps, Some(2.0));
-        assert!(object.knobs.extra.contains_key("odd"));
+        assert_eq!(object.fps, Some(2.0));
+        assert!(object.extra.contains_key("odd"));
     }
 
     #[test]

@@ -54,7 +54,7 @@ struct Inner {
     queue: Histogram,
     request: HistogramVec,
     stage: HistogramVec,
-    step_batch: HistogramVec,
+    step_size: HistogramVec,
     tokens: IntCounterVec,
     video_seconds: Counter,
     video_frames: IntCounter,
@@ -93,7 +93,7 @@ impl Gateway {
 
 const SECONDS: [f64; 15] =
     [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 120.0];
-const BATCH_SIZES: [f64; 8] = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0];
+const STEP_SIZES: [f64; 10] = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0];
 
 /// Registers one metric. Names and labels are constants: a refusal is a bug.
 fn register<C: Collector + Clone + 'static>(registry: &Registry, metric: prometheus::Result<C>) -> C {
@@ -131,13 +131,13 @@ impl Metrics {
             queue: seconds("tinyllava_queue_seconds", "From the engine's queue to the first step."),
             request: seconds_by("tinyllava_request_seconds", "Whole generation requests.", "outcome"),
             stage: seconds_by("tinyllava_stage_seconds", "One run of one stage.", "stage"),
-            step_batch: register(
+            step_size: register(
                 r,
                 HistogramVec::new(
                     histogram(
-                        "tinyllava_step_batch_size",
-                        "Sequences (frames for encode) in a step.",
-                        &BATCH_SIZES,
+                        "tinyllava_step_size",
+                        "Frames encoded, prompt tokens prefilled or sequences decoded in a step.",
+                        &STEP_SIZES,
                     ),
                     &["kind"],
                 ),
@@ -191,30 +191,31 @@ impl Metrics {
         self.0.gateway.cache_config.with_label_values(&labels.map(String::as_str)).set(1.0);
     }
 
-    /// One step of the engine: how long it took, and how many sequences (frames for encode) were in it.
-    pub fn step(&self, kind: StepKind, seconds: f64, batch: usize) {
+    /// The part of an engine step that was of one kind: how long it took, and its size
+    /// (frames to encode, prompt tokens to prefill, sequences to decode).
+    pub fn step(&self, kind: StepKind, seconds: f64, size: usize) {
         let name = match kind {
             StepKind::Encode => "encode",
             StepKind::Prefill => "prefill",
             StepKind::Decode => "decode_step",
         };
         self.observe_stage(name, seconds);
-        self.0.step_batch.with_label_values(&[name]).observe(batch as f64);
+        self.0.step_size.with_label_values(&[name]).observe(size as f64);
     }
 
     /// What was asked of the prefix cache (tokens) and what it had.
-    pub fn prefix_cache(&self, queries: usize, hits: usize) {
+    pub fn prefix_cache(&self, queries: u64, hits: u64) {
         self.cache("prefix", queries, hits);
     }
 
     /// What was asked of the encoder cache (videos) and what it had.
-    pub fn encoder_cache(&self, queries: usize, hits: usize) {
+    pub fn encoder_cache(&self, queries: u64, hits: u64) {
         self.cache("encoder", queries, hits);
     }
 
-    fn cache(&self, name: &str, queries: usize, hits: usize) {
-        self.0.cache_queries.with_label_values(&[name]).inc_by(queries as u64);
-        self.0.cache_hits.with_label_values(&[name]).inc_by(hits as u64);
+    fn cache(&self, name: &str, queries: u64, hits: u64) {
+        self.0.cache_queries.with_label_values(&[name]).inc_by(queries);
+        self.0.cache_hits.with_label_values(&[name]).inc_by(hits);
     }
 
     /// One stage of one request.
@@ -329,7 +330,7 @@ mod tests {
         );
         let text = metrics.render();
         for line in [
-            "tinyllava_step_batch_size_sum{kind=\"decode_step\"} 3",
+            "tinyllava_step_size_sum{kind=\"decode_step\"} 3",
             "tinyllava_cache_hits_total{cache=\"prefix\"} 4",
             "tinyllava_media_errors_total{reason=\"refused\"} 1",
             "tinyllava_tokens_total{kind=\"completion\"} 7",

@@ -101,7 +101,7 @@ impl Builder {
             Some(TextOr::Other(parts)) => {
                 let mut texts = Vec::new();
                 for (i, part) in parts.into_iter().enumerate() {
-                    texts.extend(self.part(format!("{path}[{i}]"), part, config)?);
+                    texts.extend(self.part(format!("{path}[{i}]"), part)?);
                 }
                 texts.join("\n")
             }
@@ -115,7 +115,7 @@ impl Builder {
     }
 
     /// The text of a part, if it is one of text.
-    fn part(&mut self, path: String, part: ContentPart, config: &Config) -> Result<Option<String>, InvalidRequest> {
+    fn part(&mut self, path: String, part: ContentPart) -> Result<Option<String>, InvalidRequest> {
         match part.kind.as_str() {
             "text" => {
                 refuse_unknown(&part.extra, &path, &["type", "text"])?;
@@ -132,9 +132,7 @@ impl Builder {
                     return Err(InvalidRequest::field(path, "a part of type \"video_url\" cannot have a text"));
                 }
                 if self.video.is_some() {
-                    let message =
-                        format!("at most {} video per request is allowed", config.max_videos_per_request.min(1));
-                    return Err(InvalidRequest::field(path, message));
+                    return Err(InvalidRequest::field(path, "only one video per request is supported"));
                 }
                 let video = match part.video_url {
                     None => VideoUrl::default(),

@@ -25,6 +25,8 @@ pub struct ValidRequest {
     pub video: Option<ValidVideo>,
     pub sampling: ValidSampling,
     pub stop_strings: Vec<String>,
+    /// Whether the model is asked to think before it answers.
+    pub thinking: bool,
     pub reasoning: Reasoning,
     pub stream: bool,
     /// Whether a stream ends with a chunk of usage.
@@ -100,6 +102,7 @@ pub fn validate(
     check_model(request.model.as_deref(), limits.model_id)?;
     fields::check_top_level(&request.extra)?;
     let include_usage = include_usage(&request)?;
+    let thinking = thinking(&request)?;
     let reasoning = reasoning(&request)?;
     let stop_strings = sampling::stop_strings(&request, limits.config)?;
     let sampling = sampling::validate(&request, limits)?;
@@ -110,6 +113,7 @@ pub fn validate(
         video,
         sampling,
         stop_strings,
+        thinking,
         reasoning,
         stream: request.stream.unwrap_or(false),
         include_usage,
@@ -135,27 +139,34 @@ fn include_usage(request: &ChatRequest) -> Result<bool, InvalidRequest> {
     Ok(options.include_usage.unwrap_or(false))
 }
 
-fn reasoning(request: &ChatRequest) -> Result<Reasoning, InvalidRequest> {
-    let no_thinking = |param| {
-        InvalidRequest::field(
-            param,
-            "answers without thinking are not supported yet; hide it with \"include_reasoning\": false",
-        )
-    };
-    match request.reasoning_effort.as_deref() {
-        None | Some("minimal" | "low" | "medium" | "high" | "xhigh") => {}
-        Some("none") => return Err(no_thinking("reasoning_effort")),
+/// The efforts but `none` are one and the same to this model.
+fn thinking(request: &ChatRequest) -> Result<bool, InvalidRequest> {
+    let by_effort = match request.reasoning_effort.as_deref() {
+        None => None,
+        Some("none") => Some(false),
+        Some("minimal" | "low" | "medium" | "high" | "xhigh") => Some(true),
         Some(_) => {
             let message = "reasoning_effort must be one of none, minimal, low, medium, high, xhigh";
             return Err(InvalidRequest::field("reasoning_effort", message));
         }
-    }
-    if let Some(kwargs) = &request.chat_template_kwargs {
-        refuse_unknown(&kwargs.extra, "chat_template_kwargs", &["enable_thinking"])?;
-        if kwargs.enable_thinking == Some(false) {
-            return Err(no_thinking("chat_template_kwargs.enable_thinking"));
+    };
+    let by_template = match &request.chat_template_kwargs {
+        None => None,
+        Some(kwargs) => {
+            refuse_unknown(&kwargs.extra, "chat_template_kwargs", &["enable_thinking"])?;
+            kwargs.enable_thinking
         }
+    };
+    match (by_effort, by_template) {
+        (Some(effort), Some(template)) if effort != template => Err(InvalidRequest::field(
+            "chat_template_kwargs.enable_thinking",
+            "enable_thinking and reasoning_effort contradict each other; send one of them",
+        )),
+        (effort, template) => Ok(effort.or(template).unwrap_or(true)),
     }
+}
+
+fn reasoning(request: &ChatRequest) -> Result<Reasoning, InvalidRequest> {
     let format = match request.reasoning_format.as_deref() {
         None | Some("auto" | "parsed" | "deepseek") => Reasoning::Separate,
         Some("hidden") => Reasoning::Hidden,

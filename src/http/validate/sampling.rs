@@ -17,11 +17,7 @@ pub fn validate(request: &ChatRequest, limits: Limits<'_>) -> Result<ValidSampli
     let params = SamplingParams {
         temperature: range("temperature", request.temperature, 0.0..=2.0, default.temperature)?,
         top_k: top_k(request.top_k, default.top_k)?,
-        top_p: positive(
-            "top_p",
-            request.top_p,
-            range("top_p", request.top_p, 0.0..=1.0, default.top_p)?,
-        )?,
+        top_p: top_p(request.top_p, default.top_p)?,
         min_p: range("min_p", request.min_p, 0.0..=1.0, default.min_p)?,
         repetition_penalty: range(
             "repetition_penalty",
@@ -70,11 +66,11 @@ fn range(
     }
 }
 
-fn positive(name: &str, asked: Option<f64>, value: f32) -> Result<f32, InvalidRequest> {
-    if asked.is_some() && value <= 0.0 {
-        return Err(InvalidRequest::field(name, format!("{name} must be greater than 0")));
+fn top_p(value: Option<f64>, default: f32) -> Result<f32, InvalidRequest> {
+    if value == Some(0.0) {
+        return Err(InvalidRequest::field("top_p", "top_p must be greater than 0"));
     }
-    Ok(value)
+    range("top_p", value, 0.0..=1.0, default)
 }
 
 /// -1 and 0 both mean no limit.

@@ -36,13 +36,14 @@ pub fn validate(
     let (source, own) = match (part, upload) {
         (None, None) => return Ok(None),
         (None, Some(file)) => (VideoSource::TempFile(file), FrameSampling::default()),
-        (Some(part), upload) => {
+        (Some(mut part), upload) => {
             let path = format!("{}.video_url", part.path);
+            let knobs = part.video.take_knobs();
             if part.video.uuid.is_some_and(|uuid| uuid.len() > MAX_UUID_BYTES) {
                 let message = format!("uuid is longer than {MAX_UUID_BYTES} bytes");
                 return Err(InvalidRequest::field(format!("{path}.uuid"), message));
             }
-            let own = check(&path, &part.video.knobs, &config.media)?;
+            let own = check(&path, &knobs, &config.media)?;
             (source(&path, part.video.url, upload)?, own)
         }
     };
