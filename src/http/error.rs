@@ -107,7 +107,9 @@ impl ApiError {
             ApiError::Body(error) => body_row(error),
             ApiError::Media(error) => media_row(error),
             ApiError::Prompt(error) => match error {
-                PromptError::Empty => Row::bad(S::BAD_REQUEST, None).param("messages"),
+                PromptError::Empty | PromptError::MissingReply | PromptError::TextTooLong { .. } => {
+                    Row::bad(S::BAD_REQUEST, None).param("messages")
+                }
                 PromptError::Tokenizer(_) | PromptError::Load(_) => Row::internal(),
             },
             ApiError::Reserve(ReserveError::QueueFull { retry_after, .. }) => {

@@ -87,11 +87,11 @@ fn check_url(param: String, url: String) -> Result<String, InvalidRequest> {
 /// Ranges of the knobs in one place of the request.
 fn check(path: &str, knobs: &SamplingKnobs, media: &MediaConfig) -> Result<FrameSampling, InvalidRequest> {
     refuse_unknown(&knobs.extra, path, &["num_frames", "fps", "max_frames", "start", "end"])?;
-    let fault = |name: &str, message: String| Err(InvalidRequest::field(format!("{path}.{name}"), message));
+    let fault = |name: &str, message: String| InvalidRequest::field(format!("{path}.{name}"), message);
     let frames = |name: &str, value: Option<i64>| match value.map(usize::try_from) {
         None => Ok(None),
         Some(Ok(frames)) if (1..=media.max_frames).contains(&frames) => Ok(Some(frames)),
-        Some(_) => fault(name, format!("{name} must be from 1 to {}", media.max_frames)),
+        Some(_) => Err(fault(name, format!("{name} must be from 1 to {}", media.max_frames))),
     };
     let sampling = FrameSampling {
         num_frames: frames("num_frames", knobs.num_frames)?,
@@ -101,17 +101,17 @@ fn check(path: &str, knobs: &SamplingKnobs, media: &MediaConfig) -> Result<Frame
         end: knobs.end,
     };
     if sampling.fps.is_some_and(|fps| !(fps > 0.0 && fps <= MAX_FPS)) {
-        return fault("fps", format!("fps must be greater than 0 and at most {MAX_FPS}"));
+        return Err(fault("fps", format!("fps must be greater than 0 and at most {MAX_FPS}")));
     }
     for (name, time) in [("start", sampling.start), ("end", sampling.end)] {
         if time.is_some_and(|time| !(0.0..=media.max_video_seconds).contains(&time)) {
-            return fault(name, format!("{name} must be from 0 to {} seconds", media.max_video_seconds));
+            return Err(fault(name, format!("{name} must be from 0 to {} seconds", media.max_video_seconds)));
         }
     }
     if let (Some(start), Some(end)) = (sampling.start, sampling.end)
         && start >= end
     {
-        return fault("end", format!("end ({end}) must be after start ({start})"));
+        return Err(fault("end", format!("end ({end}) must be after start ({start})")));
     }
     Ok(sampling)
 }
