@@ -41,7 +41,9 @@ pub enum BodyError {
     Slow { seconds: u64 },
     #[error("the body is larger than the limit of {max_body_bytes} bytes; send a smaller video")]
     TooLarge { max_body_bytes: usize },
-    #[error("the content type must be application/json, or multipart/form-data with the parts \"request\" and \"video\"")]
+    #[error(
+        "the content type must be application/json, or multipart/form-data with the parts \"request\" and \"video\""
+    )]
     ContentType,
     #[error("compressed bodies are not supported; send it without content-encoding")]
     ContentEncoding,
@@ -73,7 +75,12 @@ pub struct Budget {
 
 impl Budget {
     fn new(state: &AppState) -> Self {
-        Budget { kib: state.body_kib().clone(), held: None, bytes: 0, max_bytes: state.config().max_body_bytes }
+        Budget {
+            kib: state.body_kib().clone(),
+            held: None,
+            bytes: 0,
+            max_bytes: state.config().max_body_bytes,
+        }
     }
 
     /// Counts `more` bytes before they are kept.
@@ -200,7 +207,9 @@ async fn receive_parts(
             Some("video") => upload = Some(store(part, budget, config).await?),
             name => {
                 let name: String = name.unwrap_or_default().chars().take(64).collect();
-                let message = format!("unknown part \"{name}\"; the parts are \"request\" (JSON) and \"video\" (a file)");
+                let message = format!(
+                    "unknown part \"{name}\"; the parts are \"request\" (JSON) and \"video\" (a file)"
+                );
                 return Err(BodyError::Part { param: "request", message }.into());
             }
         }

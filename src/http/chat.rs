@@ -20,7 +20,7 @@ use tokio::task::spawn_blocking;
 use super::{
     body::{self, Budget, Received},
     error::ApiError,
-    generation::{Generation, Piece},
+    generation::{Generation, finish_reason},
     progress::Progress,
     record::RequestRecord,
     responses::{ChatCompletion, Choice, ReplyHead, ReplyMessage},
@@ -33,7 +33,7 @@ use crate::{
     engine::{NewSequence, Permit, VideoInput},
     media::VideoFrames,
     model::FrameBatch,
-    output::{OutputAssembler, Segment},
+    output::{OutputAssembler, OutputEvent, Reply},
     prompt::{self, Conversation, Prompt, Tokenizer},
     scheduler::SamplingParams,
 };
@@ -65,7 +65,8 @@ pub async fn completions(
     let (stream, include_usage) = (valid.stream, valid.include_usage);
     let head = reply_head(&loaded, stream);
     let default_max_tokens = state.config().default_max_tokens;
-    let mut preparing = prepare(Admitted { loaded, valid, permit, budget }, progress, default_max_tokens).boxed();
+    let mut preparing =
+        prepare(Admitted { loaded, valid, permit, budget }, progress, default_max_tokens).boxed();
     if !stream {
         return Ok(Json(fold(preparing.await?, head).await?).into_response());
     }
@@ -116,7 +117,8 @@ async fn prepare(
         let engine_limits = loaded.engine.limits();
         let started = Instant::now();
         let prompt =
-            build_prompt(conversation, thinking, loaded.tokenizer.clone(), engine_limits.visual_tokens).await?;
+            build_prompt(conversation, thinking, loaded.tokenizer.clone(), engine_limits.visual_tokens)
+                .await?;
         let num_prompt = prompt.token_ids.len();
         let num_visual = prompt.video_spans.iter().map(ExactSizeIterator::len).sum();
         progress.prompt_built(num_prompt, num_visual, started.elapsed());
@@ -198,29 +200,29 @@ fn reply_head(loaded: &Loaded, stream: bool) -> ReplyHead {
     }
 }
 
-/// The unary reply: the same pieces as a stream's, put together.
+/// The unary reply: the same events as a stream's, put together.
 async fn fold(mut generation: Generation, head: ReplyHead) -> Result<ChatCompletion, ApiError> {
-    let (mut content, mut reasoning) = (String::new(), String::new());
+    let mut reply = Reply::default();
     loop {
-        match generation.next().await? {
-            Piece::Text { segment: Segment::Think, text } => reasoning.push_str(&text),
-            Piece::Text { segment: Segment::Answer | Segment::Plain, text } => content.push_str(&text),
-            Piece::End { finish_reason, tokens } => {
-                let reasoning = (!reasoning.is_empty()).then_some(reasoning);
-                let message = ReplyMessage {
-                    role: "assistant",
-                    content,
-                    reasoning_content: reasoning.clone(),
-                    reasoning,
-                    refusal: None,
-                };
-                return Ok(ChatCompletion {
-                    head,
-                    choices: [Choice { index: 0, message, logprobs: None, finish_reason }],
-                    usage: tokens.into(),
-                    video: generation.video.take(),
-                });
-            }
+        let event = generation.next().await?;
+        let is_last = matches!(event, OutputEvent::Finished { .. });
+        reply.add(event);
+        if is_last {
+            break;
         }
     }
+    let reasoning = (!reply.think.is_empty()).then_some(reply.think);
+    let message = ReplyMessage {
+        role: "assistant",
+        content: reply.content,
+        reasoning_content: reasoning.clone(),
+        reasoning,
+        refusal: None,
+    };
+    Ok(ChatCompletion {
+        head,
+        choices: [Choice { index: 0, message, logprobs: None, finish_reason: finish_reason(reply.reason) }],
+        usage: generation.counts().into(),
+        video: generation.video.take(),
+    })
 }

@@ -100,7 +100,9 @@ impl ApiError {
     fn row(&self) -> Row {
         use StatusCode as S;
         match self {
-            ApiError::Invalid(InvalidRequest::Field { param, .. }) => Row::bad(S::BAD_REQUEST, None).param(param),
+            ApiError::Invalid(InvalidRequest::Field { param, .. }) => {
+                Row::bad(S::BAD_REQUEST, None).param(param)
+            }
             ApiError::Invalid(InvalidRequest::UnknownModel { .. }) => {
                 Row::bad(S::NOT_FOUND, Some("model_not_found")).param("model")
             }
@@ -127,7 +129,9 @@ impl ApiError {
             },
             ApiError::Loading => Row::unavailable("loading"),
             ApiError::Draining => Row::unavailable("draining"),
-            ApiError::Reserve(ReserveError::Stopped) | ApiError::EngineStopped => Row::unavailable("engine_failed"),
+            ApiError::Reserve(ReserveError::Stopped) | ApiError::EngineStopped => {
+                Row::unavailable("engine_failed")
+            }
             ApiError::DeadlineExceeded { .. } => {
                 Row::new(S::GATEWAY_TIMEOUT, "timeout_error", "deadline_exceeded")
             }

@@ -1,14 +1,10 @@
-//! A running generation: token events in, pieces of the reply out. Streams and unary replies read the same pieces.
+//! A running generation: token events in, output events out. Streams and unary replies read the same ones.
 //!
 //! Made by `http/chat.rs`; dropped, it cancels the sequence. Knows nothing of JSON.
 
 use std::{collections::VecDeque, time::Instant};
 
-use super::{
-    error::ApiError,
-    progress::Progress,
-    validate::Reasoning,
-};
+use super::{error::ApiError, progress::Progress, validate::Reasoning};
 use crate::{
     engine::{TokenEvent, TokenStream},
     media::VideoInfo,
@@ -16,15 +12,6 @@ use crate::{
     scheduler::StopReason,
     telemetry::metrics::TokenCounts,
 };
-
-/// Part of a reply.
-#[derive(Debug, PartialEq, Eq)]
-pub enum Piece {
-    /// More text of one segment; never empty.
-    Text { segment: Segment, text: String },
-    /// The end.
-    End { finish_reason: &'static str, tokens: TokenCounts },
-}
 
 /// See the module.
 #[derive(Debug)]
@@ -61,37 +48,36 @@ impl Generation {
         }
     }
 
-    /// The next piece; nothing follows [`Piece::End`] or an error.
+    /// The next event; nothing follows [`OutputEvent::Finished`] or an error.
     ///
     /// # Errors
     /// When the deadline passes, the sequence's step fails, or the engine ends.
-    pub async fn next(&mut self) -> Result<Piece, ApiError> {
-        let piece = self.advance().await;
-        match &piece {
-            Ok(Piece::Text { .. }) => {}
-            Ok(Piece::End { finish_reason, tokens }) => self.progress.completed(finish_reason, *tokens),
+    pub async fn next(&mut self) -> Result<OutputEvent, ApiError> {
+        let event = self.advance().await;
+        match &event {
+            Ok(OutputEvent::Delta { .. }) => {}
+            Ok(OutputEvent::Finished { reason, reasoning_tokens, completion_tokens }) => {
+                self.progress.completed(finish_reason(*reason), *completion_tokens, *reasoning_tokens);
+            }
             Err(error) => {
                 self.tokens = None;
                 self.progress.ended_by(error);
             }
         }
-        piece
+        event
     }
 
-    async fn advance(&mut self) -> Result<Piece, ApiError> {
+    /// What the request cost so far.
+    pub fn counts(&self) -> TokenCounts {
+        self.progress.tokens()
+    }
+
+    async fn advance(&mut self) -> Result<OutputEvent, ApiError> {
         loop {
             while let Some(event) = self.ready.pop_front() {
-                match event {
-                    OutputEvent::Delta { segment: Segment::Think, .. } if self.reasoning == Reasoning::Hidden => {}
-                    OutputEvent::Delta { segment, text } => return Ok(Piece::Text { segment, text }),
-                    OutputEvent::Finished { reason, reasoning_tokens, completion_tokens } => {
-                        let tokens = TokenCounts {
-                            completion: completion_tokens,
-                            reasoning: reasoning_tokens,
-                            ..self.progress.tokens()
-                        };
-                        return Ok(Piece::End { finish_reason: finish_reason(reason), tokens });
-                    }
+                let thinking = matches!(event, OutputEvent::Delta { segment: Segment::Think, .. });
+                if !(thinking && self.reasoning == Reasoning::Hidden) {
+                    return Ok(event);
                 }
             }
             let Some(tokens) = &mut self.tokens else {
@@ -127,7 +113,8 @@ impl Generation {
     }
 }
 
-fn finish_reason(reason: StopReason) -> &'static str {
+/// OpenAI's names.
+pub fn finish_reason(reason: StopReason) -> &'static str {
     match reason {
         StopReason::EndOfSequence | StopReason::StopString | StopReason::Aborted => "stop",
         StopReason::Length => "length",

@@ -58,7 +58,8 @@ pub fn route_list() -> Vec<(Method, &'static str)> {
 /// The whole service.
 pub fn router(state: AppState) -> Router {
     let config = state.config();
-    let routes = routes().into_iter().fold(Router::new(), |router, (_, path, handler)| router.route(path, handler));
+    let routes =
+        routes().into_iter().fold(Router::new(), |router, (_, path, handler)| router.route(path, handler));
     routes
         .fallback(async || ApiError::NoSuchRoute)
         .method_not_allowed_fallback(async || ApiError::MethodNotAllowed)

@@ -55,7 +55,10 @@ pub async fn models(State(state): State<AppState>) -> Result<Json<ModelList>, Ap
 ///
 /// # Errors
 /// 404 for another model, 503 while loading.
-pub async fn model(State(state): State<AppState>, Path(asked): Path<String>) -> Result<Json<Model>, ApiError> {
+pub async fn model(
+    State(state): State<AppState>,
+    Path(asked): Path<String>,
+) -> Result<Json<Model>, ApiError> {
     let loaded = state.loaded()?;
     let served = &loaded.model.id;
     if asked != *served {

@@ -134,10 +134,16 @@ impl Progress {
     }
 
     /// The reply is whole.
-    pub fn completed(&mut self, finish_reason: &'static str, tokens: TokenCounts) {
+    pub fn completed(
+        &mut self,
+        finish_reason: &'static str,
+        completion_tokens: usize,
+        reasoning_tokens: usize,
+    ) {
         self.generation.outcome = "completed";
         self.generation.detail = finish_reason;
-        self.generation.tokens = tokens;
+        self.generation.tokens.completion = completion_tokens;
+        self.generation.tokens.reasoning = reasoning_tokens;
     }
 
     /// The request ended with `error`.

@@ -63,11 +63,6 @@ impl RequestRecord {
     pub fn set_generation(&self, generation: GenerationRecord) {
         *self.generation.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(generation);
     }
-
-    /// The span that log lines of this request belong to.
-    pub fn span(&self) -> &Span {
-        &self.span
-    }
 }
 
 impl Drop for RequestRecord {
@@ -81,7 +76,9 @@ impl Drop for RequestRecord {
         let (method, route) = (self.method.as_str(), self.route.as_str());
         let generation = self.generation.get_mut().unwrap_or_else(std::sync::PoisonError::into_inner).take();
         self.span.in_scope(|| match generation {
-            None if route == super::CHAT_COMPLETIONS => tracing::info!(method, route, status, seconds, "finished"),
+            None if route == super::CHAT_COMPLETIONS => {
+                tracing::info!(method, route, status, seconds, "finished")
+            }
             // Probes come every few seconds.
             None => tracing::debug!(method, route, status, seconds, "finished"),
             Some(g) => tracing::info!(
@@ -149,7 +146,8 @@ fn request_id(headers: &HeaderMap) -> HeaderValue {
             && bytes.iter().all(|byte| byte.is_ascii_alphanumeric() || b"-_.:/".contains(byte))
     };
     headers.get(REQUEST_ID).filter(harmless).cloned().unwrap_or_else(|| {
-        HeaderValue::from_str(&uuid::Uuid::new_v4().to_string()).expect("a UUID is a header value: this is a bug")
+        HeaderValue::from_str(&uuid::Uuid::new_v4().to_string())
+            .expect("a UUID is a header value: this is a bug")
     })
 }
 

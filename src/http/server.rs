@@ -30,7 +30,11 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 ///
 /// # Errors
 /// None that ends the server so far; callers must still expect them.
-pub async fn run(listener: TcpListener, state: AppState, shutdown: impl Future<Output = ()>) -> io::Result<()> {
+pub async fn run(
+    listener: TcpListener,
+    state: AppState,
+    shutdown: impl Future<Output = ()>,
+) -> io::Result<()> {
     let server = Server {
         app: router(state.clone()),
         places: Arc::new(Semaphore::new(state.config().max_connections)),
@@ -99,7 +103,10 @@ impl Server {
         drain.begin();
         let timeout = self.state.config().drain_timeout;
         if tokio::time::timeout(timeout, drain.idle()).await.is_err() {
-            tracing::warn!(seconds = timeout.as_secs(), "the drain timeout passed; cutting running requests off");
+            tracing::warn!(
+                seconds = timeout.as_secs(),
+                "the drain timeout passed; cutting running requests off"
+            );
         }
     }
 

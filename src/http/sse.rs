@@ -20,9 +20,10 @@ use tracing::Instrument;
 use super::{
     chat::Preparing,
     error::ApiError,
-    generation::{Generation, Piece},
+    generation::{Generation, finish_reason},
     responses::{Chunk, ChunkChoice, Delta, ReplyHead, Usage},
 };
+use crate::output::OutputEvent;
 
 /// Events made before the socket takes them. Tokens wait in the sequence's own channel, not here.
 const EVENTS_AHEAD: usize = 1;
@@ -68,15 +69,16 @@ impl Writer {
         self.send(&first).await;
         loop {
             match generation.next().await? {
-                Piece::Text { segment, text } => {
+                OutputEvent::Delta { segment, text } => {
                     self.send(&self.chunk(Delta::text(segment, &text), None)).await;
                 }
-                Piece::End { finish_reason, tokens } => {
-                    self.send(&self.chunk(Delta::default(), Some(finish_reason))).await;
+                OutputEvent::Finished { reason, .. } => {
+                    self.send(&self.chunk(Delta::default(), Some(finish_reason(reason)))).await;
                     if self.include_usage {
-                        let usage: Usage = tokens.into();
-                        self.send(&Chunk { head: &self.head, choices: vec![], usage: Some(usage), video: None })
-                            .await;
+                        let usage: Usage = generation.counts().into();
+                        let last =
+                            Chunk { head: &self.head, choices: vec![], usage: Some(usage), video: None };
+                        self.send(&last).await;
                     }
                     self.push(Event::default().data("[DONE]")).await;
                     return Ok(());
@@ -91,7 +93,8 @@ impl Writer {
     }
 
     async fn send(&self, data: &impl Serialize) {
-        let event = Event::default().json_data(data).expect("wire types are JSON without newlines: this is a bug");
+        let event =
+            Event::default().json_data(data).expect("wire types are JSON without newlines: this is a bug");
         self.push(event).await;
     }
 

@@ -196,9 +196,11 @@ mod tests {
 
     #[test]
     fn a_fault_is_named_by_its_path() {
-        let error = parse(r#"{"messages":[{"role":"user","content":"hi"}],"temperature":"hot"}"#).unwrap_err();
+        let error =
+            parse(r#"{"messages":[{"role":"user","content":"hi"}],"temperature":"hot"}"#).unwrap_err();
         assert!(error.starts_with("temperature: invalid type: string \"hot\""), "{error}");
-        let error = parse(r#"{"messages":[{"role":"user","content":[{"type":"text","text":5}]}]}"#).unwrap_err();
+        let error =
+            parse(r#"{"messages":[{"role":"user","content":[{"type":"text","text":5}]}]}"#).unwrap_err();
         assert!(error.starts_with("messages[0].content[0].text: "), "{error}");
     }
 

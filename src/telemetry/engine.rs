@@ -32,10 +32,8 @@ impl StepObserver for EngineMetrics {
             now.prefix.queried_tokens - last.prefix.queried_tokens,
             now.prefix.hit_tokens - last.prefix.hit_tokens,
         );
-        self.metrics.encoder_cache(
-            now.encoder_queries - last.encoder_queries,
-            now.encoder_hits - last.encoder_hits,
-        );
+        self.metrics
+            .encoder_cache(now.encoder_queries - last.encoder_queries, now.encoder_hits - last.encoder_hits);
         if report.num_encoded_frames > 0 {
             self.metrics.step(StepKind::Encode, report.encode_seconds, report.num_encoded_frames);
         }

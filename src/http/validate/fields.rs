@@ -8,7 +8,7 @@ use super::{InvalidRequest, shorten};
 use crate::http::types::Extra;
 
 /// Sent by OpenAI's own clients; without effect on the reply's text.
-const HARMLESS: [&str; 9] = [
+pub(super) const HARMLESS: [&str; 9] = [
     "metadata",
     "parallel_tool_calls",
     "prompt_cache_key",
@@ -21,7 +21,7 @@ const HARMLESS: [&str; 9] = [
 ];
 
 /// Known to clients of this field, not built here: fine as long as they ask for nothing.
-const NOT_YET: [&str; 25] = [
+pub(super) const NOT_YET: [&str; 25] = [
     "audio",
     "best_of",
     "cache_salt",

@@ -55,7 +55,10 @@ impl Builder {
         let turns = &mut self.conversation.turns;
         let role = message.role.as_str();
         if has_video && role != "user" {
-            return Err(InvalidRequest::field(format!("{path}.content"), "a video must be in a user message"));
+            return Err(InvalidRequest::field(
+                format!("{path}.content"),
+                "a video must be in a user message",
+            ));
         }
         let out_of_order = |message| Err(InvalidRequest::field(format!("{path}.role"), message));
         match (role, turns.last_mut()) {
@@ -63,7 +66,9 @@ impl Builder {
                 None => self.conversation.system = Some(text),
                 Some(_) => return out_of_order("there is more than one system message; join them"),
             },
-            ("system" | "developer", Some(_)) => return out_of_order("the system message must be the first one"),
+            ("system" | "developer", Some(_)) => {
+                return out_of_order("the system message must be the first one");
+            }
             ("user", Some(Turn { assistant: None, .. })) => {
                 return out_of_order("two user messages follow each other; join them");
             }
@@ -94,8 +99,11 @@ impl Builder {
             None => return Err(InvalidRequest::field(path, "the message has no content")),
             Some(TextOr::Text(text)) => text,
             Some(TextOr::Other(parts)) if parts.len() > config.max_content_parts => {
-                let message =
-                    format!("content has {} parts, but at most {} are allowed", parts.len(), config.max_content_parts);
+                let message = format!(
+                    "content has {} parts, but at most {} are allowed",
+                    parts.len(),
+                    config.max_content_parts
+                );
                 return Err(InvalidRequest::field(path, message));
             }
             Some(TextOr::Other(parts)) => {
@@ -120,7 +128,10 @@ impl Builder {
             "text" => {
                 refuse_unknown(&part.extra, &path, &["type", "text"])?;
                 if part.video_url.is_some() {
-                    return Err(InvalidRequest::field(path, "a part of type \"text\" cannot have a video_url"));
+                    return Err(InvalidRequest::field(
+                        path,
+                        "a part of type \"text\" cannot have a video_url",
+                    ));
                 }
                 part.text
                     .map(Some)
@@ -129,22 +140,29 @@ impl Builder {
             "video_url" => {
                 refuse_unknown(&part.extra, &path, &["type", "video_url", "uuid"])?;
                 if part.text.is_some() {
-                    return Err(InvalidRequest::field(path, "a part of type \"video_url\" cannot have a text"));
+                    return Err(InvalidRequest::field(
+                        path,
+                        "a part of type \"video_url\" cannot have a text",
+                    ));
                 }
                 if self.video.is_some() {
                     return Err(InvalidRequest::field(path, "only one video per request is supported"));
                 }
-                let video = match part.video_url {
+                let mut video = match part.video_url {
                     None => VideoUrl::default(),
                     Some(TextOr::Text(url)) => VideoUrl { url: Some(url), ..Default::default() },
                     Some(TextOr::Other(video)) => video,
                 };
+                video.uuid = video.uuid.or(part.uuid);
                 self.video = Some(VideoPart { path, video });
                 Ok(None)
             }
             kind => Err(InvalidRequest::field(
                 format!("{path}.type"),
-                format!("content parts of type \"{}\" are not supported; use text or video_url", shorten(kind)),
+                format!(
+                    "content parts of type \"{}\" are not supported; use text or video_url",
+                    shorten(kind)
+                ),
             )),
         }
     }
@@ -166,7 +184,10 @@ impl Builder {
         }
         let last_is_empty = self.conversation.turns.last().is_some_and(|turn| turn.user.trim().is_empty());
         if last_is_empty && num_videos == 0 {
-            return Err(InvalidRequest::field("messages", "the last message is empty; send a question or a video"));
+            return Err(InvalidRequest::field(
+                "messages",
+                "the last message is empty; send a question or a video",
+            ));
         }
         Ok((self.conversation, self.video))
     }

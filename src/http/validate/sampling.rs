@@ -104,7 +104,10 @@ fn max_tokens(request: &ChatRequest) -> Result<Option<usize>, InvalidRequest> {
     match usize::try_from(value) {
         // The upper end is the context's affair; this keeps sums with it far from overflow.
         Ok(tokens) if (1..=u32::MAX as usize).contains(&tokens) => Ok(Some(tokens)),
-        _ => Err(InvalidRequest::field(name, format!("{name} is {value}, but must be at least 1 and fit the context"))),
+        _ => Err(InvalidRequest::field(
+            name,
+            format!("{name} is {value}, but must be at least 1 and fit the context"),
+        )),
     }
 }
 
@@ -133,11 +136,16 @@ fn logit_bias(request: &ChatRequest, limits: Limits<'_>) -> Result<Vec<(TokenId,
 }
 
 fn stop_token_ids(request: &ChatRequest, limits: Limits<'_>) -> Result<Vec<TokenId>, InvalidRequest> {
-    let Some(ids) = &request.stop_token_ids else { return Ok(limits.default_sampling.stop_token_ids.clone()) };
+    let Some(ids) = &request.stop_token_ids else {
+        return Ok(limits.default_sampling.stop_token_ids.clone());
+    };
     let fault = |message| InvalidRequest::field("stop_token_ids", message);
     let max = limits.config.max_token_list;
     if ids.len() > max {
-        return Err(fault(format!("stop_token_ids has {} entries, but at most {max} are allowed", ids.len())));
+        return Err(fault(format!(
+            "stop_token_ids has {} entries, but at most {max} are allowed",
+            ids.len()
+        )));
     }
     ids.iter()
         .map(|id| match TokenId::try_from(*id) {
@@ -156,7 +164,11 @@ pub fn stop_strings(request: &ChatRequest, config: &Config) -> Result<Vec<String
     };
     let fault = |message| Err(InvalidRequest::field("stop", message));
     if stop.len() > config.max_stop_strings {
-        return fault(format!("stop has {} texts, but at most {} are allowed", stop.len(), config.max_stop_strings));
+        return fault(format!(
+            "stop has {} texts, but at most {} are allowed",
+            stop.len(),
+            config.max_stop_strings
+        ));
     }
     if stop.iter().any(String::is_empty) {
         return fault("stop holds an empty text, which would end every reply at once".into());

@@ -126,7 +126,10 @@ fn merge(own: FrameSampling, top_level: FrameSampling) -> Result<FrameSampling, 
         end: same("end", own.end, top_level.end)?,
     };
     if merged.num_frames.is_some() && merged.fps.is_some() {
-        return Err(InvalidRequest::field("fps", "num_frames and fps contradict each other; send one of them"));
+        return Err(InvalidRequest::field(
+            "fps",
+            "num_frames and fps contradict each other; send one of them",
+        ));
     }
     if merged.num_frames.is_some() && merged.max_frames.is_some() {
         let message = "max_frames bounds what fps gives and contradicts num_frames; send one of them";
