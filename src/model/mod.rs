@@ -27,4 +27,10 @@ impl std::fmt::Debug for FrameBatch {
 }
 
 pub mod config;
+pub mod embedded;
+mod folders;
+pub mod layout;
+pub mod presets;
+mod shards;
+pub mod synth;
 pub mod weights;
