@@ -3,8 +3,15 @@
 //! Called by [`crate::engine`]. Imports candle and its own kernels only.
 
 pub mod config;
+pub mod embedded;
 pub mod fake;
+mod folders;
+mod kernels;
 pub mod kv_cache;
+pub mod layout;
+pub mod presets;
+mod shards;
+pub mod synth;
 pub mod weights;
 
 use std::{ops::Range, sync::Arc};
