@@ -73,6 +73,8 @@ pub struct MediaConfig {
     pub max_redirects: usize,
     /// Decoders running at the same time.
     pub max_concurrent_decodes: usize,
+    /// Address space of one decoder process.
+    pub max_decoder_memory_bytes: usize,
     /// Memory for sampled frames of recent videos.
     pub frame_cache_bytes: usize,
     /// Directory that `file:` URLs may point into; none: they are refused.
@@ -151,6 +153,7 @@ impl Default for MediaConfig {
             fetch_timeout: Duration::from_secs(60),
             max_redirects: 3,
             max_concurrent_decodes: 4,
+            max_decoder_memory_bytes: 4 << 30,
             frame_cache_bytes: 256 << 20,
             allowed_media_dir: None,
             allow_remote_urls: true,
