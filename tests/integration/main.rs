@@ -1,4 +1,11 @@
 //! Tests over real threads, sockets, processes and files, in one crate: each extra one links the tensor library again.
 
+mod architecture;
 mod engine;
+mod http_chat;
+mod http_contract;
+mod http_limits;
+mod http_setup;
 mod prompt_golden;
+mod sse_disconnects;
+mod sse_stream;
