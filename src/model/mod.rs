@@ -26,9 +26,11 @@ impl std::fmt::Debug for FrameBatch {
     }
 }
 
+pub mod checkpoint;
 pub mod config;
 pub mod embedded;
 mod folders;
+pub mod hub;
 pub mod layout;
 pub mod presets;
 mod shards;
