@@ -376,7 +376,10 @@ mod tests {
         let config = ModelConfig::from_json(TINY).unwrap();
         assert_eq!((config.context, config.num_frames), (3072, 4));
         assert_eq!((config.vision.num_patches(), config.vision.num_channels), (16, 3));
-        assert_eq!((config.text.rms_norm_eps, config.text.rope_theta, config.text.head_dim()), (1e-6, 1e6, 16));
+        assert_eq!(
+            (config.text.rms_norm_eps, config.text.rope_theta, config.text.head_dim()),
+            (1e-6, 1e6, 16)
+        );
         assert_eq!((config.connector.kind, config.connector.group), (ConnectorKind::Group, 4));
     }
 
@@ -438,7 +441,10 @@ mod tests {
         ] {
             let error = with(pointer, value.clone()).expect_err(pointer).to_string();
             let field = pointer.rsplit('/').next().unwrap();
-            assert!(error.starts_with("config.json") && error.contains(field), "{pointer} = {value}: {error}");
+            assert!(
+                error.starts_with("config.json") && error.contains(field),
+                "{pointer} = {value}: {error}"
+            );
         }
     }
 

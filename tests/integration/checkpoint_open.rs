@@ -119,9 +119,19 @@ fn unused_tensors_may_be_missing() {
 type Damage = (&'static str, &'static str, fn(&Path), &'static [&'static str]);
 
 const DAMAGES: &[Damage] = &[
-    ("truncated file", "tiny", |dir| truncate(&dir.join(SINGLE), 3_000_000), &[SINGLE, "truncated", "layers.1.self_attn.q_proj.weight"]),
+    (
+        "truncated file",
+        "tiny",
+        |dir| truncate(&dir.join(SINGLE), 3_000_000),
+        &[SINGLE, "truncated", "layers.1.self_attn.q_proj.weight"],
+    ),
     ("empty file", "tiny", |dir| truncate(&dir.join(SINGLE), 0), &[SINGLE, "0 bytes"]),
-    ("file cut in the header", "tiny", |dir| truncate(&dir.join(SINGLE), 100), &[SINGLE, "longer than the file"]),
+    (
+        "file cut in the header",
+        "tiny",
+        |dir| truncate(&dir.join(SINGLE), 100),
+        &[SINGLE, "longer than the file"],
+    ),
     (
         "bytes after the last tensor",
         "tiny",
@@ -251,7 +261,9 @@ const DAMAGES: &[Damage] = &[
     (
         "tensor missing from its shard",
         "tiny_bf16_sharded",
-        |dir| edit_json(&dir.join(INDEX), |index| index["weight_map"]["connector.more"] = json!(SECOND_SHARD)),
+        |dir| {
+            edit_json(&dir.join(INDEX), |index| index["weight_map"]["connector.more"] = json!(SECOND_SHARD))
+        },
         &[SECOND_SHARD, "connector.more", "is missing"],
     ),
     (
@@ -267,7 +279,9 @@ const DAMAGES: &[Damage] = &[
     (
         "one tensor in two shards",
         "tiny_bf16_sharded",
-        |dir| edit(&dir.join("model-00003-of-00005.safetensors"), |header, data| append(header, data, LATENTS)),
+        |dir| {
+            edit(&dir.join("model-00003-of-00005.safetensors"), |header, data| append(header, data, LATENTS))
+        },
         &["model-00003-of-00005.safetensors", LATENTS],
     ),
     (

@@ -1,4 +1,5 @@
 //! Tests over real threads, sockets, processes and files, in one crate: each extra one links the tensor library again.
 
+mod checkpoint_open;
 mod engine;
 mod prompt_golden;
