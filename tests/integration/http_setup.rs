@@ -35,7 +35,6 @@ pub const REPLY: &str = "<think>The person bends.</think><answer>C</answer>";
 /// A running server; stops when dropped.
 pub struct Server {
     pub url: String,
-    pub state: AppState,
     pub client: Client,
     shutdown: Option<oneshot::Sender<()>>,
     task: Option<JoinHandle<std::io::Result<()>>>,
@@ -87,12 +86,12 @@ pub async fn serve(state: AppState) -> Server {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
     let (shutdown, stop) = oneshot::channel();
-    let task = tokio::spawn(run(listener, state.clone(), async {
+    let task = tokio::spawn(run(listener, state, async {
         // A dropped sender is a shutdown too.
         let _ = stop.await;
     }));
     let client = Client::builder().no_proxy().build().unwrap();
-    Server { url, state, client, shutdown: Some(shutdown), task: Some(task) }
+    Server { url, client, shutdown: Some(shutdown), task: Some(task) }
 }
 
 /// A ready server.
@@ -147,9 +146,13 @@ impl Server {
         success(self.post(body).send().await.unwrap()).await
     }
 
+    pub async fn metrics(&self) -> String {
+        self.get("/metrics").send().await.unwrap().text().await.unwrap()
+    }
+
     /// The value of a metric with all its labels.
     pub async fn metric(&self, name: &str) -> f64 {
-        let text = self.get("/metrics").send().await.unwrap().text().await.unwrap();
+        let text = self.metrics().await;
         let value = text.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok());
         value.unwrap_or_else(|| panic!("{name} is not in\n{text}"))
     }

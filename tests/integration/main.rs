@@ -1,6 +1,7 @@
 //! Tests over real threads, sockets, processes and files, in one crate: each extra one links the tensor library again.
 
 mod architecture;
+mod checkpoint_open;
 mod engine;
 mod http_chat;
 mod http_contract;
