@@ -2,4 +2,5 @@
 
 mod checkpoint_open;
 mod engine;
+mod golden;
 mod prompt_golden;
