@@ -1,6 +1,13 @@
 //! Tests over real threads, sockets, processes and files, in one crate: each extra one links the tensor library again.
 
+mod architecture;
 mod checkpoint_open;
 mod engine;
 mod golden;
+mod http_chat;
+mod http_contract;
+mod http_limits;
+mod http_setup;
 mod prompt_golden;
+mod sse_disconnects;
+mod sse_stream;
