@@ -1,1 +1,6 @@
 //! The commands of the binary.
+
+pub mod ask;
+pub mod bench;
+pub mod chat_client;
+pub mod sse_client;

@@ -1,1 +1,2 @@
+mod cli_client;
 mod prompt_golden;

@@ -1,5 +1,7 @@
 //! The prompt stage against the original's own texts and ids, with the tiny checkpoint's tokenizer files.
 
+#![allow(clippy::unwrap_used)]
+
 use std::{fs, path::PathBuf};
 
 use proptest::prelude::*;
