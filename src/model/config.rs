@@ -1,6 +1,10 @@
-//! The checkpoint's `config.json`, with the defaults its authors leave out, and the presets of synthetic checkpoints.
+//! The checkpoint's `config.json`, with the defaults its authors leave out.
 //!
-//! Read by everything in [`crate::model`]; field names are the checkpoint's own.
+//! Read by everything in [`crate::model`]; field names are the checkpoint's own. A value the network does not
+//! implement is refused here: nothing after this file asks again. Never opens a path a config names.
+
+use serde_json::{Map, Value};
+use thiserror::Error;
 
 /// SigLIP vision tower.
 #[derive(Debug, Clone, PartialEq)]
@@ -74,8 +78,278 @@ pub struct ModelConfig {
     pub vision: SiglipConfig,
     pub connector: ConnectorConfig,
     pub text: Qwen2Config,
-    /// Most tokens of prompt and completion (`tokenizer_model_max_length`).
+    /// Most tokens of prompt and completion (`tokenizer_model_max_length`, and never more than the decoder's positions).
     pub context: usize,
-    /// Frames a video is sampled to when the request does not say.
+    /// Frames a video is sampled to when the request does not say. No config says it: one frame a group is what the
+    /// group resamplers are trained with, 16 the others.
     pub num_frames: usize,
+}
+
+/// What is wrong with a `config.json`: one sentence that names the field.
+#[derive(Debug, Error, PartialEq)]
+pub enum ConfigError {
+    #[error("config.json is not valid JSON: {0}")]
+    Json(String),
+    #[error("config.json: `{field}` is missing")]
+    Missing { field: String },
+    #[error("config.json: `{field}` is {found}, expected {expected}")]
+    Type { field: String, found: String, expected: String },
+    #[error("config.json: `{field}` is {found}, only {supported} is supported")]
+    Unsupported { field: String, found: String, supported: String },
+    #[error("config.json: {0}")]
+    Inconsistent(String),
+}
+
+/// Frames of a video where the connector does not fix them.
+const DEFAULT_NUM_FRAMES: usize = 16;
+/// No width or count of a config is larger, so that the elements of a tensor can be counted in 64 bits.
+const MAX_DIMENSION: usize = 1 << 22;
+/// Most layers of a part.
+const MAX_LAYERS: usize = 1024;
+/// Largest side of a picture, pixels.
+const MAX_SIDE: usize = 4096;
+
+impl ModelConfig {
+    /// From the text of a published `config.json`.
+    pub fn from_json(text: &str) -> Result<Self, ConfigError> {
+        let root: Value = serde_json::from_str(text).map_err(|e| ConfigError::Json(e.to_string()))?;
+        let map = root.as_object().ok_or_else(|| ConfigError::Json("not an object".into()))?;
+        let root = Section { prefix: "", map };
+        root.only_str("model_type", "tinyllava")?;
+        let vision = vision_config(&root.section("vision_config")?)?;
+        let text = text_config(&root.section("text_config")?)?;
+        let connector = connector_config(&root, &vision, &text)?;
+        // A tokenizer without a length of its own says 10^30.
+        let max_length = root.positive("tokenizer_model_max_length", 2048.0)? as usize;
+        let config = ModelConfig {
+            num_frames: match connector.kind {
+                ConnectorKind::Group => connector.group,
+                ConnectorKind::Naive => DEFAULT_NUM_FRAMES,
+            },
+            context: max_length.clamp(1, text.max_position_embeddings),
+            vision,
+            connector,
+            text,
+        };
+        config.check()?;
+        Ok(config)
+    }
+
+    /// What the shapes of one part ask of another.
+    fn check(&self) -> Result<(), ConfigError> {
+        let (vision, connector, text) = (&self.vision, &self.connector, &self.text);
+        let holds =
+            |ok: bool, sentence: String| if ok { Ok(()) } else { Err(ConfigError::Inconsistent(sentence)) };
+        let divides = |what: &str, n: usize, by: &str, d: usize| {
+            holds(n.is_multiple_of(d), format!("`{what}` ({n}) is not a multiple of `{by}` ({d})"))
+        };
+        divides(
+            "vision_config.hidden_size",
+            vision.hidden_size,
+            "vision_config.num_attention_heads",
+            vision.num_attention_heads,
+        )?;
+        divides(
+            "text_config.hidden_size",
+            text.hidden_size,
+            "text_config.num_attention_heads",
+            text.num_attention_heads,
+        )?;
+        divides(
+            "text_config.num_attention_heads",
+            text.num_attention_heads,
+            "text_config.num_key_value_heads",
+            text.num_key_value_heads,
+        )?;
+        divides("num_queries", connector.num_queries, "group", connector.group)?;
+        holds(
+            text.head_dim().is_multiple_of(2),
+            format!(
+                "the head width of `text_config` ({}) is odd: rotary positions need an even one",
+                text.head_dim()
+            ),
+        )?;
+        holds(
+            connector.hidden_size.is_multiple_of(2),
+            format!(
+                "`hidden_size` ({}) is odd: sinusoidal positions need an even one",
+                connector.hidden_size
+            ),
+        )?;
+        // The first patch of every frame is dropped, so one patch would leave nothing.
+        holds(
+            vision.patch_size <= vision.image_size && vision.num_patches() >= 2,
+            format!(
+                "`vision_config.image_size` ({}) holds fewer than two patches of `vision_config.patch_size` ({})",
+                vision.image_size, vision.patch_size
+            ),
+        )
+    }
+}
+
+fn vision_config(section: &Section) -> Result<SiglipConfig, ConfigError> {
+    section.only_str("model_type", "siglip_vision_model")?;
+    section.only_str("hidden_act", "gelu_pytorch_tanh")?;
+    let config = SiglipConfig {
+        hidden_size: section.dimension("hidden_size", Some(768))?,
+        intermediate_size: section.dimension("intermediate_size", Some(3072))?,
+        num_hidden_layers: section.bounded("num_hidden_layers", Some(12), MAX_LAYERS)?,
+        num_attention_heads: section.dimension("num_attention_heads", Some(12))?,
+        num_channels: section.dimension("num_channels", Some(3))?,
+        image_size: section.bounded("image_size", Some(224), MAX_SIDE)?,
+        patch_size: section.bounded("patch_size", Some(16), MAX_SIDE)?,
+        layer_norm_eps: section.positive("layer_norm_eps", 1e-6)?,
+    };
+    section.only(config.num_channels == 3, "num_channels", "3")?;
+    Ok(config)
+}
+
+fn text_config(section: &Section) -> Result<Qwen2Config, ConfigError> {
+    section.only_str("model_type", "qwen2")?;
+    section.only_str("hidden_act", "silu")?;
+    section.only(!section.flag("use_sliding_window", false)?, "use_sliding_window", "false")?;
+    section.only(!section.flag("use_mrope", false)?, "use_mrope", "false")?;
+    for field in ["rope_scaling", "quantization_config"] {
+        section.only(section.get(field).is_none(), field, "null")?;
+    }
+    let config = Qwen2Config {
+        hidden_size: section.dimension("hidden_size", Some(4096))?,
+        intermediate_size: section.dimension("intermediate_size", Some(22016))?,
+        num_hidden_layers: section.bounded("num_hidden_layers", Some(32), MAX_LAYERS)?,
+        num_attention_heads: section.dimension("num_attention_heads", Some(32))?,
+        num_key_value_heads: section.dimension("num_key_value_heads", Some(32))?,
+        vocab_size: section.dimension("vocab_size", Some(151_936))?,
+        max_position_embeddings: section.dimension("max_position_embeddings", Some(32_768))?,
+        rms_norm_eps: section.positive("rms_norm_eps", 1e-6)?,
+        rope_theta: section.positive("rope_theta", 10_000.0)?,
+        tie_word_embeddings: section.flag("tie_word_embeddings", false)?,
+    };
+    let head_dim = section.dimension("head_dim", Some(config.head_dim().max(1)))?;
+    section.only(head_dim == config.head_dim(), "head_dim", "hidden_size / num_attention_heads")?;
+    Ok(config)
+}
+
+fn connector_config(
+    root: &Section,
+    vision: &SiglipConfig,
+    text: &Qwen2Config,
+) -> Result<ConnectorConfig, ConfigError> {
+    let kind = match root.string("connector_type")? {
+        Some("groupresampler") => ConnectorKind::Group,
+        Some("naiveresampler") => ConnectorKind::Naive,
+        Some(_) => return Err(root.unsupported("connector_type", "groupresampler or naiveresampler")),
+        None => return Err(root.missing("connector_type")),
+    };
+    root.only(root.integer("vision_feature_layer")?.is_none_or(|l| l == -2), "vision_feature_layer", "-2")?;
+    root.only_str("vision_feature_select_strategy", "patch")?;
+    root.only_str("image_aspect_ratio", "square")?;
+    root.only(root.integer("image_token_index")?.is_none_or(|i| i == -200), "image_token_index", "-200")?;
+    root.only(root.get("quantization_config").is_none(), "quantization_config", "null")?;
+    for (field, width, of) in [
+        ("hidden_size", text.hidden_size, "text_config.hidden_size"),
+        ("vision_hidden_size", vision.hidden_size, "vision_config.hidden_size"),
+    ] {
+        let found = root.dimension(field, Some(width))?;
+        if found != width {
+            return Err(ConfigError::Inconsistent(format!("`{field}` is {found} but `{of}` is {width}")));
+        }
+    }
+    Ok(ConnectorConfig {
+        kind,
+        vision_hidden_size: vision.hidden_size,
+        hidden_size: text.hidden_size,
+        group: if kind == ConnectorKind::Group { root.dimension("group", None)? } else { 1 },
+        num_queries: root.dimension("num_queries", None)?,
+        num_resampler_layers: root.bounded("num_resampler_layers", None, MAX_LAYERS)?,
+    })
+}
+
+/// One object of the config, whose errors carry the full name of the field.
+struct Section<'a> {
+    prefix: &'static str,
+    map: &'a Map<String, Value>,
+}
+
+impl<'a> Section<'a> {
+    /// A field left out and a `null` are the same to the original.
+    fn get(&self, field: &str) -> Option<&'a Value> {
+        self.map.get(field).filter(|value| !value.is_null())
+    }
+
+    fn full_name(&self, field: &str) -> String {
+        if self.prefix.is_empty() { field.into() } else { format!("{}.{field}", self.prefix) }
+    }
+
+    fn missing(&self, field: &str) -> ConfigError {
+        ConfigError::Missing { field: self.full_name(field) }
+    }
+
+    fn mistyped(&self, field: &str, found: &Value, expected: impl Into<String>) -> ConfigError {
+        ConfigError::Type { field: self.full_name(field), found: shortened(found), expected: expected.into() }
+    }
+
+    fn unsupported(&self, field: &str, supported: &str) -> ConfigError {
+        let found = self.get(field).map_or_else(|| "missing".into(), shortened);
+        ConfigError::Unsupported { field: self.full_name(field), found, supported: supported.into() }
+    }
+
+    fn only(&self, ok: bool, field: &str, supported: &str) -> Result<(), ConfigError> {
+        if ok { Ok(()) } else { Err(self.unsupported(field, supported)) }
+    }
+
+    fn only_str(&self, field: &str, supported: &str) -> Result<(), ConfigError> {
+        self.only(self.string(field)?.is_none_or(|found| found == supported), field, supported)
+    }
+
+    fn section(&self, field: &'static str) -> Result<Section<'a>, ConfigError> {
+        let value = self.get(field).ok_or_else(|| self.missing(field))?;
+        let map = value.as_object().ok_or_else(|| self.mistyped(field, value, "an object"))?;
+        Ok(Section { prefix: field, map })
+    }
+
+    /// A count or width in `1..=MAX_DIMENSION`; without `default` the field must be there.
+    fn dimension(&self, field: &str, default: Option<usize>) -> Result<usize, ConfigError> {
+        self.bounded(field, default, MAX_DIMENSION)
+    }
+
+    /// A whole number in `1..=max`.
+    fn bounded(&self, field: &str, default: Option<usize>, max: usize) -> Result<usize, ConfigError> {
+        let Some(value) = self.get(field) else {
+            return default.ok_or_else(|| self.missing(field));
+        };
+        let number = value.as_u64().and_then(|n| usize::try_from(n).ok());
+        number
+            .filter(|n| (1..=max).contains(n))
+            .ok_or_else(|| self.mistyped(field, value, format!("a whole number between 1 and {max}")))
+    }
+
+    fn integer(&self, field: &str) -> Result<Option<i64>, ConfigError> {
+        let Some(value) = self.get(field) else { return Ok(None) };
+        value.as_i64().map(Some).ok_or_else(|| self.mistyped(field, value, "a whole number"))
+    }
+
+    fn positive(&self, field: &str, default: f64) -> Result<f64, ConfigError> {
+        let Some(value) = self.get(field) else { return Ok(default) };
+        let number = value.as_f64().filter(|n| n.is_finite() && *n > 0.0);
+        number.ok_or_else(|| self.mistyped(field, value, "a positive number"))
+    }
+
+    fn flag(&self, field: &str, default: bool) -> Result<bool, ConfigError> {
+        let Some(value) = self.get(field) else { return Ok(default) };
+        value.as_bool().ok_or_else(|| self.mistyped(field, value, "true or false"))
+    }
+
+    fn string(&self, field: &str) -> Result<Option<&'a str>, ConfigError> {
+        let Some(value) = self.get(field) else { return Ok(None) };
+        value.as_str().map(Some).ok_or_else(|| self.mistyped(field, value, "a string"))
+    }
+}
+
+/// A value short enough for a sentence.
+fn shortened(value: &Value) -> String {
+    let text = value.to_string();
+    match text.char_indices().nth(60) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text,
+    }
 }

@@ -86,6 +86,20 @@ fn both_tokenizers_have_the_same_tables() {
     }
 }
 
+#[test]
+fn a_tokenizer_file_cannot_truncate_or_pad_a_prompt() {
+    let mut json: serde_json::Value = read("tiny/tokenizer.json");
+    json["truncation"] = serde_json::json!({
+        "direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0
+    });
+    json["padding"] = serde_json::json!({
+        "strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": null,
+        "pad_id": 597, "pad_type_id": 0, "pad_token": "<|endoftext|>"
+    });
+    let tokenizer = Tokenizer::from_tokenizer_json(json.to_string().as_bytes(), None).unwrap();
+    assert_eq!(tokenizer.encode("Hello world").unwrap(), [39, 425, 336, 307, 271, 547]);
+}
+
 #[derive(Deserialize)]
 struct TemplateCase {
     question: Option<String>,
