@@ -87,6 +87,15 @@ fn both_tokenizers_have_the_same_tables() {
 }
 
 #[test]
+fn the_embedded_checkpoint_has_a_tokenizer() {
+    let nano = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("models/nano");
+    let tokenizer = Tokenizer::load(&nano).unwrap();
+    assert_eq!(Some(tokenizer.end_of_text()), tokenizer.special_token("<|endoftext|>"));
+    let text = template::with_instruction("Which way does it move?\nA. left\nB. right");
+    assert_eq!(tokenizer.decode(&tokenizer.encode(&text).unwrap()), text);
+}
+
+#[test]
 fn a_tokenizer_file_cannot_truncate_or_pad_a_prompt() {
     let mut json: serde_json::Value = read("tiny/tokenizer.json");
     json["truncation"] = serde_json::json!({
