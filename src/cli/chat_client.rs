@@ -24,6 +24,8 @@ const MAX_ERROR_BYTES: usize = 64 << 10;
 pub enum ChatError {
     #[error("cannot reach {url}: {message}")]
     Unreachable { url: String, message: String },
+    #[error("{url} hung up without an answer ({message}); it may be busy, or the video too large for it")]
+    HungUp { url: String, message: String },
     #[error("no answer from {url} within the time limit; raise --timeout-s if the server is slow")]
     Timeout { url: String },
     #[error("the server answered {status}: {message}")]
@@ -139,12 +141,14 @@ impl ChatClient {
             request = request.bearer_auth(key);
         }
         let response = request.timeout(self.timeout).send().await.map_err(|error| {
-            let url = self.base.to_string();
+            let (url, message) = (self.base.to_string(), innermost(&error));
             // Connecting has a limit of its own, and is no slow answer.
-            if error.is_timeout() && !error.is_connect() {
+            if error.is_connect() {
+                ChatError::Unreachable { url, message }
+            } else if error.is_timeout() {
                 ChatError::Timeout { url }
             } else {
-                ChatError::Unreachable { url, message: innermost(&error) }
+                ChatError::HungUp { url, message }
             }
         })?;
         let status = response.status();

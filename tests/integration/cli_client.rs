@@ -38,9 +38,10 @@ async fn serve(router: Router) -> Url {
     format!("http://{address}").parse().unwrap()
 }
 
-/// A server whose every reply has this body, sent in chunks of `size` bytes.
+/// A server whose every reply has this body, sent in chunks of `size` bytes. It reads the request first: one that
+/// answers too early may be heard or not.
 async fn scripted(script: &'static str, size: usize) -> Url {
-    let reply = move || async move {
+    let reply = move |_: Bytes| async move {
         let chunks: Vec<_> =
             script.as_bytes().chunks(size).map(|chunk| Ok::<_, String>(Bytes::from(chunk))).collect();
         let body = Body::from_stream(tokio_stream::iter(chunks));
@@ -144,13 +145,18 @@ async fn every_failure_is_one_sentence() {
     assert_eq!(sentence(scripted(silent, 9).await).await, "the connection ended before the reply did");
     let html = sentence(scripted("data: <html>\n\n", 9).await).await;
     assert!(html.starts_with("the server sent something that is no chat completion"), "{html}");
-    let refuse = || async { refusal() };
+    let refuse = |_: Bytes| async { refusal() };
     let refusing = serve(Router::new().route("/v1/chat/completions", post(refuse))).await;
     let refused = sentence(refusing).await;
     assert_eq!(refused, "the server answered 429 Too Many Requests: the queue is full; try again in 1 s");
-    let nobody = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
-    let unreachable = sentence(format!("http://{nobody}").parse().unwrap()).await;
-    assert!(unreachable.starts_with(&format!("cannot reach http://{nobody}")), "{unreachable}");
+    let rude = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let rude_url = format!("http://{}", rude.local_addr().unwrap()).parse().unwrap();
+    tokio::spawn(async move { while rude.accept().await.is_ok() {} });
+    let hung_up = sentence(rude_url).await;
+    assert!(hung_up.contains("hung up without an answer"), "{hung_up}");
+    // No test can be given a port this low.
+    let unreachable = sentence("http://127.0.0.1:1".parse().unwrap()).await;
+    assert!(unreachable.starts_with("cannot reach http://127.0.0.1:1/: "), "{unreachable}");
     assert_eq!(unreachable.lines().count(), 1);
 }
 
@@ -189,7 +195,7 @@ async fn bench_prints_a_row_a_level_and_writes_the_numbers() {
 #[tokio::test]
 async fn bench_counts_failures_and_fails() {
     let served = Arc::new(std::sync::atomic::AtomicUsize::new(0));
-    let reply = move || async move {
+    let reply = move |_: Bytes| async move {
         // The warm-up and the first request succeed.
         if served.fetch_add(1, std::sync::atomic::Ordering::SeqCst) < 2 {
             REPLY.into_response()
@@ -207,7 +213,7 @@ async fn bench_counts_failures_and_fails() {
 
 #[tokio::test]
 async fn bench_stops_at_a_failing_warm_up() {
-    let refuse = || async { refusal() };
+    let refuse = |_: Bytes| async { refusal() };
     let server = serve(Router::new().route("/v1/chat/completions", post(refuse))).await;
     let (table, result) = run_bench(&server, &[]).await;
     assert!(table.is_empty());
