@@ -2,12 +2,14 @@
 
 mod architecture;
 mod checkpoint_open;
+mod cli_client;
 mod engine;
 mod golden;
 mod http_chat;
 mod http_contract;
 mod http_limits;
 mod http_setup;
+mod output_golden;
 mod prompt_golden;
 mod sse_disconnects;
 mod sse_stream;
