@@ -72,6 +72,9 @@ impl Tokenizer {
     ) -> Result<Self, PromptError> {
         // What a user types is text, also when it reads like a special token.
         bpe.set_encode_special_tokens(true);
+        // Some files ask for truncation or padding; a prompt is neither cut nor filled up.
+        bpe.with_truncation(None).map_err(|error| PromptError::Load(error.to_string()))?;
+        bpe.with_padding(None);
         let (token_bytes, special) = tokenizer_files::token_tables(&bpe)?;
         let name = tokenizer_files::end_of_text(tokenizer_config)?;
         let end_of_text = bpe

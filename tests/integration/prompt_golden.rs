@@ -1,5 +1,7 @@
 //! The prompt stage against the original's own texts and ids, with the tiny checkpoint's tokenizer files.
 
+#![allow(clippy::unwrap_used)]
+
 use std::{fs, path::PathBuf};
 
 use proptest::prelude::*;
@@ -82,6 +84,29 @@ fn both_tokenizers_have_the_same_tables() {
         assert_eq!(fast.token_bytes(id), slow.token_bytes(id), "{id}");
         assert_eq!(fast.token_bytes(id).is_some(), id < 597, "{id}");
     }
+}
+
+#[test]
+fn the_embedded_checkpoint_has_a_tokenizer() {
+    let nano = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("models/nano");
+    let tokenizer = Tokenizer::load(&nano).unwrap();
+    assert_eq!(Some(tokenizer.end_of_text()), tokenizer.special_token("<|endoftext|>"));
+    let text = template::with_instruction("Which way does it move?\nA. left\nB. right");
+    assert_eq!(tokenizer.decode(&tokenizer.encode(&text).unwrap()), text);
+}
+
+#[test]
+fn a_tokenizer_file_cannot_truncate_or_pad_a_prompt() {
+    let mut json: serde_json::Value = read("tiny/tokenizer.json");
+    json["truncation"] = serde_json::json!({
+        "direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0
+    });
+    json["padding"] = serde_json::json!({
+        "strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": null,
+        "pad_id": 597, "pad_type_id": 0, "pad_token": "<|endoftext|>"
+    });
+    let tokenizer = Tokenizer::from_tokenizer_json(json.to_string().as_bytes(), None).unwrap();
+    assert_eq!(tokenizer.encode("Hello world").unwrap(), [39, 425, 336, 307, 271, 547]);
 }
 
 #[derive(Deserialize)]
