@@ -57,6 +57,22 @@ async fn a_body_announced_too_large_is_refused_before_it_is_sent() {
 }
 
 #[tokio::test]
+async fn a_refusal_reaches_a_client_that_sends_its_whole_body_first() {
+    let mut config = config();
+    config.max_body_bytes = 1000;
+    let server = server(config, FakeModel::saying(REPLY)).await;
+    let mut socket = connect(&server).await;
+    let body = vec![b' '; 20 << 20];
+    let head = format!(
+        "POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
+        body.len()
+    );
+    socket.write_all(head.as_bytes()).await.unwrap();
+    socket.write_all(&body).await.unwrap();
+    assert!(read_head(&mut socket).await.starts_with("HTTP/1.1 413"));
+}
+
+#[tokio::test]
 async fn bodies_in_flight_share_one_limit() {
     let mut config = config();
     config.max_inflight_body_bytes = 64 << 10;
