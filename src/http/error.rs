@@ -249,7 +249,10 @@ mod tests {
         assert_eq!(row(PromptError::MissingReply), (400, "", false));
         assert_eq!(row(PromptError::TextTooLong { num_bytes: 2, max_bytes: 1 }), (400, "", false));
         assert_eq!(row(too_long), (400, "context_length_exceeded", false));
-        assert_eq!(row(SubmitError::KvCacheTooSmall { needed: 2, total: 1 }), (400, "kv_cache_too_small", false));
+        assert_eq!(
+            row(SubmitError::KvCacheTooSmall { needed: 2, total: 1 }),
+            (400, "kv_cache_too_small", false)
+        );
         assert_eq!(
             row(InvalidRequest::UnknownModel { asked: text(), served: text() }),
             (404, "model_not_found", false)

@@ -57,9 +57,8 @@ pub fn route_list() -> Vec<(Method, &'static str)> {
 
 /// The whole service.
 pub fn router(state: AppState) -> Router {
-    let routes = routes()
-        .into_iter()
-        .fold(Router::new(), |router, (_, path, handler)| router.route(path, handler));
+    let routes =
+        routes().into_iter().fold(Router::new(), |router, (_, path, handler)| router.route(path, handler));
     with_limits(routes, state)
 }
 

@@ -12,11 +12,8 @@ use std::{
 };
 
 use axum::Router;
-use hyper::server::conn::http1;
-use hyper_util::{
-    rt::{TokioIo, TokioTimer},
-    service::TowerToHyperService,
-};
+use hyper::{server::conn::http1, service::service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{
     io::{AsyncRead, AsyncWrite, AsyncWriteExt},
     net::{TcpListener, TcpStream},
@@ -24,6 +21,7 @@ use tokio::{
 };
 use tokio_io_timeout::TimeoutWriter;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tower::ServiceExt;
 
 use super::{router, state::AppState};
 use crate::config::Config;
@@ -139,10 +137,11 @@ fn serve(
     let _ = stream.set_nodelay(true);
     let mut stream = TimeoutWriter::new(stream);
     stream.set_timeout(Some(config.write_stall_timeout));
+    let service = service_fn(move |request| Box::pin(app.clone().oneshot(request)));
     let mut connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(config.header_read_timeout)
-        .serve_connection(TokioIo::new(Box::pin(stream)), TowerToHyperService::new(app));
+        .serve_connection(TokioIo::new(Box::pin(stream)), service);
     async move {
         tokio::select! {
             result = poll_fn(|cx| connection.poll_without_shutdown(cx)) => result?,

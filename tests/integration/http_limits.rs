@@ -75,6 +75,7 @@ async fn a_refusal_reaches_a_client_that_sends_its_whole_body_first() {
 #[tokio::test]
 async fn bodies_in_flight_share_one_limit() {
     let mut config = config();
+    config.max_body_bytes = 64 << 10;
     config.max_inflight_body_bytes = 64 << 10;
     let server = server(config, FakeModel::saying(REPLY)).await;
     let mut slow = connect(&server).await;
