@@ -1,2 +1,5 @@
-#[test]
-fn placeholder() {}
+mod media_clips;
+mod media_frames;
+mod media_limits;
+mod media_seeking;
+mod media_sources;
