@@ -1,1 +1,2 @@
 //! The commands of the binary.
+pub mod bench_frames;
