@@ -1,2 +1,8 @@
 //! The commands of the binary.
+
+pub mod ask;
+pub mod bench;
 pub mod bench_frames;
+pub mod chat_client;
+pub mod sse_client;
+pub mod synth;

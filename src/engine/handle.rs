@@ -50,7 +50,6 @@ pub enum TokenEvent {
 #[derive(Debug)]
 pub struct TokenStream {
     pub(super) events: mpsc::Receiver<TokenEvent>,
-    pub(super) _permit: OwnedSemaphorePermit,
 }
 
 impl TokenStream {
@@ -104,6 +103,8 @@ pub enum SubmitError {
 pub(super) struct Submission {
     pub sequence: NewSequence,
     pub events: mpsc::Sender<TokenEvent>,
+    /// Given back when the engine has forgotten the sequence.
+    pub place: OwnedSemaphorePermit,
 }
 
 /// What the handle must know of the engine to refuse early.
@@ -156,7 +157,7 @@ impl EngineHandle {
     }
 }
 
-/// A place in the queue; given back when dropped or when the stream made of it is dropped.
+/// A place in the queue; given back when dropped, or when the engine is done with the sequence made of it.
 #[derive(Debug)]
 pub struct Permit {
     place: OwnedSemaphorePermit,
@@ -171,10 +172,10 @@ impl Permit {
     pub fn submit(self, sequence: NewSequence) -> Result<TokenStream, SubmitError> {
         self.engine.limits.check(&sequence)?;
         // Room for every event the sequence can produce: the engine never waits for a slow client.
-        let (sender, events) = mpsc::channel(sequence.sampling.max_tokens + 2);
-        let submission = Submission { sequence, events: sender };
+        let (sender, events) = mpsc::channel(sequence.sampling.max_tokens + 2 /* started, finished */);
+        let submission = Submission { sequence, events: sender, place: self.place };
         self.engine.submissions.try_send(submission).map_err(|_| SubmitError::Stopped)?;
-        Ok(TokenStream { events, _permit: self.place })
+        Ok(TokenStream { events })
     }
 }
 

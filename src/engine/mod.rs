@@ -2,9 +2,14 @@
 //!
 //! Called by `http` (the handle) and `cli`. Speaks integers only: no text, JSON or HTTP.
 
+mod encoder_cache;
 pub mod handle;
+pub mod runner;
+pub mod sampler;
+pub mod worker;
 
 pub use handle::{
-    EngineHandle, EngineStatus, NewSequence, Permit, ReserveError, SubmitError, TokenEvent, TokenStream,
-    VideoInput,
+    EngineHandle, EngineLimits, EngineStatus, NewSequence, Permit, ReserveError, SubmitError, TokenEvent,
+    TokenStream, VideoInput,
 };
+pub use worker::{EngineOptions, EngineThread, StepObserver, StepReport, start};

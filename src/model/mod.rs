@@ -2,7 +2,33 @@
 //!
 //! Called by [`crate::engine`]. Imports candle and its own kernels only.
 
-use std::sync::Arc;
+pub mod attention;
+pub mod checkpoint;
+pub mod config;
+pub mod embedded;
+pub mod fake;
+mod folders;
+pub mod hub;
+mod kernels;
+pub mod kv_cache;
+pub mod layers;
+pub mod layout;
+pub mod presets;
+pub mod qwen2;
+pub mod resampler;
+mod shards;
+pub mod siglip;
+pub mod synth;
+pub mod tinyllava;
+pub mod weights;
+
+use std::{ops::Range, sync::Arc};
+
+pub use candle_core::{Error as ModelError, Result, Tensor};
+pub use kv_cache::KvCache;
+
+/// The id that stands for one visual token in [`StepInput::token_ids`]; the scheduler's own.
+pub const VISUAL_TOKEN: u32 = u32::MAX;
 
 /// Frames of one video at the model's input size, 8-bit RGB.
 #[derive(Clone, PartialEq, Eq)]
@@ -18,6 +44,12 @@ impl FrameBatch {
     pub fn num_frames(&self) -> usize {
         self.rgb.len() / (self.size * self.size * 3).max(1)
     }
+
+    /// The bytes of some frames, `[len, size, size, 3]`.
+    pub fn frames(&self, range: Range<usize>) -> &[u8] {
+        let frame_bytes = self.size * self.size * 3;
+        &self.rgb[range.start * frame_bytes..range.end * frame_bytes]
+    }
 }
 
 impl std::fmt::Debug for FrameBatch {
@@ -26,5 +58,92 @@ impl std::fmt::Debug for FrameBatch {
     }
 }
 
-pub mod config;
-pub mod weights;
+/// What the engine must know of a model to feed it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ModelShape {
+    /// Columns of the logits. The tokenizer may know fewer ids.
+    pub vocab_size: usize,
+    /// Width of an embedding.
+    pub hidden_size: usize,
+    /// Most tokens of prompt and completion.
+    pub context: usize,
+    /// Side of the square input, pixels.
+    pub image_size: usize,
+    /// Visual tokens a video becomes.
+    pub visual_tokens: usize,
+    /// Frames a video is sampled to by default.
+    pub num_frames: usize,
+    pub num_layers: usize,
+    pub num_kv_heads: usize,
+    pub head_dim: usize,
+}
+
+/// One sequence's part of a step.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SequenceInput {
+    /// Its rows in the flat arrays; the last row stands at position `context_len - 1`.
+    pub rows: Range<usize>,
+    /// Tokens it has in the cache after the step.
+    pub context_len: usize,
+    /// Its part of [`StepInput::block_tables`].
+    pub blocks: Range<usize>,
+}
+
+/// Visual embeddings that stand in for token embeddings.
+#[derive(Debug, Clone)]
+pub struct VisualRows {
+    /// Rows in the flat arrays.
+    pub rows: Range<usize>,
+    /// `[rows.len(), hidden_size]`
+    pub embeddings: Tensor,
+}
+
+/// A step as flat arrays: the tokens of all its sequences behind one another.
+#[derive(Debug, Clone, Default)]
+pub struct StepInput {
+    /// `[num_rows]`; [`VISUAL_TOKEN`] where `visuals` has the embedding.
+    pub token_ids: Vec<u32>,
+    /// `[num_rows]`, position of each token in its sequence.
+    pub positions: Vec<u32>,
+    /// `[num_rows]`, where its key and value go: `block * block_size + offset`.
+    pub slot_mapping: Vec<usize>,
+    /// Block tables of all sequences behind one another.
+    pub block_tables: Vec<u32>,
+    pub sequences: Vec<SequenceInput>,
+    pub visuals: Vec<VisualRows>,
+    /// Rows whose logits are wanted.
+    pub logit_rows: Vec<usize>,
+}
+
+/// Looks at intermediate tensors: for `tinyllava trace` and the parity tests.
+pub trait Tap: Send {
+    /// `name` as in the golden files; `index` counts layers.
+    fn tensor(&mut self, name: &'static str, index: Option<usize>, tensor: &Tensor);
+}
+
+/// Looks at nothing.
+impl Tap for () {
+    fn tensor(&mut self, _: &'static str, _: Option<usize>, _: &Tensor) {}
+}
+
+/// A video language model as the engine sees it. Never keeps state between calls but its weights.
+pub trait VideoLanguageModel: Send {
+    /// Its sizes.
+    fn shape(&self) -> &ModelShape;
+
+    /// Runs the vision tower over some frames of a video.
+    /// Returns features `[num_frames x patches, vision_hidden]`.
+    fn encode_frames(
+        &mut self,
+        frames: &FrameBatch,
+        range: Range<usize>,
+        tap: &mut dyn Tap,
+    ) -> Result<Tensor>;
+
+    /// Runs the connector over the features of a whole video. Returns `[visual_tokens, hidden_size]`.
+    fn connect(&mut self, features: &Tensor, tap: &mut dyn Tap) -> Result<Tensor>;
+
+    /// Runs the decoder: writes keys and values of all rows into `cache`, attends, and returns the logits of
+    /// `input.logit_rows`, `[logit_rows.len(), vocab_size]` in f32.
+    fn forward(&mut self, input: &StepInput, cache: &mut KvCache, tap: &mut dyn Tap) -> Result<Tensor>;
+}

@@ -4,6 +4,15 @@
 
 use crate::scheduler::StopReason;
 
+mod detokenizer;
+mod reply;
+mod segmenter;
+mod stop_matcher;
+mod stream;
+
+pub use reply::{Reply, collect};
+pub use stream::OutputAssembler;
+
 /// Which part of the reply a piece of text belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Segment {

@@ -1,10 +1,32 @@
 //! What runs in the next step: a state machine without clock, randomness, tensors or async.
 //!
 //! Called by [`crate::engine`] only. Imports `std` only (enforced by a test).
+//!
+//! One round is [`Scheduler::schedule`] → the engine runs the plan → [`Scheduler::complete`] (or
+//! [`Scheduler::fail`]). Invariants, checked by [`Scheduler::check_integrity`]:
+//!
+//! - a running sequence holds blocks for its prompt and all tokens it may still produce, so it is never
+//!   preempted and never runs out of memory;
+//! - a block is free, kept for reuse, or held by exactly as many sequences as its count says;
+//! - blocks are shared only when every token and every video before them is the same.
 
+mod block_manager;
+mod encoder_slots;
 pub mod sampling_params;
+pub mod sequence;
+pub mod step;
+#[cfg(test)]
+mod tests;
 
+use std::collections::{HashMap, VecDeque};
+
+use block_manager::BlockManager;
+pub use block_manager::{BlockId, PrefixStats};
+use encoder_slots::EncoderSlots;
 pub use sampling_params::SamplingParams;
+use sequence::Sequence;
+pub use sequence::{SequenceId, SequenceSpec, VisualSpan};
+pub use step::{ComputeWork, EncodeWork, SequenceUpdate, StepPlan};
 
 /// A token of the model's vocabulary.
 pub type TokenId = u32;
@@ -26,4 +48,304 @@ pub enum StopReason {
     Length,
     /// The client left or the server is stopping.
     Aborted,
+}
+
+/// What a step may hold.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SchedulerLimits {
+    /// Tokens a block.
+    pub block_size: usize,
+    /// Blocks of the KV cache.
+    pub num_blocks: usize,
+    /// Sequences in a step.
+    pub max_running_sequences: usize,
+    /// Prompt tokens computed in one step.
+    pub max_prefill_tokens: usize,
+    /// Frames encoded in one step.
+    pub max_encode_frames: usize,
+    /// Videos whose encoded tokens are kept (those in use included).
+    pub max_cached_videos: usize,
+    /// Whether prompts share blocks.
+    pub prefix_cache: bool,
+    /// Tokens that end a sequence.
+    pub end_token_ids: Vec<TokenId>,
+}
+
+/// Counts for the metrics.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct SchedulerStats {
+    pub num_waiting: usize,
+    pub num_running: usize,
+    pub num_used_blocks: usize,
+    pub prefix: PrefixStats,
+    pub encoder_queries: u64,
+    pub encoder_hits: u64,
+}
+
+/// Owner of every sequence; queues and plans hold ids.
+#[derive(Debug)]
+pub struct Scheduler {
+    limits: SchedulerLimits,
+    sequences: HashMap<SequenceId, Sequence>,
+    /// Not admitted yet, first come first.
+    waiting: VecDeque<SequenceId>,
+    /// Admitted, in order of admission.
+    running: Vec<SequenceId>,
+    blocks: BlockManager,
+    encoder: EncoderSlots,
+    next_id: u64,
+}
+
+impl Scheduler {
+    /// An empty scheduler. Every limit must be at least 1.
+    pub fn new(limits: SchedulerLimits) -> Self {
+        let least = [
+            limits.block_size,
+            limits.num_blocks,
+            limits.max_running_sequences,
+            limits.max_prefill_tokens,
+            limits.max_encode_frames,
+            limits.max_cached_videos,
+        ];
+        assert!(least.iter().all(|&n| n > 0), "every scheduler limit must be at least 1");
+        Scheduler {
+            blocks: BlockManager::new(limits.num_blocks, limits.block_size, limits.prefix_cache),
+            encoder: EncoderSlots::new(limits.max_cached_videos),
+            sequences: HashMap::new(),
+            waiting: VecDeque::new(),
+            running: Vec::new(),
+            next_id: 0,
+            limits,
+        }
+    }
+
+    /// Queues a sequence. It must fit the cache as a whole (the engine's handle has checked that).
+    pub fn add(&mut self, spec: SequenceSpec) -> SequenceId {
+        let id = SequenceId(self.next_id);
+        self.next_id += 1;
+        let sequence = Sequence::new(spec);
+        assert!(
+            sequence.num_reserved_tokens().div_ceil(self.limits.block_size) <= self.limits.num_blocks
+                && sequence.spans().len() <= self.limits.max_cached_videos,
+            "a sequence that can never be admitted was queued: this is a bug"
+        );
+        self.sequences.insert(id, sequence);
+        self.waiting.push_back(id);
+        id
+    }
+
+    /// Forgets a sequence at any point and frees what it holds. Unknown ids are ignored: it may just have ended.
+    pub fn abort(&mut self, id: SequenceId) {
+        if self.sequences.contains_key(&id) {
+            self.remove(id);
+        }
+    }
+
+    /// Whether there is anything to do.
+    pub fn has_work(&self) -> bool {
+        !self.sequences.is_empty()
+    }
+
+    /// A sequence that is waiting or running.
+    pub fn sequence(&self, id: SequenceId) -> Option<&Sequence> {
+        self.sequences.get(&id)
+    }
+
+    /// Admits what fits, then plans one step: all decodes, and bounded encoding and prefill.
+    pub fn schedule(&mut self) -> StepPlan {
+        let mut plan = StepPlan { admitted: self.admit(), ..StepPlan::default() };
+        plan.encode = self.plan_encode();
+        plan.compute = self.plan_decode();
+        plan.num_decodes = plan.compute.len();
+        let prefill = self.plan_prefill();
+        plan.compute.extend(prefill);
+        plan.drop_videos = self.encoder.take_evicted();
+        plan
+    }
+
+    /// Takes in what a step computed: `sampled` holds one token for each work of the plan that samples, in order.
+    pub fn complete(&mut self, plan: &StepPlan, sampled: &[TokenId]) -> Vec<SequenceUpdate> {
+        for work in &plan.encode {
+            self.encoder.advance(&work.digest, work.frames.end);
+        }
+        let mut sampled = sampled.iter().copied();
+        let mut updates = Vec::new();
+        for work in &plan.compute {
+            let token =
+                work.samples.then(|| sampled.next().expect("a sampled token is missing: this is a bug"));
+            if let Some(update) = self.advance(work, token) {
+                updates.push(update);
+            }
+        }
+        debug_assert!(sampled.next().is_none(), "more tokens than sampling works: this is a bug");
+        updates
+    }
+
+    /// A step failed: its sequences are gone, and what it encoded starts over. Returns the failed ids.
+    pub fn fail(&mut self, plan: &StepPlan) -> Vec<SequenceId> {
+        let mut failed: Vec<SequenceId> = plan.encode.iter().map(|work| work.sequence).collect();
+        failed.extend(plan.compute.iter().map(|work| work.sequence));
+        failed.sort_unstable();
+        failed.dedup();
+        failed.retain(|id| self.sequences.contains_key(id));
+        failed.iter().for_each(|&id| self.remove(id));
+        plan.encode.iter().for_each(|work| self.encoder.restart(&work.digest));
+        failed
+    }
+
+    /// Counts for the metrics.
+    pub fn stats(&self) -> SchedulerStats {
+        let (encoder_queries, encoder_hits) = self.encoder.queries_and_hits();
+        SchedulerStats {
+            num_waiting: self.waiting.len(),
+            num_running: self.running.len(),
+            num_used_blocks: self.blocks.num_used(),
+            prefix: self.blocks.stats(),
+            encoder_queries,
+            encoder_hits,
+        }
+    }
+
+    /// First come first served: the head of the queue waits for room, and nobody passes it.
+    fn admit(&mut self) -> Vec<(SequenceId, usize)> {
+        let mut admitted = Vec::new();
+        while self.running.len() < self.limits.max_running_sequences {
+            let Some(&id) = self.waiting.front() else { break };
+            let sequence = self.sequences.get_mut(&id).expect("a waiting sequence is unknown: this is a bug");
+            let Some(prefix) = self.blocks.allocate(sequence) else { break };
+            let needs_video = |span: &&VisualSpan| span.range.end > prefix.num_tokens;
+            let wanted: Vec<_> =
+                sequence.spans().iter().filter(needs_video).map(|s| (s.digest, s.num_frames)).collect();
+            if !self.encoder.acquire_all(&wanted) {
+                self.blocks.release(prefix.blocks);
+                break;
+            }
+            admitted.push((id, prefix.num_tokens));
+            self.blocks.count_query(sequence.num_prompt_tokens(), prefix.num_tokens);
+            sequence.admit(prefix);
+            self.waiting.pop_front();
+            self.running.push(id);
+        }
+        admitted
+    }
+
+    fn plan_decode(&self) -> Vec<ComputeWork> {
+        let decoding = self.running.iter().filter(|id| !self.sequences[id].is_prefilling());
+        decoding.map(|&id| self.sequences[&id].work(id, 1)).collect()
+    }
+
+    /// Frames of the first sequences that wait for them, up to the step's budget.
+    fn plan_encode(&mut self) -> Vec<EncodeWork> {
+        let mut budget = self.limits.max_encode_frames;
+        let mut works: Vec<EncodeWork> = Vec::new();
+        for &id in &self.running {
+            let sequence = &self.sequences[&id];
+            for (video, span) in sequence.spans().iter().enumerate() {
+                if budget == 0 {
+                    return works;
+                }
+                let planned = works.iter().any(|work| work.digest == span.digest);
+                if planned || span.range.end <= sequence.num_computed() {
+                    continue;
+                }
+                let start = self.encoder.frames_done(&span.digest);
+                let end = span.num_frames.min(start + budget);
+                if start < end {
+                    budget -= end - start;
+                    let is_last = end == span.num_frames;
+                    works.push(EncodeWork {
+                        sequence: id,
+                        video,
+                        digest: span.digest,
+                        frames: start..end,
+                        is_last,
+                    });
+                }
+            }
+        }
+        works
+    }
+
+    /// Prompt chunks in order of admission, up to the step's budget; a chunk never enters a span not yet encoded.
+    fn plan_prefill(&self) -> Vec<ComputeWork> {
+        let mut budget = self.limits.max_prefill_tokens;
+        let mut works = Vec::new();
+        for &id in &self.running {
+            let sequence = &self.sequences[&id];
+            if !sequence.is_prefilling() || budget == 0 {
+                continue;
+            }
+            let missing = |span: &&VisualSpan| {
+                span.range.end > sequence.num_computed()
+                    && self.encoder.frames_done(&span.digest) < span.num_frames
+            };
+            let limit =
+                sequence.spans().iter().find(missing).map_or(sequence.num_tokens(), |span| span.range.start);
+            let num_tokens = limit.saturating_sub(sequence.num_computed()).min(budget);
+            if num_tokens > 0 {
+                budget -= num_tokens;
+                works.push(sequence.work(id, num_tokens));
+            }
+        }
+        works
+    }
+
+    /// Moves one sequence past `work`; tells what its client has to hear.
+    fn advance(&mut self, work: &ComputeWork, token: Option<TokenId>) -> Option<SequenceUpdate> {
+        let id = work.sequence;
+        // Aborted while the step ran.
+        let sequence = self.sequences.get_mut(&id)?;
+        let already_passed = sequence.num_computed();
+        sequence.set_computed(work.positions.end);
+        self.blocks.register_full_blocks(sequence);
+        for span in sequence.spans() {
+            if already_passed < span.range.end && span.range.end <= work.positions.end {
+                self.encoder.release(&span.digest);
+            }
+        }
+        let token = token?;
+        let finished = sequence.push(token, &self.limits.end_token_ids);
+        if finished.is_some() {
+            self.remove(id);
+        }
+        let token = (finished != Some(StopReason::EndOfSequence)).then_some(token);
+        Some(SequenceUpdate { sequence: id, token, finished })
+    }
+
+    fn remove(&mut self, id: SequenceId) {
+        let sequence = self.sequences.remove(&id).expect("an unknown sequence was removed: this is a bug");
+        if let Some(place) = self.running.iter().position(|&running| running == id) {
+            self.running.remove(place);
+            for span in sequence.spans().iter().filter(|span| span.range.end > sequence.num_computed()) {
+                self.encoder.release(&span.digest);
+            }
+        } else {
+            self.waiting.retain(|&waiting| waiting != id);
+        }
+        self.blocks.release(sequence.into_blocks());
+    }
+
+    /// Panics when an invariant does not hold. Cheap enough to run after each step in tests.
+    pub fn check_integrity(&self) {
+        assert_eq!(self.sequences.len(), self.waiting.len() + self.running.len());
+        let tables = self.running.iter().map(|id| self.sequences[id].blocks());
+        self.blocks.check_integrity(tables);
+        for id in &self.waiting {
+            assert!(self.sequences[id].blocks().is_empty(), "a waiting sequence holds blocks");
+        }
+        for id in &self.running {
+            let sequence = &self.sequences[id];
+            let reserved = sequence.blocks().len() * self.limits.block_size;
+            assert!(reserved >= sequence.num_reserved_tokens(), "a running sequence lacks reserved blocks");
+        }
+        let in_use = self.running.iter().flat_map(|id| {
+            let sequence = &self.sequences[id];
+            sequence
+                .spans()
+                .iter()
+                .filter(|span| span.range.end > sequence.num_computed())
+                .map(|span| span.digest)
+        });
+        self.encoder.check_integrity(in_use);
+    }
 }

@@ -1,0 +1,146 @@
+//! Runs a step's work on the model: plan to flat arrays, arrays to logits, logits to tokens.
+//!
+//! Owned by the worker's thread. Decides nothing: the plan says what runs.
+
+use rayon::{
+    iter::{IndexedParallelIterator, IntoParallelRefIterator, ParallelIterator},
+    slice::ParallelSlice,
+};
+
+use super::{encoder_cache::EncoderCache, handle::VideoInput, sampler};
+use crate::{
+    model::{KvCache, ModelError, Result, SequenceInput, StepInput, Tap, VideoLanguageModel, VisualRows},
+    scheduler::{ComputeWork, EncodeWork, SamplingParams, Scheduler, SequenceId, TokenId, VideoDigest},
+};
+
+/// Where the runner finds what a request brought along.
+pub trait Requests: Sync {
+    /// Parameters of a sequence.
+    fn sampling(&self, id: SequenceId) -> &SamplingParams;
+    /// Videos of a sequence.
+    fn videos(&self, id: SequenceId) -> &[VideoInput];
+}
+
+/// Model, cache and encoded videos.
+pub struct Runner {
+    model: Box<dyn VideoLanguageModel>,
+    cache: KvCache,
+    encoder: EncoderCache,
+    /// Ids the tokenizer knows: `[0, n)`.
+    num_token_ids: usize,
+    tap: Box<dyn Tap>,
+}
+
+impl std::fmt::Debug for Runner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Runner").field("shape", self.model.shape()).finish_non_exhaustive()
+    }
+}
+
+impl Runner {
+    /// `num_token_ids`: ids the tokenizer knows; higher ones are never sampled.
+    pub fn new(
+        model: Box<dyn VideoLanguageModel>,
+        num_blocks: usize,
+        block_size: usize,
+        num_token_ids: usize,
+    ) -> Self {
+        let cache = KvCache::new(model.shape(), num_blocks, block_size);
+        let num_token_ids = num_token_ids.min(model.shape().vocab_size);
+        Runner { model, cache, encoder: EncoderCache::default(), num_token_ids, tap: Box::new(()) }
+    }
+
+    /// Lets `tap` see intermediate tensors from now on.
+    pub fn set_tap(&mut self, tap: Box<dyn Tap>) {
+        self.tap = tap;
+    }
+
+    /// Forgets a video's encoded tokens.
+    pub fn drop_video(&mut self, digest: &VideoDigest) {
+        self.encoder.drop_video(digest);
+    }
+
+    /// Encodes some frames; with the last of them also runs the connector.
+    pub fn encode(&mut self, work: &EncodeWork, video: &VideoInput) -> Result<()> {
+        let features = self.model.encode_frames(&video.frames, work.frames.clone(), self.tap.as_mut())?;
+        self.encoder.push(work.digest, features);
+        if work.is_last {
+            let features = self.encoder.take_features(&work.digest)?;
+            self.tap.tensor("vision_features", None, &features);
+            let visual_tokens = self.model.connect(&features, self.tap.as_mut())?;
+            self.tap.tensor("connector_out", None, &visual_tokens);
+            self.encoder.finish(work.digest, visual_tokens);
+        }
+        Ok(())
+    }
+
+    /// Runs tokens through the decoder; returns one token for each work that samples, in order.
+    pub fn compute(
+        &mut self,
+        works: &[ComputeWork],
+        scheduler: &Scheduler,
+        requests: &dyn Requests,
+    ) -> Result<Vec<TokenId>> {
+        let input = self.step_input(works, scheduler, requests)?;
+        let logits = self.model.forward(&input, &mut self.cache, self.tap.as_mut())?;
+        if input.logit_rows.is_empty() {
+            return Ok(Vec::new());
+        }
+        self.tap.tensor("logits_last", None, &logits);
+        let logits = logits.flatten_all()?.to_vec1::<f32>()?;
+        let sampling: Vec<&ComputeWork> = works.iter().filter(|work| work.samples).collect();
+        let sample = |(work, row): (&&ComputeWork, &[f32])| {
+            let sequence =
+                scheduler.sequence(work.sequence).expect("a planned sequence is unknown: this is a bug");
+            let row = &row[..self.num_token_ids];
+            if !row.iter().any(|logit| logit.is_finite()) {
+                return Err(ModelError::Msg("the model produced no finite logit".into()));
+            }
+            let params = requests.sampling(work.sequence);
+            Ok(sampler::sample(row, params, sequence.token_ids(), sequence.num_prompt_tokens()))
+        };
+        sampling.par_iter().zip(logits.par_chunks_exact(self.model.shape().vocab_size)).map(sample).collect()
+    }
+
+    fn step_input(
+        &self,
+        works: &[ComputeWork],
+        scheduler: &Scheduler,
+        requests: &dyn Requests,
+    ) -> Result<StepInput> {
+        let block_size = self.cache.block_size;
+        let mut input = StepInput::default();
+        for work in works {
+            let sequence =
+                scheduler.sequence(work.sequence).expect("a planned sequence is unknown: this is a bug");
+            let first_row = input.token_ids.len();
+            let first_block = input.block_tables.len();
+            let num_blocks = work.positions.end.div_ceil(block_size);
+            input.block_tables.extend(&sequence.blocks()[..num_blocks]);
+            for position in work.positions.clone() {
+                input.token_ids.push(sequence.token_ids()[position]);
+                input.positions.push(position as u32);
+                let block = sequence.blocks()[position / block_size] as usize;
+                input.slot_mapping.push(block * block_size + position % block_size);
+            }
+            for video in requests.videos(work.sequence) {
+                let start = video.span.start.max(work.positions.start);
+                let end = video.span.end.min(work.positions.end);
+                if start < end {
+                    let tokens = self.encoder.visual_tokens(&video.digest);
+                    let tokens = tokens.expect("visual tokens before their video is encoded: this is a bug");
+                    let row = first_row + start - work.positions.start;
+                    let embeddings = tokens.narrow(0, start - video.span.start, end - start)?;
+                    input.visuals.push(VisualRows { rows: row..row + end - start, embeddings });
+                }
+            }
+            let rows = first_row..input.token_ids.len();
+            if work.samples {
+                input.logit_rows.push(rows.end - 1);
+            }
+            let blocks = first_block..input.block_tables.len();
+            input.sequences.push(SequenceInput { rows, context_len: work.positions.end, blocks });
+        }
+        Ok(input)
+    }
+}

@@ -1,0 +1,219 @@
+//! Logits to the next token.
+//!
+//! Called by the runner. A pure function of the logits, the sequence's own tokens, its parameters and the position:
+//! the random number depends on seed and position alone, so a request gives the same text in any batch.
+
+use rand_chacha::{
+    ChaCha8Rng,
+    rand_core::{RngCore, SeedableRng},
+};
+
+use crate::scheduler::{SamplingParams, TokenId, VISUAL_TOKEN};
+
+/// Chooses the token that follows `tokens` (prompt and completion; the completion starts at `num_prompt_tokens`).
+/// `logits` holds the ids that may be sampled, and no others.
+pub fn sample(
+    logits: &[f32],
+    params: &SamplingParams,
+    tokens: &[TokenId],
+    num_prompt_tokens: usize,
+) -> TokenId {
+    let adjusted = adjust(logits, params, tokens, num_prompt_tokens);
+    let logits = adjusted.as_deref().unwrap_or(logits);
+    if params.temperature <= 0.0 {
+        return argmax(logits);
+    }
+    let position = tokens.len() as u64;
+    draw(&candidates(logits, params), unit_random(params.seed, position))
+}
+
+/// Penalties and bias; `None` when there are none.
+fn adjust(
+    logits: &[f32],
+    params: &SamplingParams,
+    tokens: &[TokenId],
+    num_prompt_tokens: usize,
+) -> Option<Vec<f32>> {
+    let penalises =
+        params.repetition_penalty != 1.0 || params.frequency_penalty != 0.0 || params.presence_penalty != 0.0;
+    if !penalises && params.logit_bias.is_empty() {
+        return None;
+    }
+    let mut logits = logits.to_vec();
+    if penalises {
+        let mut seen: Vec<TokenId> = tokens.iter().copied().filter(|&id| id != VISUAL_TOKEN).collect();
+        seen.sort_unstable();
+        seen.dedup();
+        for id in seen {
+            let Some(logit) = logits.get_mut(id as usize) else { continue };
+            let factor =
+                if *logit > 0.0 { 1.0 / params.repetition_penalty } else { params.repetition_penalty };
+            *logit *= factor;
+            let count = tokens[num_prompt_tokens..].iter().filter(|&&token| token == id).count() as f32;
+            *logit -= count * params.frequency_penalty + count.min(1.0) * params.presence_penalty;
+        }
+    }
+    for &(id, bias) in &params.logit_bias {
+        if let Some(logit) = logits.get_mut(id as usize) {
+            *logit += bias;
+        }
+    }
+    Some(logits)
+}
+
+/// The first of the largest; NaN never wins.
+fn argmax(logits: &[f32]) -> TokenId {
+    let mut best = (0, f32::NEG_INFINITY);
+    for (id, &logit) in logits.iter().enumerate() {
+        if logit > best.1 {
+            best = (id, logit);
+        }
+    }
+    best.0 as TokenId
+}
+
+/// Tokens that may be drawn with their unnormalised probabilities, after temperature, top-k, top-p and min-p.
+fn candidates(logits: &[f32], params: &SamplingParams) -> Vec<(TokenId, f32)> {
+    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let floor = if params.top_k > 0 && params.top_k < logits.len() {
+        nth_largest(logits, params.top_k)
+    } else {
+        f32::NEG_INFINITY
+    };
+    let weight = |logit: f32| ((logit - largest) / params.temperature).exp();
+    let kept = logits.iter().enumerate().filter(|&(_, &logit)| logit >= floor);
+    let mut kept: Vec<(TokenId, f32)> = kept.map(|(id, &logit)| (id as TokenId, weight(logit))).collect();
+    if params.top_p < 1.0 {
+        keep_top_p(&mut kept, params.top_p);
+    }
+    // The largest weight is 1 by construction.
+    kept.retain(|&(_, weight)| weight >= params.min_p && weight > 0.0);
+    if kept.is_empty() {
+        kept.push((argmax(logits), 1.0));
+    }
+    kept
+}
+
+fn nth_largest(logits: &[f32], n: usize) -> f32 {
+    let mut values = logits.to_vec();
+    *values.select_nth_unstable_by(n - 1, |a, b| b.total_cmp(a)).1
+}
+
+/// Keeps the smallest set of most probable tokens whose probability reaches `top_p`; sorts no more than it must.
+fn keep_top_p(kept: &mut Vec<(TokenId, f32)>, top_p: f32) {
+    let by_weight = |a: &(TokenId, f32), b: &(TokenId, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
+    let wanted = top_p * kept.iter().map(|(_, weight)| weight).sum::<f32>();
+    let mut head = 256;
+    loop {
+        head = head.min(kept.len());
+        if head < kept.len() {
+            kept.select_nth_unstable_by(head - 1, by_weight);
+        }
+        kept[..head].sort_unstable_by(by_weight);
+        let mut sum = 0.0;
+        let enough = kept[..head].iter().position(|(_, weight)| {
+            sum += weight;
+            sum >= wanted
+        });
+        match enough {
+            Some(last) => return kept.truncate(last + 1),
+            None if head == kept.len() => return,
+            None => head *= 8,
+        }
+    }
+}
+
+fn draw(candidates: &[(TokenId, f32)], random: f64) -> TokenId {
+    let total: f64 = candidates.iter().map(|&(_, weight)| f64::from(weight)).sum();
+    let mut left = random * total;
+    for &(id, weight) in candidates {
+        left -= f64::from(weight);
+        if left < 0.0 {
+            return id;
+        }
+    }
+    candidates.last().expect("there is always a candidate: this is a bug").0
+}
+
+/// A number in `[0, 1)` that depends on seed and position alone.
+fn unit_random(seed: u64, position: u64) -> f64 {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    rng.set_stream(position);
+    (rng.next_u64() >> 11) as f64 / (1u64 << 53) as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn params(temperature: f32) -> SamplingParams {
+        SamplingParams { temperature, ..SamplingParams::greedy(1) }
+    }
+
+    fn counts(logits: &[f32], params: &SamplingParams, draws: u64) -> Vec<usize> {
+        let mut counts = vec![0; logits.len()];
+        for seed in 0..draws {
+            counts[sample(logits, &SamplingParams { seed, ..params.clone() }, &[0], 1) as usize] += 1;
+        }
+        counts
+    }
+
+    #[test]
+    fn greedy_takes_the_first_of_the_largest() {
+        assert_eq!(sample(&[0.0, 3.0, 3.0, f32::NAN], &params(0.0), &[0], 1), 1);
+    }
+
+    #[test]
+    fn the_frequencies_follow_the_probabilities() {
+        let counts = counts(&[0.0, 1.0, 2.0], &params(1.0), 20_000);
+        for (count, expected) in counts.iter().zip([0.0900, 0.2447, 0.6652]) {
+            assert!((*count as f64 / 20_000.0 - expected).abs() < 0.015, "{counts:?}");
+        }
+    }
+
+    #[test]
+    fn top_k_top_p_and_min_p_cut_the_tail() {
+        let logits = [4.0, 3.0, 2.0, 1.0, 0.0];
+        let drawn =
+            |params: SamplingParams| counts(&logits, &params, 2_000).iter().filter(|&&n| n > 0).count();
+        assert_eq!(drawn(SamplingParams { top_k: 2, ..params(5.0) }), 2);
+        assert_eq!(drawn(SamplingParams { top_p: 0.85, ..params(1.0) }), 2);
+        assert_eq!(drawn(SamplingParams { min_p: 0.3, ..params(1.0) }), 2);
+    }
+
+    #[test]
+    fn penalties_and_bias_move_the_choice() {
+        let logits = [2.0, 1.9, 0.0];
+        let with = |params: SamplingParams| sample(&logits, &params, &[1, 0], 1);
+        assert_eq!(with(params(0.0)), 0);
+        assert_eq!(with(SamplingParams { frequency_penalty: 0.2, ..params(0.0) }), 1);
+        assert_eq!(with(SamplingParams { presence_penalty: 0.2, ..params(0.0) }), 1);
+        assert_eq!(with(SamplingParams { logit_bias: vec![(2, 100.0)], ..params(0.0) }), 2);
+        let repeats_only_first = SamplingParams { repetition_penalty: 4.0, ..params(0.0) };
+        assert_eq!(sample(&logits, &repeats_only_first, &[0, 0], 1), 1);
+    }
+
+    proptest! {
+        #[test]
+        fn the_same_seed_and_position_give_the_same_token(
+            logits in prop::collection::vec(-9.0f32..9.0, 2..400), seed: u64, top_k in 0..50usize, top_p in 0.05f32..1.0,
+        ) {
+            let params = SamplingParams { seed, top_k, top_p, ..params(0.8) };
+            let token = sample(&logits, &params, &[1, 0, 1], 1);
+            prop_assert_eq!(token, sample(&logits, &params, &[1, 0, 1], 1));
+            prop_assert!((token as usize) < logits.len());
+        }
+
+        #[test]
+        fn top_p_keeps_the_smallest_sufficient_set(logits in prop::collection::vec(-9.0f32..9.0, 1..3000), top_p in 0.05f32..0.999) {
+            let kept = candidates(&logits, &SamplingParams { top_p, ..params(1.0) });
+            let total: f64 = candidates(&logits, &params(1.0)).iter().map(|c| f64::from(c.1)).sum();
+            let mass: f64 = kept.iter().map(|c| f64::from(c.1)).sum();
+            let least = kept.iter().map(|c| f64::from(c.1)).fold(f64::INFINITY, f64::min);
+            prop_assert!(mass / total >= f64::from(top_p) - 1e-4);
+            prop_assert!((mass - least) / total <= f64::from(top_p) + 1e-4);
+        }
+    }
+}

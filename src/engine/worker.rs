@@ -1,0 +1,324 @@
+//! The engine thread: takes submissions in, runs step after step, sends tokens out.
+//!
+//! Started by `cli` and tests. The only owner of scheduler and runner; nothing else touches them.
+
+use std::{
+    collections::HashMap,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::Arc,
+    thread::JoinHandle,
+    time::Instant,
+};
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+
+use super::{
+    handle::{EngineHandle, EngineLimits, EngineStatus, Submission, TokenEvent, VideoInput},
+    runner::{Requests, Runner},
+};
+use crate::{
+    config::EngineConfig,
+    model::{KvCache, Tap, VideoLanguageModel},
+    scheduler::{
+        ComputeWork, EncodeWork, SamplingParams, Scheduler, SchedulerLimits, SchedulerStats, SequenceId,
+        SequenceSpec, StepPlan, TokenId, VisualSpan,
+    },
+};
+
+/// What a step did, for the metrics.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct StepReport {
+    /// After the step.
+    pub stats: SchedulerStats,
+    /// Blocks of the cache.
+    pub num_blocks: usize,
+    pub num_encoded_frames: usize,
+    pub num_prefill_tokens: usize,
+    pub num_decodes: usize,
+    /// Seconds of the step's encoding and of its decoder run.
+    pub encode_seconds: f64,
+    pub compute_seconds: f64,
+}
+
+/// Hears of every step, on the engine thread: must return at once.
+pub trait StepObserver: Send {
+    /// Called after each step, and when the last sequence has gone.
+    fn step(&mut self, report: &StepReport);
+}
+
+/// Hears nothing.
+impl StepObserver for () {
+    fn step(&mut self, _: &StepReport) {}
+}
+
+/// What the engine needs besides a model.
+pub struct EngineOptions {
+    pub config: EngineConfig,
+    /// Ids the tokenizer knows: `[0, n)`.
+    pub num_token_ids: usize,
+    pub end_token_ids: Vec<TokenId>,
+    pub observer: Box<dyn StepObserver>,
+    /// Sees intermediate tensors; `Box::new(())` sees none.
+    pub tap: Box<dyn Tap>,
+}
+
+impl std::fmt::Debug for EngineOptions {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("EngineOptions").field("config", &self.config).finish_non_exhaustive()
+    }
+}
+
+/// The running thread; ends when the last [`EngineHandle`] is dropped.
+#[derive(Debug)]
+pub struct EngineThread(Option<JoinHandle<()>>);
+
+impl EngineThread {
+    /// Waits for the end. All handles must be gone.
+    pub fn join(mut self) {
+        if let Some(thread) = self.0.take() {
+            // A panic of the thread has been logged and shown in the status.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Starts the engine thread on `model`.
+///
+/// # Errors
+/// When the cache cannot hold a single block, or the thread cannot be started.
+pub fn start(
+    model: Box<dyn VideoLanguageModel>,
+    options: EngineOptions,
+) -> std::io::Result<(EngineHandle, EngineThread)> {
+    let limits = engine_limits(model.as_ref(), &options.config);
+    if limits.num_blocks == 0 {
+        return Err(std::io::Error::other("the KV cache is too small for one block; give it more memory"));
+    }
+    let (submissions, inbox) = mpsc::channel(limits.max_sequences);
+    let (status_sender, status) = watch::channel(EngineStatus::Ready);
+    let places = Arc::new(Semaphore::new(limits.max_sequences));
+    let handle = EngineHandle { places, submissions, status, limits };
+    let thread = std::thread::Builder::new().name("engine".into()).spawn(move || {
+        let _failed_at_the_end = FailOnDrop(status_sender);
+        Worker::new(model, options, limits).run(inbox);
+    })?;
+    Ok((handle, EngineThread(Some(thread))))
+}
+
+fn engine_limits(model: &dyn VideoLanguageModel, config: &EngineConfig) -> EngineLimits {
+    let shape = model.shape();
+    let block_bytes = KvCache::block_bytes(shape, config.block_size);
+    let asked = if config.max_context_tokens == 0 { shape.context } else { config.max_context_tokens };
+    // More than every running sequence can hold is never used.
+    let context = asked.min(shape.context);
+    let most_useful = (config.max_running_sequences * 2) * context.div_ceil(config.block_size);
+    EngineLimits {
+        context,
+        num_blocks: (config.kv_cache_bytes / block_bytes).min(most_useful),
+        block_size: config.block_size,
+        max_sequences: config.max_running_sequences + config.max_waiting_sequences,
+        visual_tokens: shape.visual_tokens,
+        image_size: shape.image_size,
+    }
+}
+
+/// Tells the handles that the thread is gone, however it ended.
+struct FailOnDrop(watch::Sender<EngineStatus>);
+
+impl Drop for FailOnDrop {
+    fn drop(&mut self) {
+        self.0.send_replace(EngineStatus::Failed);
+    }
+}
+
+/// What the worker keeps of a request.
+struct Request {
+    sampling: SamplingParams,
+    videos: Vec<VideoInput>,
+    events: mpsc::Sender<TokenEvent>,
+    _place: OwnedSemaphorePermit,
+}
+
+struct RequestTable(HashMap<SequenceId, Request>);
+
+impl Requests for RequestTable {
+    fn sampling(&self, id: SequenceId) -> &SamplingParams {
+        &self.0[&id].sampling
+    }
+
+    fn videos(&self, id: SequenceId) -> &[VideoInput] {
+        &self.0[&id].videos
+    }
+}
+
+/// Runs a piece of a step; a panic in it is an error like any other.
+fn guarded<T>(run: impl FnOnce() -> crate::model::Result<T>) -> Result<T, String> {
+    match catch_unwind(AssertUnwindSafe(run)) {
+        Ok(outcome) => outcome.map_err(|error| error.to_string()),
+        Err(_) => Err("a step panicked".into()),
+    }
+}
+
+struct Worker {
+    scheduler: Scheduler,
+    runner: Runner,
+    requests: RequestTable,
+    observer: Box<dyn StepObserver>,
+    num_blocks: usize,
+}
+
+impl Worker {
+    fn new(model: Box<dyn VideoLanguageModel>, options: EngineOptions, limits: EngineLimits) -> Self {
+        let config = &options.config;
+        let scheduler = Scheduler::new(SchedulerLimits {
+            block_size: config.block_size,
+            num_blocks: limits.num_blocks,
+            max_running_sequences: config.max_running_sequences,
+            max_prefill_tokens: config.max_prefill_tokens,
+            max_encode_frames: config.max_encode_frames,
+            max_cached_videos: config.max_cached_videos,
+            prefix_cache: config.prefix_cache,
+            end_token_ids: options.end_token_ids,
+        });
+        let mut runner = Runner::new(model, limits.num_blocks, limits.block_size, options.num_token_ids);
+        runner.set_tap(options.tap);
+        let requests = RequestTable(HashMap::new());
+        Worker { scheduler, runner, requests, observer: options.observer, num_blocks: limits.num_blocks }
+    }
+
+    fn run(&mut self, mut inbox: mpsc::Receiver<Submission>) {
+        loop {
+            if !self.scheduler.has_work() {
+                // Nothing to do: sleep until someone asks for something, or all handles are gone.
+                match inbox.blocking_recv() {
+                    Some(submission) => self.take_in(submission),
+                    None => return,
+                }
+            }
+            while let Ok(submission) = inbox.try_recv() {
+                self.take_in(submission);
+            }
+            self.drop_cancelled();
+            self.step();
+        }
+    }
+
+    fn take_in(&mut self, submission: Submission) {
+        let Submission { sequence, events, place } = submission;
+        let span = |video: &VideoInput| VisualSpan {
+            range: video.span.clone(),
+            digest: video.digest,
+            num_frames: video.frames.num_frames(),
+        };
+        let id = self.scheduler.add(SequenceSpec {
+            token_ids: sequence.token_ids,
+            spans: sequence.videos.iter().map(span).collect(),
+            max_tokens: sequence.sampling.max_tokens,
+            ignore_eos: sequence.sampling.ignore_eos,
+            stop_token_ids: sequence.sampling.stop_token_ids.clone(),
+        });
+        let request = Request { sampling: sequence.sampling, videos: sequence.videos, events, _place: place };
+        self.requests.0.insert(id, request);
+    }
+
+    /// A dropped stream is how clients cancel.
+    fn drop_cancelled(&mut self) {
+        let cancelled = self.requests.0.iter().filter(|(_, request)| request.events.is_closed());
+        let cancelled: Vec<SequenceId> = cancelled.map(|(&id, _)| id).collect();
+        for id in cancelled {
+            self.scheduler.abort(id);
+            self.requests.0.remove(&id);
+        }
+        if !self.scheduler.has_work() {
+            self.report(StepReport::default());
+        }
+    }
+
+    fn step(&mut self) {
+        let plan = self.scheduler.schedule();
+        for (id, cached_tokens) in &plan.admitted {
+            self.send(*id, TokenEvent::Started { cached_tokens: *cached_tokens });
+        }
+        let mut report = StepReport {
+            num_encoded_frames: plan.encode.iter().map(|work| work.frames.len()).sum(),
+            num_prefill_tokens: plan.compute[plan.num_decodes..]
+                .iter()
+                .map(|work| work.positions.len())
+                .sum(),
+            num_decodes: plan.num_decodes,
+            ..StepReport::default()
+        };
+        plan.drop_videos.iter().for_each(|digest| self.runner.drop_video(digest));
+        let start = Instant::now();
+        plan.encode.into_iter().for_each(|work| self.encode(work));
+        report.encode_seconds = start.elapsed().as_secs_f64();
+        let start = Instant::now();
+        self.compute(plan.compute);
+        report.compute_seconds = start.elapsed().as_secs_f64();
+        #[cfg(debug_assertions)]
+        self.scheduler.check_integrity();
+        self.report(report);
+    }
+
+    fn encode(&mut self, work: EncodeWork) {
+        let outcome = guarded(|| self.runner.encode(&work, &self.requests.videos(work.sequence)[work.video]));
+        let part = StepPlan { encode: vec![work], ..StepPlan::default() };
+        match outcome {
+            Ok(()) => self.deliver(&part, &[]),
+            Err(error) => self.fail(&part, &error),
+        }
+    }
+
+    /// Runs all works together. When that fails, each runs alone, so that only the culprits fail: what a step
+    /// writes to the cache depends on nothing but its plan and may be written twice.
+    fn compute(&mut self, mut works: Vec<ComputeWork>) {
+        works.retain(|work| self.scheduler.sequence(work.sequence).is_some());
+        if works.is_empty() {
+            return;
+        }
+        let outcome = guarded(|| self.runner.compute(&works, &self.scheduler, &self.requests));
+        match outcome {
+            Ok(sampled) => self.deliver(&StepPlan { compute: works, ..StepPlan::default() }, &sampled),
+            Err(error) if works.len() == 1 => {
+                self.fail(&StepPlan { compute: works, ..StepPlan::default() }, &error)
+            }
+            Err(_) => works.into_iter().for_each(|work| self.compute(vec![work])),
+        }
+    }
+
+    fn deliver(&mut self, plan: &StepPlan, sampled: &[TokenId]) {
+        for update in self.scheduler.complete(plan, sampled) {
+            if let Some(token) = update.token {
+                self.send(update.sequence, TokenEvent::Token(token));
+            }
+            if let Some(reason) = update.finished {
+                self.send(update.sequence, TokenEvent::Finished(reason));
+                self.requests.0.remove(&update.sequence);
+            }
+        }
+    }
+
+    fn fail(&mut self, plan: &StepPlan, error: &str) {
+        let failed = self.scheduler.fail(plan);
+        tracing::error!(error, sequences = failed.len(), "a step failed");
+        for id in failed {
+            self.send(id, TokenEvent::Failed(error.to_string()));
+            self.requests.0.remove(&id);
+        }
+    }
+
+    /// The channel has room for all a sequence can produce, so a failure means that the client has gone.
+    fn send(&self, id: SequenceId, event: TokenEvent) {
+        if let Some(request) = self.requests.0.get(&id) {
+            let _ = request.events.try_send(event);
+        }
+    }
+
+    fn report(&mut self, report: StepReport) {
+        self.observer.step(&StepReport {
+            stats: self.scheduler.stats(),
+            num_blocks: self.num_blocks,
+            ..report
+        });
+    }
+}

@@ -1,0 +1,305 @@
+//! `y = x W^T + b` with weights packed once at load, in the dtype they are stored in.
+//!
+//! Weights are kept as panels of neighbouring output columns, `[panels][k][columns]`, so that one pass over a panel
+//! gives a tile of outputs in registers. Each output is one chain of fused multiply-adds over `k` in ascending order:
+//! the same bits for one row or a thousand.
+
+use half::{bf16, f16, slice::HalfFloatSliceExt};
+use pulp::{Arch, Simd, WithSimd};
+use rayon::prelude::*;
+
+use super::{MIN_PARALLEL_WORK, SharedOutput};
+
+/// Vectors a panel is wide.
+const PANEL_VECTORS: usize = 2;
+/// Rows of a register tile: with two vectors each, twelve accumulators and room for the operands in 16 registers.
+const TILE_ROWS: usize = 6;
+/// Rows that share one pass over a panel.
+const BLOCK_ROWS: usize = 48;
+
+/// Packed elements; arithmetic is always f32.
+enum Panels {
+    F32(Vec<f32>),
+    Bf16(Vec<bf16>),
+    F16(Vec<f16>),
+}
+
+/// A weight matrix `[n, k]`.
+pub struct PackedMatrix {
+    panels: Panels,
+    /// Outputs.
+    n: usize,
+    /// Inputs.
+    k: usize,
+    /// Columns a panel.
+    width: usize,
+}
+
+impl std::fmt::Debug for PackedMatrix {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "PackedMatrix[{}, {}]", self.n, self.k)
+    }
+}
+
+/// An element type weights may be stored in.
+pub trait StoredFloat: Copy + Default + Send + Sync {
+    #[doc(hidden)]
+    fn wrap(packed: Vec<Self>) -> PackedElements;
+}
+
+/// Keeps [`Panels`] private.
+#[doc(hidden)]
+#[expect(missing_debug_implementations, reason = "never shown")]
+pub struct PackedElements(Panels);
+
+impl StoredFloat for f32 {
+    fn wrap(packed: Vec<f32>) -> PackedElements {
+        PackedElements(Panels::F32(packed))
+    }
+}
+
+impl StoredFloat for bf16 {
+    fn wrap(packed: Vec<bf16>) -> PackedElements {
+        PackedElements(Panels::Bf16(packed))
+    }
+}
+
+impl StoredFloat for f16 {
+    fn wrap(packed: Vec<f16>) -> PackedElements {
+        PackedElements(Panels::F16(packed))
+    }
+}
+
+impl PackedMatrix {
+    /// Packs a row-major `[n, k]` matrix.
+    pub fn pack<T: StoredFloat>(weights: &[T], n: usize, k: usize) -> Self {
+        assert_eq!(weights.len(), n * k, "a matrix of another size: this is a bug");
+        let width = Arch::new().dispatch(PanelWidth);
+        let mut packed = vec![T::default(); n.div_ceil(width) * k * width];
+        packed.par_chunks_mut((k * width).max(1)).enumerate().for_each(|(index, panel)| {
+            for column in 0..width.min(n - index * width) {
+                let row = &weights[(index * width + column) * k..][..k];
+                for (i, &value) in row.iter().enumerate() {
+                    panel[i * width + column] = value;
+                }
+            }
+        });
+        PackedMatrix { panels: T::wrap(packed).0, n, k, width }
+    }
+
+    /// Outputs.
+    pub fn num_outputs(&self) -> usize {
+        self.n
+    }
+
+    /// Inputs.
+    pub fn num_inputs(&self) -> usize {
+        self.k
+    }
+
+    /// Row `index` of the matrix, `[k]` (a token's embedding, where the head is tied to the embeddings).
+    pub fn copy_row(&self, index: usize, row: &mut [f32]) {
+        let start = (index / self.width) * self.k * self.width + index % self.width;
+        let places = (0..self.k).map(|i| start + i * self.width);
+        match &self.panels {
+            Panels::F32(w) => row.iter_mut().zip(places).for_each(|(value, at)| *value = w[at]),
+            Panels::Bf16(w) => row.iter_mut().zip(places).for_each(|(value, at)| *value = w[at].to_f32()),
+            Panels::F16(w) => row.iter_mut().zip(places).for_each(|(value, at)| *value = w[at].to_f32()),
+        }
+    }
+
+    /// `x` `[m, k]` times the transposed matrix, plus `bias` `[n]`: `[m, n]`.
+    pub fn multiply(&self, x: &[f32], bias: Option<&[f32]>) -> Vec<f32> {
+        let m = x.len() / self.k;
+        assert_eq!(x.len(), m * self.k, "an input of another width: this is a bug");
+        let mut out = vec![0.0; m * self.n];
+        let num_panels = self.n.div_ceil(self.width);
+        let is_small = m * self.n * self.k < MIN_PARALLEL_WORK;
+        // Several tasks a thread, so that a slow one does not hold up the rest.
+        let num_tasks = if is_small { 1 } else { rayon::current_num_threads() * 4 };
+        let panels_a_task = num_panels.div_ceil(num_tasks).max(1);
+        let output = SharedOutput::new(&mut out);
+        let run = |task: usize| {
+            let (block, group) =
+                (task / num_panels.div_ceil(panels_a_task), task % num_panels.div_ceil(panels_a_task));
+            let panels = group * panels_a_task..((group + 1) * panels_a_task).min(num_panels);
+            let rows = block * BLOCK_ROWS..((block + 1) * BLOCK_ROWS).min(m);
+            Arch::new().dispatch(BlockProduct { matrix: self, x, bias, rows, panels, output: &output });
+        };
+        let num_blocks = m.div_ceil(BLOCK_ROWS);
+        let tasks = 0..num_blocks * num_panels.div_ceil(panels_a_task);
+        if is_small {
+            tasks.for_each(run)
+        } else {
+            tasks.into_par_iter().for_each(run)
+        }
+        out
+    }
+
+    /// One panel as f32, `[k, width]`; `scratch` is used when it is stored otherwise.
+    #[inline(always)]
+    fn panel<'a>(&'a self, index: usize, scratch: &'a mut Vec<f32>) -> &'a [f32] {
+        let range = index * self.k * self.width..(index + 1) * self.k * self.width;
+        match &self.panels {
+            Panels::F32(w) => &w[range],
+            Panels::Bf16(w) => {
+                scratch.resize(range.len(), 0.0);
+                for (wide, narrow) in scratch.iter_mut().zip(&w[range]) {
+                    *wide = f32::from_bits(u32::from(narrow.to_bits()) << 16);
+                }
+                scratch
+            }
+            Panels::F16(w) => {
+                scratch.resize(range.len(), 0.0);
+                w[range].convert_to_f32_slice(scratch);
+                scratch
+            }
+        }
+    }
+}
+
+struct PanelWidth;
+
+impl WithSimd for PanelWidth {
+    type Output = usize;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) -> usize {
+        PANEL_VECTORS * S::F32_LANES
+    }
+}
+
+/// A block of rows times a group of panels.
+struct BlockProduct<'a> {
+    matrix: &'a PackedMatrix,
+    x: &'a [f32],
+    bias: Option<&'a [f32]>,
+    rows: std::ops::Range<usize>,
+    panels: std::ops::Range<usize>,
+    output: &'a SharedOutput<'a>,
+}
+
+impl WithSimd for BlockProduct<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let mut scratch = Vec::new();
+        for index in self.panels.clone() {
+            let panel = self.matrix.panel(index, &mut scratch);
+            let (vectors, _) = S::as_simd_f32s(panel);
+            let mut row = self.rows.start;
+            while row < self.rows.end {
+                match self.rows.end - row {
+                    1 => self.tile::<S, 1>(simd, vectors, row, index),
+                    2 => self.tile::<S, 2>(simd, vectors, row, index),
+                    3 => self.tile::<S, 3>(simd, vectors, row, index),
+                    4 => self.tile::<S, 4>(simd, vectors, row, index),
+                    5 => self.tile::<S, 5>(simd, vectors, row, index),
+                    _ => self.tile::<S, TILE_ROWS>(simd, vectors, row, index),
+                }
+                row += TILE_ROWS;
+            }
+        }
+    }
+}
+
+impl BlockProduct<'_> {
+    /// `ROWS` rows from `first_row` times one panel.
+    #[inline(always)]
+    fn tile<S: Simd, const ROWS: usize>(&self, simd: S, panel: &[S::f32s], first_row: usize, index: usize) {
+        let (k, n, width) = (self.matrix.k, self.matrix.n, self.matrix.width);
+        let rows: [&[f32]; ROWS] = std::array::from_fn(|row| &self.x[(first_row + row) * k..][..k]);
+        let mut sums = [[simd.splat_f32s(0.0); PANEL_VECTORS]; ROWS];
+        for (i, weights) in panel.chunks_exact(PANEL_VECTORS).enumerate().take(k) {
+            for row in 0..ROWS {
+                let value = simd.splat_f32s(rows[row][i]);
+                for v in 0..PANEL_VECTORS {
+                    sums[row][v] = simd.mul_add_e_f32s(value, weights[v], sums[row][v]);
+                }
+            }
+        }
+        let num_columns = width.min(n - index * width);
+        for (row, sums) in sums.iter().enumerate() {
+            let start = (first_row + row) * n + index * width;
+            // SAFETY: tasks have disjoint rows or columns, and within a task each tile is visited once.
+            let out = unsafe { self.output.slice(start, num_columns) };
+            let sums: &[f32] = bytemuck_cast(sums);
+            match self.bias {
+                Some(bias) => {
+                    let bias = &bias[index * width..][..num_columns];
+                    out.iter_mut().zip(sums).zip(bias).for_each(|((out, sum), bias)| *out = sum + bias);
+                }
+                None => out.copy_from_slice(&sums[..num_columns]),
+            }
+        }
+    }
+}
+
+/// Vectors as the floats they hold.
+#[inline(always)]
+fn bytemuck_cast<V: pulp::bytemuck::NoUninit>(vectors: &[V]) -> &[f32] {
+    pulp::bytemuck::cast_slice(vectors)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn values(len: usize, seed: u32) -> Vec<f32> {
+        let mut state = seed | 1;
+        let next = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 8) as f32 / (1 << 24) as f32 - 0.5
+        };
+        std::iter::repeat_with(next).take(len).collect()
+    }
+
+    fn plain(x: &[f32], w: &[f32], bias: &[f32], k: usize) -> Vec<f64> {
+        let dot = |row: &[f32], column: &[f32]| {
+            row.iter().zip(column).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>()
+        };
+        x.chunks(k)
+            .flat_map(|row| {
+                w.chunks(k).zip(bias).map(move |(column, bias)| dot(row, column) + f64::from(*bias))
+            })
+            .collect()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(60))]
+
+        #[test]
+        fn products_equal_the_plain_sum(m in 1..70usize, n in 1..90usize, k in 1..70usize, seed: u32) {
+            let (x, w, bias) = (values(m * k, seed), values(n * k, seed ^ 1), values(n, seed ^ 2));
+            let product = PackedMatrix::pack(&w, n, k).multiply(&x, Some(&bias));
+            for (got, expected) in product.iter().zip(plain(&x, &w, &bias, k)) {
+                prop_assert!((f64::from(*got) - expected).abs() < 1e-5, "{got} {expected}");
+            }
+        }
+
+        #[test]
+        fn a_row_gives_the_same_bits_in_any_batch(m in 1..70usize, n in 1..300usize, k in 1..70usize, seed: u32) {
+            let (x, w) = (values(m * k, seed), values(n * k, seed ^ 1));
+            let w: Vec<bf16> = w.into_iter().map(bf16::from_f32).collect();
+            let matrix = PackedMatrix::pack(&w, n, k);
+            let together = matrix.multiply(&x, None);
+            for (row, expected) in x.chunks(k).zip(together.chunks(n)) {
+                prop_assert_eq!(&matrix.multiply(row, None)[..], expected);
+            }
+        }
+
+        #[test]
+        fn rows_come_back_as_stored(n in 1..90usize, k in 1..40usize, seed: u32) {
+            let w: Vec<f16> = values(n * k, seed).into_iter().map(f16::from_f32).collect();
+            let matrix = PackedMatrix::pack(&w, n, k);
+            let mut row = vec![0.0; k];
+            for (index, expected) in w.chunks(k).enumerate() {
+                matrix.copy_row(index, &mut row);
+                prop_assert!(row.iter().zip(expected).all(|(a, b)| *a == b.to_f32()));
+            }
+        }
+    }
+}

@@ -1,0 +1,224 @@
+//! Blocks of the KV cache: who holds them, which can be shared, which are given away first.
+//!
+//! The prefix cache is an exact tree rather than a table of hashes: a block's key is the identity of the block
+//! before it, its tokens, and the videos its visual tokens belong to. Equal keys mean equal content, so no
+//! collision can ever mix two requests, however adversarial.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+
+use super::{TokenId, VideoDigest, sequence::Sequence};
+
+/// Index of a block in the cache.
+pub type BlockId = u32;
+
+/// Identity of registered content; never reused, so a dead parent cannot be mistaken for a live one.
+pub(super) type BlockUid = u64;
+
+/// The parent of a sequence's first block.
+pub(super) const ROOT: BlockUid = 0;
+
+/// Everything the keys and values in a full block depend on.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct BlockKey {
+    parent: BlockUid,
+    tokens: Box<[TokenId]>,
+    /// Video and offset into it of each visual span that reaches into the block.
+    visuals: Vec<(VideoDigest, isize)>,
+}
+
+#[derive(Debug, Default)]
+struct Block {
+    num_holders: usize,
+    /// Set when the content is registered.
+    content: Option<(BlockKey, BlockUid)>,
+    /// When the last holder left; orders reuse.
+    freed_at: u64,
+}
+
+/// What the prefix cache held of a prompt, and blocks for all of the sequence.
+#[derive(Debug)]
+pub(super) struct PrefixMatch {
+    /// Shared blocks first, then fresh ones.
+    pub blocks: Vec<BlockId>,
+    pub num_tokens: usize,
+    pub num_blocks: usize,
+    pub last_uid: BlockUid,
+}
+
+/// Prefix cache counts, in tokens.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct PrefixStats {
+    pub queried_tokens: u64,
+    pub hit_tokens: u64,
+}
+
+#[derive(Debug)]
+pub(super) struct BlockManager {
+    block_size: usize,
+    sharing: bool,
+    blocks: Vec<Block>,
+    /// Without holder and content.
+    free: VecDeque<BlockId>,
+    /// Without holder, with content that may be asked for again; oldest first.
+    reusable: BTreeMap<u64, BlockId>,
+    index: HashMap<BlockKey, BlockId>,
+    clock: u64,
+    next_uid: BlockUid,
+    stats: PrefixStats,
+}
+
+impl BlockManager {
+    pub(super) fn new(num_blocks: usize, block_size: usize, sharing: bool) -> Self {
+        let num_ids = BlockId::try_from(num_blocks).expect("more blocks than block ids: this is a bug");
+        BlockManager {
+            block_size,
+            sharing,
+            blocks: (0..num_blocks).map(|_| Block::default()).collect(),
+            free: (0..num_ids).collect(),
+            reusable: BTreeMap::new(),
+            index: HashMap::new(),
+            clock: 0,
+            next_uid: ROOT + 1,
+            stats: PrefixStats::default(),
+        }
+    }
+
+    /// Blocks for all the sequence may ever hold, shared as far as its prompt is known; `None` when there are too few.
+    pub(super) fn allocate(&mut self, sequence: &Sequence) -> Option<PrefixMatch> {
+        let (shared, last_uid) = self.lookup(sequence);
+        let num_fresh = sequence.num_reserved_tokens().div_ceil(self.block_size) - shared.len();
+        let num_shared_idle = shared.iter().filter(|&&id| self.blocks[id as usize].num_holders == 0).count();
+        if self.free.len() + self.reusable.len() - num_shared_idle < num_fresh {
+            return None;
+        }
+        shared.iter().for_each(|&id| self.hold(id));
+        let num_blocks = shared.len();
+        let mut blocks = shared;
+        blocks.extend((0..num_fresh).map(|_| self.take_fresh()));
+        Some(PrefixMatch { blocks, num_tokens: num_blocks * self.block_size, num_blocks, last_uid })
+    }
+
+    /// The longest known chain of full blocks of the prompt. The last prompt token is always left to compute:
+    /// its logits are wanted.
+    fn lookup(&self, sequence: &Sequence) -> (Vec<BlockId>, BlockUid) {
+        let (mut shared, mut parent) = (Vec::new(), ROOT);
+        let num_full = (sequence.num_prompt_tokens() - 1) / self.block_size;
+        if self.sharing {
+            for index in 0..num_full {
+                let Some(&id) = self.index.get(&self.key(sequence, index, parent)) else { break };
+                let (_, uid) = self.blocks[id as usize]
+                    .content
+                    .as_ref()
+                    .expect("an indexed block is bare: this is a bug");
+                parent = *uid;
+                shared.push(id);
+            }
+        }
+        (shared, parent)
+    }
+
+    fn key(&self, sequence: &Sequence, index: usize, parent: BlockUid) -> BlockKey {
+        let (start, end) = (index * self.block_size, (index + 1) * self.block_size);
+        let touching =
+            sequence.spans().iter().filter(|span| span.range.start < end && start < span.range.end);
+        let visuals =
+            touching.map(|span| (span.digest, start as isize - span.range.start as isize)).collect();
+        BlockKey { parent, tokens: sequence.token_ids()[start..end].into(), visuals }
+    }
+
+    /// Makes the sequence's newly filled blocks known. A block whose content is known already stays private, but
+    /// the chain goes on from the known one.
+    pub(super) fn register_full_blocks(&mut self, sequence: &mut Sequence) {
+        while self.sharing && (sequence.num_registered + 1) * self.block_size <= sequence.num_computed() {
+            let key = self.key(sequence, sequence.num_registered, sequence.registered_uid);
+            let id = sequence.blocks()[sequence.num_registered];
+            sequence.registered_uid = match self.index.get(&key) {
+                Some(&known) => self.blocks[known as usize].content.as_ref().map_or(ROOT, |(_, uid)| *uid),
+                None => {
+                    let uid = self.next_uid;
+                    self.next_uid += 1;
+                    self.index.insert(key.clone(), id);
+                    self.blocks[id as usize].content = Some((key, uid));
+                    uid
+                }
+            };
+            sequence.num_registered += 1;
+        }
+    }
+
+    /// Gives blocks back. The last ones of a sequence are reused first: a chain is useless without its beginning.
+    pub(super) fn release(&mut self, blocks: Vec<BlockId>) {
+        for id in blocks.into_iter().rev() {
+            let block = &mut self.blocks[id as usize];
+            assert!(block.num_holders > 0, "a free block was released: this is a bug");
+            block.num_holders -= 1;
+            if block.num_holders > 0 {
+                continue;
+            }
+            if block.content.is_some() {
+                self.clock += 1;
+                block.freed_at = self.clock;
+                self.reusable.insert(self.clock, id);
+            } else {
+                self.free.push_back(id);
+            }
+        }
+    }
+
+    fn hold(&mut self, id: BlockId) {
+        let block = &mut self.blocks[id as usize];
+        if block.num_holders == 0 {
+            self.reusable.remove(&block.freed_at);
+        }
+        block.num_holders += 1;
+    }
+
+    fn take_fresh(&mut self) -> BlockId {
+        let id = self.free.pop_front().unwrap_or_else(|| {
+            let (_, id) = self.reusable.pop_first().expect("no block is left after the check: this is a bug");
+            let (key, _) =
+                self.blocks[id as usize].content.take().expect("a reusable block is bare: this is a bug");
+            self.index.remove(&key);
+            id
+        });
+        self.blocks[id as usize].num_holders = 1;
+        id
+    }
+
+    pub(super) fn count_query(&mut self, prompt_tokens: usize, hit_tokens: usize) {
+        self.stats.queried_tokens += prompt_tokens as u64;
+        self.stats.hit_tokens += hit_tokens as u64;
+    }
+
+    pub(super) fn stats(&self) -> PrefixStats {
+        self.stats
+    }
+
+    /// Blocks some sequence holds.
+    pub(super) fn num_used(&self) -> usize {
+        self.blocks.len() - self.free.len() - self.reusable.len()
+    }
+
+    pub(super) fn check_integrity<'a>(&self, tables: impl Iterator<Item = &'a [BlockId]>) {
+        let mut holders = vec![0usize; self.blocks.len()];
+        for table in tables {
+            table.iter().for_each(|&id| holders[id as usize] += 1);
+        }
+        let mut idle = vec![0usize; self.blocks.len()];
+        self.free.iter().chain(self.reusable.values()).for_each(|&id| idle[id as usize] += 1);
+        for (id, block) in self.blocks.iter().enumerate() {
+            assert_eq!(block.num_holders, holders[id], "block {id} counts other holders than it has");
+            assert_eq!(idle[id], usize::from(holders[id] == 0), "block {id} is lost or free while held");
+        }
+        for (key, &id) in &self.index {
+            let content = self.blocks[id as usize].content.as_ref();
+            assert_eq!(
+                content.map(|(known, _)| known),
+                Some(key),
+                "block {id} is indexed under another content"
+            );
+        }
+        let num_contents = self.blocks.iter().filter(|block| block.content.is_some()).count();
+        assert_eq!(num_contents, self.index.len(), "content outside the index");
+    }
+}

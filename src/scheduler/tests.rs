@@ -1,0 +1,268 @@
+//! Invariants over many random operations, with a shadow cache that knows what each slot must hold.
+
+use std::collections::HashMap;
+
+use proptest::prelude::*;
+
+use super::*;
+
+const BLOCK: usize = 4;
+
+fn limits(num_blocks: usize) -> SchedulerLimits {
+    SchedulerLimits {
+        block_size: BLOCK,
+        num_blocks,
+        max_running_sequences: 5,
+        max_prefill_tokens: 7,
+        max_encode_frames: 3,
+        max_cached_videos: 2,
+        prefix_cache: true,
+        end_token_ids: vec![9],
+    }
+}
+
+fn spec(token_ids: Vec<TokenId>, max_tokens: usize) -> SequenceSpec {
+    SequenceSpec { token_ids, spans: vec![], max_tokens, ignore_eos: false, stop_token_ids: vec![] }
+}
+
+/// `before` text tokens, a video of six visual tokens, then `after`.
+fn video_spec(before: &[TokenId], video: u8, after: &[TokenId], max_tokens: usize) -> SequenceSpec {
+    let mut token_ids = before.to_vec();
+    token_ids.extend([VISUAL_TOKEN; 6]);
+    token_ids.extend(after);
+    let range = before.len()..before.len() + 6;
+    let spans = vec![VisualSpan { range, digest: [video; 32], num_frames: 4 }];
+    SequenceSpec { spans, ..spec(token_ids, max_tokens) }
+}
+
+/// Runs steps the way the engine does, and checks that every position a step relies on holds the right content.
+struct Shadow {
+    scheduler: Scheduler,
+    /// (block, slot) -> the whole prefix written there.
+    cache: HashMap<(BlockId, usize), Vec<(TokenId, Option<(VideoDigest, usize)>)>>,
+    /// Frames encoded a video.
+    encoded: HashMap<VideoDigest, usize>,
+    finished: Vec<(SequenceId, StopReason)>,
+}
+
+impl Shadow {
+    fn new(num_blocks: usize) -> Self {
+        let scheduler = Scheduler::new(limits(num_blocks));
+        Shadow { scheduler, cache: HashMap::new(), encoded: HashMap::new(), finished: vec![] }
+    }
+
+    fn prefix(&self, id: SequenceId, end: usize) -> Vec<(TokenId, Option<(VideoDigest, usize)>)> {
+        let sequence = self.scheduler.sequence(id).unwrap();
+        let visual = |position: usize| {
+            let span = sequence.spans().iter().find(|span| span.range.contains(&position))?;
+            Some((span.digest, position - span.range.start))
+        };
+        (0..end).map(|position| (sequence.token_ids()[position], visual(position))).collect()
+    }
+
+    fn run(&mut self, plan: &StepPlan) {
+        for digest in &plan.drop_videos {
+            self.encoded.remove(digest);
+        }
+        assert!(plan.encode.iter().map(|work| work.frames.len()).sum::<usize>() <= 3);
+        for work in &plan.encode {
+            let done = self.encoded.entry(work.digest).or_default();
+            assert_eq!(*done, work.frames.start, "frames were skipped or encoded twice");
+            *done = work.frames.end;
+        }
+        let prefill: usize = plan.compute[plan.num_decodes..].iter().map(|work| work.positions.len()).sum();
+        assert!(prefill <= 7, "a step prefills more than its budget");
+        for work in &plan.compute {
+            let table = self.scheduler.sequence(work.sequence).unwrap().blocks().to_vec();
+            let at = |position: usize| (table[position / BLOCK], position % BLOCK);
+            for position in 0..work.positions.start {
+                let held = self.cache.get(&at(position));
+                assert_eq!(
+                    held,
+                    Some(&self.prefix(work.sequence, position + 1)),
+                    "wrong content at {position}"
+                );
+            }
+            for position in work.positions.clone() {
+                let prefix = self.prefix(work.sequence, position + 1);
+                if let Some((digest, _)) = prefix[position].1 {
+                    assert_eq!(
+                        self.encoded.get(&digest),
+                        Some(&4),
+                        "visual tokens before their video is encoded"
+                    );
+                }
+                self.cache.insert(at(position), prefix);
+            }
+        }
+    }
+
+    fn step(&mut self, token: impl Fn(usize) -> TokenId) -> StepPlan {
+        let plan = self.scheduler.schedule();
+        self.scheduler.check_integrity();
+        self.run(&plan);
+        let num_samples = plan.compute.iter().filter(|work| work.samples).count();
+        let tokens: Vec<TokenId> = (0..num_samples).map(token).collect();
+        let updates = self.scheduler.complete(&plan, &tokens);
+        self.finished.extend(updates.iter().filter_map(|update| Some((update.sequence, update.finished?))));
+        self.scheduler.check_integrity();
+        plan
+    }
+
+    fn drain(&mut self) {
+        for _ in 0..10_000 {
+            if !self.scheduler.has_work() {
+                return;
+            }
+            assert!(!self.step(|_| 1).is_empty(), "work is waiting, but the step is empty");
+        }
+        panic!("the scheduler never came to an end");
+    }
+}
+
+#[derive(Debug, Clone)]
+enum Op {
+    Add { before: Vec<TokenId>, video: Option<u8>, after: Vec<TokenId>, max_tokens: usize },
+    Step { token: TokenId },
+    FailStep,
+    AbortDuringStep { nth: usize },
+    Abort { nth: usize },
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let text = |most| prop::collection::vec(0..2u32, 1..most);
+    prop_oneof![
+        3 => (text(9), prop::option::of(0..4u8), text(6), 1..8usize)
+            .prop_map(|(before, video, after, max_tokens)| Op::Add { before, video, after, max_tokens }),
+        8 => prop_oneof![5 => 0..2u32, 1 => Just(9u32)].prop_map(|token| Op::Step { token }),
+        1 => Just(Op::FailStep),
+        1 => (0..8usize).prop_map(|nth| Op::AbortDuringStep { nth }),
+        1 => (0..8usize).prop_map(|nth| Op::Abort { nth }),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+
+    #[test]
+    fn no_block_is_lost_or_wrongly_shared(ops in prop::collection::vec(op(), 1..80), num_blocks in 8..20usize) {
+        let mut shadow = Shadow::new(num_blocks);
+        let mut ids = vec![];
+        for op in ops {
+            match op {
+                Op::Add { before, video, after, max_tokens } => {
+                    let spec = match video {
+                        Some(video) => video_spec(&before, video, &after, max_tokens),
+                        None => spec([before, after].concat(), max_tokens),
+                    };
+                    ids.push(shadow.scheduler.add(spec));
+                }
+                Op::Step { token } => { shadow.step(|_| token); }
+                Op::FailStep => {
+                    let plan = shadow.scheduler.schedule();
+                    for digest in &plan.drop_videos {
+                        shadow.encoded.remove(digest);
+                    }
+                    let failed = shadow.scheduler.fail(&plan);
+                    prop_assert!(failed.iter().all(|id| shadow.scheduler.sequence(*id).is_none()));
+                }
+                Op::AbortDuringStep { nth } => {
+                    let plan = shadow.scheduler.schedule();
+                    shadow.run(&plan);
+                    if let Some(id) = ids.get(nth) { shadow.scheduler.abort(*id) }
+                    let num_samples = plan.compute.iter().filter(|work| work.samples).count();
+                    shadow.scheduler.complete(&plan, &vec![1; num_samples]);
+                }
+                Op::Abort { nth } => if let Some(id) = ids.get(nth) { shadow.scheduler.abort(*id) },
+            }
+            shadow.scheduler.check_integrity();
+        }
+        shadow.drain();
+        prop_assert_eq!(shadow.scheduler.stats().num_used_blocks, 0);
+    }
+}
+
+#[test]
+fn admission_is_first_come_first_served() {
+    let mut shadow = Shadow::new(8);
+    let big = shadow.scheduler.add(spec(vec![1; 20], 8));
+    let bigger = shadow.scheduler.add(spec(vec![0; 24], 8));
+    let small = shadow.scheduler.add(spec(vec![1; 2], 1));
+    assert_eq!(shadow.step(|_| 1).admitted, [(big, 0)], "the small one must not pass the one before it");
+    shadow.drain();
+    let order: Vec<SequenceId> = shadow.finished.iter().map(|(id, _)| *id).collect();
+    assert_eq!(order, [big, bigger, small]);
+}
+
+#[test]
+fn decodes_run_in_every_step_beside_prefill() {
+    let mut shadow = Shadow::new(20);
+    let first = shadow.scheduler.add(spec(vec![1, 0], 20));
+    shadow.step(|_| 1);
+    shadow.scheduler.add(spec(vec![0; 30], 2));
+    for _ in 0..4 {
+        let plan = shadow.step(|_| 1);
+        assert_eq!(plan.num_decodes, 1);
+        assert_eq!(plan.compute[0].sequence, first);
+        assert_eq!(plan.compute[1].positions.len(), 7);
+    }
+}
+
+#[test]
+fn a_repeated_prompt_hits_all_its_full_blocks_but_the_last_token() {
+    let mut shadow = Shadow::new(20);
+    shadow.scheduler.add(spec(vec![1; 12], 1));
+    shadow.drain();
+    let again = shadow.scheduler.add(spec(vec![1; 12], 1));
+    assert_eq!(shadow.step(|_| 1).admitted, [(again, 8)]);
+}
+
+#[test]
+fn two_videos_never_share_blocks_and_the_same_video_does() {
+    let mut shadow = Shadow::new(20);
+    shadow.scheduler.add(video_spec(&[1, 1], 1, &[0, 1, 0], 1));
+    shadow.drain();
+    let other = shadow.scheduler.add(video_spec(&[1, 1], 2, &[0, 1, 0], 1));
+    assert_eq!(shadow.step(|_| 1).admitted, [(other, 0)]);
+    let same = shadow.scheduler.add(video_spec(&[1, 1], 1, &[0, 1, 1], 1));
+    assert_eq!(shadow.step(|_| 1).admitted, [(same, 8)]);
+    shadow.drain();
+}
+
+#[test]
+fn a_video_is_encoded_once_for_all_who_wait_for_it() {
+    let mut shadow = Shadow::new(30);
+    shadow.scheduler.add(video_spec(&[1], 1, &[0], 1));
+    shadow.scheduler.add(video_spec(&[0], 1, &[1], 1));
+    let mut num_frames = 0;
+    while shadow.scheduler.has_work() {
+        num_frames += shadow.step(|_| 1).encode.iter().map(|work| work.frames.len()).sum::<usize>();
+    }
+    assert_eq!(num_frames, 4);
+}
+
+#[test]
+fn an_end_token_ends_unless_ignored() {
+    let mut shadow = Shadow::new(20);
+    let ends = shadow.scheduler.add(spec(vec![1], 5));
+    let ignores = shadow.scheduler.add(SequenceSpec { ignore_eos: true, ..spec(vec![0], 5) });
+    while shadow.scheduler.has_work() {
+        shadow.step(|_| 9);
+    }
+    assert_eq!(shadow.finished, [(ends, StopReason::EndOfSequence), (ignores, StopReason::Length)]);
+}
+
+#[test]
+fn abort_frees_everything_at_any_point() {
+    for num_steps in 0..8 {
+        let mut shadow = Shadow::new(20);
+        let id = shadow.scheduler.add(video_spec(&[1, 0, 1], 1, &[0, 1], 8));
+        for _ in 0..num_steps {
+            shadow.step(|_| 1);
+        }
+        shadow.scheduler.abort(id);
+        shadow.scheduler.check_integrity();
+        assert_eq!(shadow.scheduler.stats().num_used_blocks, 0);
+        assert!(!shadow.scheduler.has_work());
+    }
+}

@@ -1,0 +1,164 @@
+//! The engine thread with the scripted model.
+
+use std::{
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use proptest::{
+    prelude::Rng,
+    test_runner::{RngAlgorithm, TestRng},
+};
+use tinyllava::{
+    config::EngineConfig,
+    engine::{
+        EngineHandle, EngineOptions, EngineThread, NewSequence, StepObserver, StepReport, TokenEvent,
+        VideoInput,
+    },
+    model::{
+        FrameBatch, VISUAL_TOKEN,
+        fake::{END, FakeModel},
+    },
+    scheduler::{SamplingParams, StopReason},
+};
+
+#[derive(Clone, Default)]
+struct LastReport(Arc<Mutex<StepReport>>);
+
+impl StepObserver for LastReport {
+    fn step(&mut self, report: &StepReport) {
+        *self.0.lock().unwrap() = *report;
+    }
+}
+
+fn start(model: FakeModel, config: EngineConfig) -> (EngineHandle, EngineThread, LastReport) {
+    let report = LastReport::default();
+    let options = EngineOptions {
+        config,
+        num_token_ids: END as usize + 1,
+        end_token_ids: vec![END],
+        observer: Box::new(report.clone()),
+        tap: Box::new(()),
+    };
+    let (handle, thread) = tinyllava::engine::start(Box::new(model), options).unwrap();
+    (handle, thread, report)
+}
+
+fn text(prompt: &str, max_tokens: usize) -> NewSequence {
+    let token_ids = format!("{prompt} ASSISTANT:").bytes().map(u32::from).collect();
+    NewSequence { token_ids, videos: vec![], sampling: SamplingParams::greedy(max_tokens) }
+}
+
+fn with_video(prompt: &str, digest: u8, max_tokens: usize) -> NewSequence {
+    let mut sequence = text(prompt, max_tokens);
+    sequence.token_ids.splice(3..3, [VISUAL_TOKEN; 8]);
+    let frames = FrameBatch { rgb: vec![digest; 4 * 28 * 28 * 3].into(), size: 28 };
+    sequence.videos = vec![VideoInput { span: 3..11, digest: [digest; 32], frames }];
+    sequence
+}
+
+async fn reply(handle: &EngineHandle, sequence: NewSequence) -> (String, Result<StopReason, String>) {
+    let mut stream = handle.reserve().unwrap().submit(sequence).unwrap();
+    let mut bytes = vec![];
+    while let Some(event) = stream.next().await {
+        match event {
+            TokenEvent::Started { .. } => {}
+            TokenEvent::Token(id) => bytes.push(id as u8),
+            TokenEvent::Finished(reason) => return (String::from_utf8(bytes).unwrap(), Ok(reason)),
+            TokenEvent::Failed(error) => return (String::from_utf8(bytes).unwrap(), Err(error)),
+        }
+    }
+    panic!("the stream ended without an end");
+}
+
+async fn until_idle(report: &LastReport) {
+    for _ in 0..500 {
+        let stats = report.0.lock().unwrap().stats;
+        if stats.num_running + stats.num_waiting + stats.num_used_blocks == 0 {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    panic!("the engine holds something: {:?}", report.0.lock().unwrap().stats);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reply_streams_and_ends_with_its_reason() {
+    let (handle, thread, _) = start(FakeModel::saying("<think>x</think>"), EngineConfig::default());
+    assert_eq!(
+        reply(&handle, text("hi", 100)).await,
+        ("<think>x</think>".into(), Ok(StopReason::EndOfSequence))
+    );
+    assert_eq!(
+        reply(&handle, with_video("USER: what?", 1, 5)).await,
+        ("<thin".into(), Ok(StopReason::Length))
+    );
+    drop(handle);
+    thread.join();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn many_sequences_with_dropped_streams_leave_nothing_behind() {
+    let config =
+        EngineConfig { max_running_sequences: 8, max_waiting_sequences: 64, ..EngineConfig::default() };
+    let (handle, _thread, report) = start(FakeModel::saying(&"abcdefgh".repeat(20)), config);
+    let mut rng = TestRng::from_seed(RngAlgorithm::ChaCha, &[7; 32]);
+    let mut clients = vec![];
+    for client in 0..64u8 {
+        let (handle, keep) = (handle.clone(), rng.next_u32() as usize % 200);
+        clients.push(tokio::spawn(async move {
+            let sequence = with_video("USER: what?", client % 5, 160);
+            let mut stream = handle.reserve().unwrap().submit(sequence).unwrap();
+            for _ in 0..keep {
+                match stream.next().await {
+                    Some(TokenEvent::Failed(error)) => panic!("{error}"),
+                    Some(_) => {}
+                    None => return,
+                }
+            }
+        }));
+    }
+    for client in clients {
+        client.await.unwrap();
+    }
+    until_idle(&report).await;
+    assert_eq!(reply(&handle, text("still there?", 4)).await.0, "abcd");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failing_sequence_fails_alone() {
+    let mut model = FakeModel::saying(&"x".repeat(40));
+    model.poison = Some(u32::from(b'#'));
+    model.step_delay = Duration::from_millis(2);
+    let (handle, _thread, report) = start(model, EngineConfig::default());
+    let (good, bad, late) = tokio::join!(
+        reply(&handle, text("good", 60)),
+        reply(&handle, text("b#d", 60)),
+        reply(&handle, text("late", 60))
+    );
+    assert_eq!((good.0.len(), good.1), (40, Ok(StopReason::EndOfSequence)));
+    assert_eq!(bad, (String::new(), Err("a poisoned token".into())));
+    assert_eq!((late.0.len(), late.1), (40, Ok(StopReason::EndOfSequence)));
+    until_idle(&report).await;
+}
+
+#[tokio::test]
+async fn a_full_queue_refuses_at_once() {
+    let config =
+        EngineConfig { max_running_sequences: 1, max_waiting_sequences: 1, ..EngineConfig::default() };
+    let (handle, _thread, _) = start(FakeModel::saying("x"), config);
+    let permits = (handle.reserve().unwrap(), handle.reserve().unwrap());
+    assert!(handle.reserve().unwrap_err().to_string().contains("already holds 2 requests"));
+    drop(permits);
+    assert!(handle.reserve().is_ok());
+}
+
+#[tokio::test]
+async fn what_can_never_run_is_refused() {
+    let (handle, _thread, _) = start(FakeModel::saying("x"), EngineConfig::default());
+    let error = handle.reserve().unwrap().submit(text("long", 5000)).unwrap_err();
+    assert!(error.to_string().contains("the context holds 4096"), "{error}");
+    let mut cut = with_video("USER: what?", 1, 5);
+    cut.videos[0].span = 3..9;
+    assert!(handle.reserve().unwrap().submit(cut).is_err());
+}
