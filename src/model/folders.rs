@@ -17,20 +17,16 @@ use super::{
     weights::{Entry, Found, StoredDType, WeightsError},
 };
 
-/// The file in each folder.
-pub const PICKLE_FILE: &str = "pytorch_model.bin";
+/// The pickles, relative to the checkpoint.
+pub const PATHS: [&str; 3] =
+    ["language_model/pytorch_model.bin", "vision_tower/pytorch_model.bin", "connector/pytorch_model.bin"];
 
-/// Folder, the prefix of its tensors in the published layout, and what its own keys may leave out of that prefix.
-const PARTS: [(&str, &str, &[&str]); 3] = [
-    ("language_model", TEXT_PREFIX, &["", "language_model."]),
-    ("vision_tower", VISION_PREFIX, &["", "vision_tower._vision_tower.", "vision_tower.", "_vision_tower."]),
-    ("connector", CONNECTOR_PREFIX, &["", "connector._connector.", "connector.", "_connector."]),
+/// For each of them, the prefix of its tensors in the published layout, and what its own keys may leave out of that prefix.
+const PARTS: [(&str, &[&str]); 3] = [
+    (TEXT_PREFIX, &["", "language_model."]),
+    (VISION_PREFIX, &["", "vision_tower._vision_tower.", "vision_tower.", "_vision_tower."]),
+    (CONNECTOR_PREFIX, &["", "connector._connector.", "connector.", "_connector."]),
 ];
-
-/// The folders' names, for who looks for this layout.
-pub fn folder_names() -> [&'static str; 3] {
-    PARTS.map(|(folder, ..)| folder)
-}
 
 struct Part {
     prefix: &'static str,
@@ -46,13 +42,13 @@ pub(super) struct Folders {
 impl Folders {
     /// Reads the pickles' tables of contents; `None` if there is no such folder.
     pub fn open(dir: &Path, specs: &[TensorSpec]) -> Result<Option<(Self, Vec<Found>)>, WeightsError> {
-        let paths = PARTS.map(|(folder, ..)| dir.join(folder).join(PICKLE_FILE));
+        let paths = PATHS.map(|path| dir.join(path));
         if !paths.iter().any(|path| path.is_file()) {
             return Ok(None);
         }
         let names: HashSet<&str> = specs.iter().map(|spec| spec.name.as_str()).collect();
         let (mut parts, mut found) = (Vec::new(), Vec::new());
-        for ((_, prefix, aliases), path) in PARTS.into_iter().zip(&paths) {
+        for ((prefix, aliases), path) in PARTS.into_iter().zip(&paths) {
             let pickle = open_pickle(path)?;
             let file_name = path.display().to_string();
             let mut keys: Vec<&String> = pickle.tensor_infos().keys().collect();
@@ -76,7 +72,7 @@ impl Folders {
     pub fn read(&self, name: &str, entry: &Entry) -> Result<Vec<u8>, WeightsError> {
         let part = &self.parts[entry.file];
         let bare = name.strip_prefix(part.prefix).expect("checked when the part was read: this is a bug");
-        let (.., aliases) = PARTS[entry.file];
+        let (_, aliases) = PARTS[entry.file];
         let mut keys = aliases.iter().map(|alias| format!("{alias}{bare}"));
         let key = keys.find(|key| part.pickle.tensor_infos().contains_key(key));
         let failed = |reason: String| WeightsError::Pickle {

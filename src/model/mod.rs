@@ -2,10 +2,12 @@
 //!
 //! Called by [`crate::engine`]. Imports candle and its own kernels only.
 
+pub mod checkpoint;
 pub mod config;
 pub mod embedded;
 pub mod fake;
 mod folders;
+pub mod hub;
 mod kernels;
 pub mod kv_cache;
 pub mod layout;

@@ -3,8 +3,30 @@
 //! Called by `cli/synth.rs` and by the loader of `synth:` models. Every element is a function of (seed, tensor name,
 //! position), so any part can be made alone, in any order, on any thread.
 
+use std::{
+    collections::BTreeMap,
+    fs::{self, File},
+    io::{self, Write},
+    path::{Path, PathBuf},
+};
+
 use half::bf16;
 use rayon::prelude::*;
+use serde_json::{Map, Value, json};
+use thiserror::Error;
+
+use super::{
+    checkpoint::GenerationConfig,
+    config::ModelConfig,
+    embedded,
+    layout::TensorSpec,
+    shards::{INDEX_FILE, SINGLE_FILE},
+};
+
+/// Largest shard; a checkpoint up to this size is one file. The published one is split so.
+pub const MAX_SHARD_BYTES: u64 = 5_000_000_000;
+/// Bytes made, then written, at a time: what a checkpoint of any size needs of memory.
+const CHUNK_BYTES: usize = 16 << 20;
 
 /// Elements of one parallel task.
 const ELEMENTS_A_TASK: usize = 1 << 16;
@@ -70,4 +92,245 @@ pub(super) fn tensor_bytes(seed: u64, name: &str, shape: &[usize]) -> Vec<u8> {
     let mut bytes = vec![0; 2 * shape.iter().product::<usize>()];
     Noise::of(seed, name, shape).fill_parallel(0, &mut bytes);
     bytes
+}
+
+/// Why a checkpoint could not be written.
+#[derive(Debug, Error)]
+pub enum SynthError {
+    #[error("{} is not empty: choose a directory that does not exist yet", .0.display())]
+    NotEmpty(PathBuf),
+    #[error("the disk of {} is full: the checkpoint needs {needed_bytes} bytes", path.display())]
+    Full { path: PathBuf, needed_bytes: u64 },
+    #[error("{} cannot be written: {source}", path.display())]
+    Io { path: PathBuf, source: io::Error },
+}
+
+/// Bytes of all tensors of a synthetic checkpoint, the unused ones included.
+pub fn num_bytes(config: &ModelConfig) -> u64 {
+    2 * config.num_parameters()
+}
+
+/// Writes a random bf16 checkpoint in the published layout, with the embedded model's tokenizer, to a directory that
+/// does not exist or is empty. `on_written` is told the bytes of tensors as they are written, [`num_bytes`] in all.
+/// After an error nothing is left behind.
+pub fn write_checkpoint(
+    config: &ModelConfig,
+    seed: u64,
+    out: &Path,
+    on_written: &mut dyn FnMut(u64),
+) -> Result<(), SynthError> {
+    write_split(config, seed, out, MAX_SHARD_BYTES, on_written)
+}
+
+fn write_split(
+    config: &ModelConfig,
+    seed: u64,
+    out: &Path,
+    max_shard_bytes: u64,
+    on_written: &mut dyn FnMut(u64),
+) -> Result<(), SynthError> {
+    let failed = |path: &Path| {
+        let path = path.to_owned();
+        move |source: io::Error| match source.kind() {
+            io::ErrorKind::StorageFull => SynthError::Full { path, needed_bytes: num_bytes(config) },
+            _ => SynthError::Io { path, source },
+        }
+    };
+    let existed = out.exists();
+    fs::create_dir_all(out).map_err(failed(out))?;
+    if fs::read_dir(out).map_err(failed(out))?.next().is_some() {
+        return Err(SynthError::NotEmpty(out.to_owned()));
+    }
+    let mut writer = Writer { out, seed, written: Vec::new(), on_written };
+    let done = writer.weights(config, max_shard_bytes).and_then(|()| writer.small_files(config));
+    done.map_err(|source| {
+        let path = writer.written.last().cloned().unwrap_or_else(|| out.to_owned());
+        for file in &writer.written {
+            // The first error is the one to tell.
+            let _ = fs::remove_file(file);
+        }
+        if !existed {
+            let _ = fs::remove_dir(out);
+        }
+        failed(&path)(source)
+    })
+}
+
+struct Writer<'a> {
+    out: &'a Path,
+    seed: u64,
+    written: Vec<PathBuf>,
+    on_written: &'a mut dyn FnMut(u64),
+}
+
+impl Writer<'_> {
+    fn create(&mut self, name: &str) -> io::Result<File> {
+        self.written.push(self.out.join(name));
+        File::create_new(self.out.join(name))
+    }
+
+    fn small(&mut self, name: &str, bytes: &[u8]) -> io::Result<()> {
+        self.create(name)?.write_all(bytes)
+    }
+
+    fn weights(&mut self, config: &ModelConfig, max_shard_bytes: u64) -> io::Result<()> {
+        let shards = split(config.tensors(), max_shard_bytes);
+        if let [only] = shards.as_slice() {
+            return self.shard(SINGLE_FILE, only);
+        }
+        let mut weight_map = BTreeMap::new();
+        for (number, tensors) in shards.iter().enumerate() {
+            let name = format!("model-{:05}-of-{:05}.safetensors", number + 1, shards.len());
+            self.shard(&name, tensors)?;
+            weight_map.extend(tensors.iter().map(|tensor| (tensor.name.clone(), name.clone())));
+        }
+        let index = json!({"metadata": {"total_size": num_bytes(config)}, "weight_map": weight_map});
+        self.small(INDEX_FILE, pretty(&index).as_bytes())
+    }
+
+    /// One safetensors file: the header first, since all sizes are known, then tensor by tensor.
+    fn shard(&mut self, name: &str, tensors: &[TensorSpec]) -> io::Result<()> {
+        let mut file = self.create(name)?;
+        file.write_all(&header(tensors))?;
+        let mut chunk = vec![0; CHUNK_BYTES];
+        for tensor in tensors {
+            let noise = Noise::of(self.seed, &tensor.name, &tensor.shape);
+            let num_bytes = tensor_num_bytes(tensor);
+            for start in (0..num_bytes).step_by(CHUNK_BYTES) {
+                let part = &mut chunk[..CHUNK_BYTES.min(num_bytes - start)];
+                noise.fill_parallel(start / 2, part);
+                file.write_all(part)?;
+                (self.on_written)(part.len() as u64);
+            }
+        }
+        Ok(())
+    }
+
+    /// `config.json` comes last: a directory that has one is complete.
+    fn small_files(&mut self, config: &ModelConfig) -> io::Result<()> {
+        for (name, bytes) in embedded::TOKENIZER_FILES {
+            self.small(name, bytes)?;
+        }
+        self.small("generation_config.json", embedded::GENERATION_CONFIG.as_bytes())?;
+        let eos = GenerationConfig::embedded().eos_token_ids[0];
+        self.small("config.json", pretty(&config.to_json(eos)).as_bytes())
+    }
+}
+
+fn pretty(value: &Value) -> String {
+    format!("{value:#}\n")
+}
+
+fn tensor_num_bytes(tensor: &TensorSpec) -> usize {
+    2 * tensor.num_elements()
+}
+
+/// Fills one shard after the other in the order of the layout; within a shard tensors are sorted by name, as the
+/// format's own writer does.
+fn split(tensors: Vec<TensorSpec>, max_shard_bytes: u64) -> Vec<Vec<TensorSpec>> {
+    let mut shards: Vec<Vec<TensorSpec>> = vec![Vec::new()];
+    let mut filled = 0;
+    for tensor in tensors {
+        let bytes = tensor_num_bytes(&tensor) as u64;
+        if filled + bytes > max_shard_bytes && filled > 0 {
+            shards.push(Vec::new());
+            filled = 0;
+        }
+        filled += bytes;
+        shards.last_mut().expect("never empty: this is a bug").push(tensor);
+    }
+    for shard in &mut shards {
+        shard.sort_by(|a, b| a.name.cmp(&b.name));
+    }
+    shards
+}
+
+/// The safetensors header of a shard, padded so that tensors start at a multiple of 8 bytes.
+fn header(tensors: &[TensorSpec]) -> Vec<u8> {
+    let mut map = Map::new();
+    map.insert("__metadata__".into(), json!({"format": "pt"}));
+    let mut start = 0;
+    for tensor in tensors {
+        let end = start + tensor_num_bytes(tensor);
+        let entry = json!({"dtype": "BF16", "shape": tensor.shape, "data_offsets": [start, end]});
+        map.insert(tensor.name.clone(), entry);
+        start = end;
+    }
+    let mut text = Value::from(map).to_string();
+    text.push_str(&" ".repeat(text.len().next_multiple_of(8) - text.len()));
+    let mut bytes = (text.len() as u64).to_le_bytes().to_vec();
+    bytes.extend(text.into_bytes());
+    bytes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{
+        super::{presets::Preset, weights::Weights},
+        *,
+    };
+
+    fn write(config: &ModelConfig, max_shard_bytes: u64) -> (tempfile::TempDir, u64) {
+        let dir = tempfile::tempdir().unwrap();
+        let mut total = 0;
+        write_split(config, 5, &dir.path().join("out"), max_shard_bytes, &mut |bytes| total += bytes)
+            .unwrap();
+        (dir, total)
+    }
+
+    #[test]
+    fn a_written_checkpoint_opens_and_equals_the_one_in_memory() {
+        let config = ModelConfig::preset(Preset::Nano);
+        for max_shard_bytes in [MAX_SHARD_BYTES, num_bytes(&config) / 3] {
+            let (dir, written) = write(&config, max_shard_bytes);
+            let out = dir.path().join("out");
+            assert_eq!(out.join(SINGLE_FILE).exists(), max_shard_bytes == MAX_SHARD_BYTES);
+            assert_eq!(written, num_bytes(&config));
+            let text = fs::read_to_string(out.join("config.json")).unwrap();
+            assert_eq!(ModelConfig::from_json(&text).unwrap(), config);
+            let stored = Weights::open(&out, &config).unwrap();
+            let memory = Weights::synthetic(&config, 5);
+            for spec in config.tensors() {
+                let (a, b) = (stored.get(&spec.name).unwrap(), memory.get(&spec.name).unwrap());
+                assert!(a.dtype == b.dtype && a.data == b.data, "{} differs", spec.name);
+            }
+        }
+    }
+
+    #[test]
+    fn a_tensor_is_the_same_in_one_piece_and_in_many() {
+        let noise = Noise::of(3, "a.weight", &[300, 1000]);
+        let whole = tensor_bytes(3, "a.weight", &[300, 1000]);
+        for (start, end) in [(0, 7), (7, 65_537), (131_000, 300_000)] {
+            let mut part = vec![0; 2 * (end - start)];
+            noise.fill_parallel(start, &mut part);
+            assert!(part == whole[2 * start..2 * end], "elements {start}..{end} differ");
+        }
+    }
+
+    #[test]
+    fn r1_is_two_shards_like_the_published_checkpoint() {
+        let shards = split(ModelConfig::preset(Preset::R1).tensors(), MAX_SHARD_BYTES);
+        assert_eq!(shards.len(), 2);
+        assert!(shards[0].iter().map(|t| tensor_num_bytes(t) as u64).sum::<u64>() <= MAX_SHARD_BYTES);
+    }
+
+    #[test]
+    fn a_directory_with_something_in_it_is_refused_and_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("mine.txt"), "mine").unwrap();
+        let error = write_checkpoint(&ModelConfig::tiny_test(), 0, dir.path(), &mut |_| ()).unwrap_err();
+        assert!(error.to_string().contains("is not empty"), "{error}");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn an_error_leaves_nothing_behind() {
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("out");
+        let mut clash = |_| drop(fs::create_dir_all(out.join("vocab.json")));
+        let error = write_checkpoint(&ModelConfig::tiny_test(), 0, &out, &mut clash).unwrap_err();
+        assert!(error.to_string().contains("vocab.json cannot be written"), "{error}");
+        assert!(!out.join(SINGLE_FILE).exists());
+    }
 }
