@@ -15,6 +15,16 @@ pub struct Config {
     pub max_body_bytes: usize,
     /// A whole request, from its first byte to its last token.
     pub request_timeout: Duration,
+    /// Connections held at the same time; further ones wait in the kernel's backlog.
+    pub max_connections: usize,
+    /// Bodies of all requests that are being received or decoded, together (memory for JSON, disk for uploads).
+    pub max_inflight_body_bytes: usize,
+    /// Wall clock for the header of a request, and longest idle time between two of a connection.
+    pub header_read_timeout: Duration,
+    /// Longest pause within a body.
+    pub body_idle_timeout: Duration,
+    /// Longest time a client may leave what it was sent unread.
+    pub write_stall_timeout: Duration,
     /// How often an idle stream carries a comment.
     pub keep_alive_interval: Duration,
     /// How long running streams may go on after SIGTERM.
@@ -26,6 +36,12 @@ pub struct Config {
     pub max_stop_string_bytes: usize,
     /// Most messages a conversation.
     pub max_messages: usize,
+    /// Most content parts a message.
+    pub max_content_parts: usize,
+    /// Longest text of a conversation, all messages together.
+    pub max_text_bytes: usize,
+    /// Most entries of `logit_bias` and of `stop_token_ids`.
+    pub max_token_list: usize,
     /// Most videos a request.
     pub max_videos_per_request: usize,
     pub media: MediaConfig,
@@ -57,6 +73,8 @@ pub struct MediaConfig {
     pub max_redirects: usize,
     /// Decoders running at the same time.
     pub max_concurrent_decodes: usize,
+    /// Address space of one decoder process.
+    pub max_decoder_memory_bytes: usize,
     /// Memory for sampled frames of recent videos.
     pub frame_cache_bytes: usize,
     /// Directory that `file:` URLs may point into; none: they are refused.
@@ -100,12 +118,20 @@ impl Default for Config {
             served_model_name: "tinyllava".into(),
             max_body_bytes: 256 << 20,
             request_timeout: Duration::from_secs(600),
+            max_connections: 1024,
+            max_inflight_body_bytes: 1 << 30,
+            header_read_timeout: Duration::from_secs(30),
+            body_idle_timeout: Duration::from_secs(30),
+            write_stall_timeout: Duration::from_secs(60),
             keep_alive_interval: Duration::from_secs(5),
             drain_timeout: Duration::from_secs(30),
             default_max_tokens: 1024,
             max_stop_strings: 4,
             max_stop_string_bytes: 256,
             max_messages: 128,
+            max_content_parts: 64,
+            max_text_bytes: 128 << 10,
+            max_token_list: 1024,
             max_videos_per_request: 1,
             media: MediaConfig::default(),
             engine: EngineConfig::default(),
@@ -127,6 +153,7 @@ impl Default for MediaConfig {
             fetch_timeout: Duration::from_secs(60),
             max_redirects: 3,
             max_concurrent_decodes: 4,
+            max_decoder_memory_bytes: 4 << 30,
             frame_cache_bytes: 256 << 20,
             allowed_media_dir: None,
             allow_remote_urls: true,

@@ -1,1 +1,91 @@
-//! Graceful drain on SIGTERM and SIGINT.
+//! Graceful drain: when to stop, who still works, and waiting for them.
+//!
+//! [`requested`] is called by `cli/serve.rs`, [`Drain`] by `http`. Only a second signal ends the process from here.
+
+use std::future::Future;
+
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::{
+    sync::CancellationToken,
+    task::{TaskTracker, task_tracker::TaskTrackerToken},
+};
+
+/// Completes at the first SIGTERM or SIGINT. A second signal ends the process at once.
+///
+/// # Errors
+/// When the handlers cannot be installed.
+pub fn requested() -> std::io::Result<impl Future<Output = ()>> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    Ok(async move {
+        let name = tokio::select! {
+            _ = terminate.recv() => "SIGTERM",
+            _ = interrupt.recv() => "SIGINT",
+        };
+        tracing::info!(signal = name, "shutting down: finishing running requests, refusing new ones");
+        tokio::spawn(async move {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            tracing::warn!("second signal: exiting at once");
+            std::process::exit(130);
+        });
+    })
+}
+
+/// Whether new work is refused, and how much old work is left. Cheap to clone.
+#[derive(Debug, Clone, Default)]
+pub struct Drain {
+    began: CancellationToken,
+    work: TaskTracker,
+}
+
+/// A request that a drain waits for; over when dropped.
+#[derive(Debug)]
+pub struct WorkGuard {
+    _token: TaskTrackerToken,
+}
+
+impl Drain {
+    /// From now on [`Drain::enter`] refuses.
+    pub fn begin(&self) {
+        self.began.cancel();
+        self.work.close();
+    }
+
+    /// Whether [`Drain::begin`] was called.
+    pub fn is_draining(&self) -> bool {
+        self.began.is_cancelled()
+    }
+
+    /// Starts a piece of work; `None` while draining.
+    pub fn enter(&self) -> Option<WorkGuard> {
+        // The token first: between a check and the token, `idle` could otherwise see no work.
+        let guard = WorkGuard { _token: self.work.token() };
+        (!self.is_draining()).then_some(guard)
+    }
+
+    /// Completes when draining has begun and no work is left.
+    pub async fn idle(&self) {
+        self.work.wait().await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn drain_refuses_new_work_and_waits_for_old() {
+        let drain = Drain::default();
+        let old = drain.enter().expect("not draining");
+        drain.begin();
+        assert!(drain.enter().is_none());
+        let idle = drain.idle();
+        tokio::pin!(idle);
+        assert!(futures_util::poll!(&mut idle).is_pending());
+        drop(old);
+        idle.await;
+    }
+}

@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     config::EngineConfig,
-    model::{KvCache, VideoLanguageModel},
+    model::{KvCache, Tap, VideoLanguageModel},
     scheduler::{
         ComputeWork, EncodeWork, SamplingParams, Scheduler, SchedulerLimits, SchedulerStats, SequenceId,
         SequenceSpec, StepPlan, TokenId, VisualSpan,
@@ -58,6 +58,8 @@ pub struct EngineOptions {
     pub num_token_ids: usize,
     pub end_token_ids: Vec<TokenId>,
     pub observer: Box<dyn StepObserver>,
+    /// Sees intermediate tensors; `Box::new(())` sees none.
+    pub tap: Box<dyn Tap>,
 }
 
 impl std::fmt::Debug for EngineOptions {
@@ -178,7 +180,8 @@ impl Worker {
             prefix_cache: config.prefix_cache,
             end_token_ids: options.end_token_ids,
         });
-        let runner = Runner::new(model, limits.num_blocks, limits.block_size, options.num_token_ids);
+        let mut runner = Runner::new(model, limits.num_blocks, limits.block_size, options.num_token_ids);
+        runner.set_tap(options.tap);
         let requests = RequestTable(HashMap::new());
         Worker { scheduler, runner, requests, observer: options.observer, num_blocks: limits.num_blocks }
     }

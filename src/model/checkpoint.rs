@@ -278,7 +278,8 @@ impl Checkpoint {
             generation.eos_token_ids = eos.and_then(|eos| token_ids(eos).ok()).unwrap_or_default();
         }
         let has = |name: &str| dir.join(name).is_file();
-        if !has("tokenizer.json") && !(has("vocab.json") && has("merges.txt")) {
+        let has_tokenizer = has("tokenizer.json") || (has("vocab.json") && has("merges.txt"));
+        if !has_tokenizer {
             return Err(CheckpointError::NoTokenizer(dir.into()));
         }
         let weights = Weights::open(dir, &config)?;

@@ -3,8 +3,12 @@
 //! Read by everything in [`crate::model`]; field names are the checkpoint's own. A value the network does not
 //! implement is refused here: nothing after this file asks again. Never opens a path a config names.
 
-use serde_json::{Map, Value};
+mod section;
+
+use serde_json::Value;
 use thiserror::Error;
+
+use section::Section;
 
 /// SigLIP vision tower.
 #[derive(Debug, Clone, PartialEq)]
@@ -262,96 +266,6 @@ fn connector_config(
         num_queries: root.dimension("num_queries", None)?,
         num_resampler_layers: root.bounded("num_resampler_layers", None, MAX_LAYERS)?,
     })
-}
-
-/// One object of the config, whose errors carry the full name of the field.
-struct Section<'a> {
-    prefix: &'static str,
-    map: &'a Map<String, Value>,
-}
-
-impl<'a> Section<'a> {
-    /// A field left out and a `null` are the same to the original.
-    fn get(&self, field: &str) -> Option<&'a Value> {
-        self.map.get(field).filter(|value| !value.is_null())
-    }
-
-    fn full_name(&self, field: &str) -> String {
-        if self.prefix.is_empty() { field.into() } else { format!("{}.{field}", self.prefix) }
-    }
-
-    fn missing(&self, field: &str) -> ConfigError {
-        ConfigError::Missing { field: self.full_name(field) }
-    }
-
-    fn mistyped(&self, field: &str, found: &Value, expected: impl Into<String>) -> ConfigError {
-        ConfigError::Type { field: self.full_name(field), found: shortened(found), expected: expected.into() }
-    }
-
-    fn unsupported(&self, field: &str, supported: &str) -> ConfigError {
-        let found = self.get(field).map_or_else(|| "missing".into(), shortened);
-        ConfigError::Unsupported { field: self.full_name(field), found, supported: supported.into() }
-    }
-
-    fn only(&self, ok: bool, field: &str, supported: &str) -> Result<(), ConfigError> {
-        if ok { Ok(()) } else { Err(self.unsupported(field, supported)) }
-    }
-
-    fn only_str(&self, field: &str, supported: &str) -> Result<(), ConfigError> {
-        self.only(self.string(field)?.is_none_or(|found| found == supported), field, supported)
-    }
-
-    fn section(&self, field: &'static str) -> Result<Section<'a>, ConfigError> {
-        let value = self.get(field).ok_or_else(|| self.missing(field))?;
-        let map = value.as_object().ok_or_else(|| self.mistyped(field, value, "an object"))?;
-        Ok(Section { prefix: field, map })
-    }
-
-    /// A count or width in `1..=MAX_DIMENSION`; without `default` the field must be there.
-    fn dimension(&self, field: &str, default: Option<usize>) -> Result<usize, ConfigError> {
-        self.bounded(field, default, MAX_DIMENSION)
-    }
-
-    /// A whole number in `1..=max`.
-    fn bounded(&self, field: &str, default: Option<usize>, max: usize) -> Result<usize, ConfigError> {
-        let Some(value) = self.get(field) else {
-            return default.ok_or_else(|| self.missing(field));
-        };
-        let number = value.as_u64().and_then(|n| usize::try_from(n).ok());
-        number
-            .filter(|n| (1..=max).contains(n))
-            .ok_or_else(|| self.mistyped(field, value, format!("a whole number between 1 and {max}")))
-    }
-
-    fn integer(&self, field: &str) -> Result<Option<i64>, ConfigError> {
-        let Some(value) = self.get(field) else { return Ok(None) };
-        value.as_i64().map(Some).ok_or_else(|| self.mistyped(field, value, "a whole number"))
-    }
-
-    fn positive(&self, field: &str, default: f64) -> Result<f64, ConfigError> {
-        let Some(value) = self.get(field) else { return Ok(default) };
-        let number = value.as_f64().filter(|n| n.is_finite() && *n > 0.0);
-        number.ok_or_else(|| self.mistyped(field, value, "a positive number"))
-    }
-
-    fn flag(&self, field: &str, default: bool) -> Result<bool, ConfigError> {
-        let Some(value) = self.get(field) else { return Ok(default) };
-        value.as_bool().ok_or_else(|| self.mistyped(field, value, "true or false"))
-    }
-
-    fn string(&self, field: &str) -> Result<Option<&'a str>, ConfigError> {
-        let Some(value) = self.get(field) else { return Ok(None) };
-        value.as_str().map(Some).ok_or_else(|| self.mistyped(field, value, "a string"))
-    }
-}
-
-/// A value short enough for a sentence.
-fn shortened(value: &Value) -> String {
-    let text = value.to_string();
-    match text.char_indices().nth(60) {
-        Some((end, _)) => format!("{}…", &text[..end]),
-        None => text,
-    }
 }
 
 #[cfg(test)]

@@ -2,6 +2,7 @@
 //!
 //! Called by [`crate::engine`]. Imports candle and its own kernels only.
 
+pub mod attention;
 pub mod checkpoint;
 pub mod config;
 pub mod embedded;
@@ -10,10 +11,15 @@ mod folders;
 pub mod hub;
 mod kernels;
 pub mod kv_cache;
+pub mod layers;
 pub mod layout;
 pub mod presets;
+pub mod qwen2;
+pub mod resampler;
 mod shards;
+pub mod siglip;
 pub mod synth;
+pub mod tinyllava;
 pub mod weights;
 
 use std::{ops::Range, sync::Arc};

@@ -312,6 +312,21 @@ mod tests {
     }
 
     #[test]
+    fn a_file_in_the_binary_reads_like_one_on_disk() {
+        let (dir, config) = golden("tiny");
+        let bytes = include_bytes!("../../tests/golden/tiny/model.safetensors");
+        let (embedded, mapped) =
+            (Weights::from_static(bytes, &config).unwrap(), Weights::open(&dir, &config).unwrap());
+        assert_eq!(embedded.num_bytes(), mapped.num_bytes());
+        for spec in config.tensors() {
+            let (a, b) = (embedded.get(&spec.name).unwrap(), mapped.get(&spec.name).unwrap());
+            assert!(a.data == b.data, "{} differs", spec.name);
+        }
+        let error = Weights::from_static(&bytes[..3_000_000], &config).unwrap_err().to_string();
+        assert!(error.contains("embedded model.safetensors: truncated"), "{error}");
+    }
+
+    #[test]
     fn reading_every_required_tensor_reports_all_bytes() {
         let (dir, config) = golden("tiny_bf16_sharded");
         let mut weights = Weights::open(&dir, &config).unwrap();

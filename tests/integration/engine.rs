@@ -38,6 +38,7 @@ fn start(model: FakeModel, config: EngineConfig) -> (EngineHandle, EngineThread,
         num_token_ids: END as usize + 1,
         end_token_ids: vec![END],
         observer: Box::new(report.clone()),
+        tap: Box::new(()),
     };
     let (handle, thread) = tinyllava::engine::start(Box::new(model), options).unwrap();
     (handle, thread, report)

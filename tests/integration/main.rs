@@ -1,7 +1,18 @@
 //! Tests over real threads, sockets, processes and files, in one crate: each extra one links the tensor library again.
 
+mod architecture;
+mod checkpoint_damage;
 mod checkpoint_open;
 mod cli_client;
 mod engine;
+mod golden;
+mod http_chat;
+mod http_contract;
+mod http_limits;
+mod http_setup;
+mod hub_download;
+mod hub_fake;
 mod output_golden;
 mod prompt_golden;
+mod sse_disconnects;
+mod sse_stream;

@@ -14,7 +14,7 @@ use std::marker::PhantomData;
 const MIN_PARALLEL_WORK: usize = 64 * 1024;
 
 /// A buffer that several threads write disjoint parts of.
-struct SharedOutput<'a> {
+pub(super) struct SharedOutput<'a> {
     start: *mut f32,
     len: usize,
     _buffer: PhantomData<&'a mut [f32]>,
@@ -24,7 +24,7 @@ struct SharedOutput<'a> {
 unsafe impl Sync for SharedOutput<'_> {}
 
 impl<'a> SharedOutput<'a> {
-    fn new(buffer: &'a mut [f32]) -> Self {
+    pub(super) fn new(buffer: &'a mut [f32]) -> Self {
         SharedOutput { start: buffer.as_mut_ptr(), len: buffer.len(), _buffer: PhantomData }
     }
 
@@ -33,7 +33,7 @@ impl<'a> SharedOutput<'a> {
     /// # Safety
     /// No other live slice may overlap it.
     #[expect(clippy::mut_from_ref, reason = "disjoint parts, by the caller's promise")]
-    unsafe fn slice(&self, offset: usize, len: usize) -> &'a mut [f32] {
+    pub(super) unsafe fn slice(&self, offset: usize, len: usize) -> &'a mut [f32] {
         assert!(offset + len <= self.len, "a kernel writes outside its output: this is a bug");
         // SAFETY: inside the buffer by the assertion, exclusive by the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(offset), len) }

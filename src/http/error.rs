@@ -1,0 +1,228 @@
+//! The one table from errors to status codes, and the form in which a client reads them.
+//!
+//! Every other module of the crate has its own error type; here each of their variants gets a status.
+//! Called by the handlers (as a response) and by `http/sse.rs` (inside a stream that has begun).
+
+use std::time::Duration;
+
+use axum::{
+    Json,
+    http::{HeaderValue, StatusCode, header},
+    response::{IntoResponse, Response},
+};
+use serde::Serialize;
+
+use super::{body::BodyError, validate::InvalidRequest};
+use crate::{
+    engine::{ReserveError, SubmitError},
+    media::MediaError,
+    prompt::PromptError,
+};
+
+/// Anything that ends a request without the reply it asked for.
+#[derive(Debug, thiserror::Error)]
+pub enum ApiError {
+    #[error(transparent)]
+    Invalid(#[from] InvalidRequest),
+    #[error(transparent)]
+    Body(#[from] BodyError),
+    #[error(transparent)]
+    Media(#[from] MediaError),
+    #[error(transparent)]
+    Prompt(#[from] PromptError),
+    #[error(transparent)]
+    Reserve(#[from] ReserveError),
+    #[error(transparent)]
+    Submit(#[from] SubmitError),
+    #[error("the model is still being loaded; try again in a moment")]
+    Loading,
+    #[error("the server is shutting down; send the request to another one or try again in a moment")]
+    Draining,
+    #[error("the engine has stopped; the server must be restarted")]
+    EngineStopped,
+    #[error("the request took longer than {seconds} s; ask for fewer tokens or send a shorter video")]
+    DeadlineExceeded { seconds: u64 },
+    #[error("there is nothing at this path; see /openapi.json for what there is")]
+    NoSuchRoute,
+    #[error("this path does not take this method; see the Allow header")]
+    MethodNotAllowed,
+    /// The text is for the log.
+    #[error("{0}")]
+    Internal(String),
+}
+
+/// One row of the table.
+#[derive(Debug)]
+struct Row {
+    status: StatusCode,
+    /// `error.type`
+    kind: &'static str,
+    /// `error.code`
+    code: Option<&'static str>,
+    param: Option<String>,
+    retry_after: Option<Duration>,
+}
+
+const RETRY_SOON: Duration = Duration::from_secs(1);
+/// Loading, draining: another try at once would meet the same.
+const RETRY_LATER: Duration = Duration::from_secs(5);
+
+impl Row {
+    fn new(status: StatusCode, kind: &'static str, code: &'static str) -> Self {
+        Row { status, kind, code: Some(code), param: None, retry_after: None }
+    }
+
+    fn bad(status: StatusCode, code: Option<&'static str>) -> Self {
+        Row { status, kind: "invalid_request_error", code, param: None, retry_after: None }
+    }
+
+    fn unavailable(code: &'static str) -> Self {
+        Row::new(StatusCode::SERVICE_UNAVAILABLE, "service_unavailable", code).retry(RETRY_LATER)
+    }
+
+    fn internal() -> Self {
+        Row::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", "internal_error")
+    }
+
+    fn param(mut self, param: impl Into<String>) -> Self {
+        self.param = Some(param.into());
+        self
+    }
+
+    fn retry(mut self, after: Duration) -> Self {
+        self.retry_after = Some(after);
+        self
+    }
+}
+
+impl ApiError {
+    /// The table.
+    fn row(&self) -> Row {
+        use StatusCode as S;
+        match self {
+            ApiError::Invalid(InvalidRequest::Field { param, .. }) => {
+                Row::bad(S::BAD_REQUEST, None).param(param)
+            }
+            ApiError::Invalid(InvalidRequest::UnknownModel { .. }) => {
+                Row::bad(S::NOT_FOUND, Some("model_not_found")).param("model")
+            }
+            ApiError::Body(error) => body_row(error),
+            ApiError::Media(error) => media_row(error),
+            ApiError::Prompt(error) => match error {
+                PromptError::Empty | PromptError::MissingReply | PromptError::TextTooLong { .. } => {
+                    Row::bad(S::BAD_REQUEST, None).param("messages")
+                }
+                PromptError::Tokenizer(_) | PromptError::Load(_) => Row::internal(),
+            },
+            ApiError::Reserve(ReserveError::QueueFull { retry_after, .. }) => {
+                Row::new(S::TOO_MANY_REQUESTS, "rate_limit_error", "queue_full").retry(*retry_after)
+            }
+            ApiError::Submit(error) => match error {
+                SubmitError::ContextLengthExceeded { .. } => {
+                    Row::bad(S::BAD_REQUEST, Some("context_length_exceeded")).param("messages")
+                }
+                SubmitError::KvCacheTooSmall { .. } => {
+                    Row::bad(S::BAD_REQUEST, Some("kv_cache_too_small")).param("max_tokens")
+                }
+                SubmitError::Invalid(_) => Row::internal(),
+                SubmitError::Stopped => Row::unavailable("engine_failed"),
+            },
+            ApiError::Loading => Row::unavailable("loading"),
+            ApiError::Draining => Row::unavailable("draining"),
+            ApiError::Reserve(ReserveError::Stopped) | ApiError::EngineStopped => {
+                Row::unavailable("engine_failed")
+            }
+            ApiError::DeadlineExceeded { .. } => {
+                Row::new(S::GATEWAY_TIMEOUT, "timeout_error", "deadline_exceeded")
+            }
+            ApiError::NoSuchRoute => Row::bad(S::NOT_FOUND, Some("not_found")),
+            ApiError::MethodNotAllowed => Row::bad(S::METHOD_NOT_ALLOWED, Some("method_not_allowed")),
+            ApiError::Internal(_) => Row::internal(),
+        }
+    }
+
+    /// What the response will have.
+    pub fn status(&self) -> StatusCode {
+        self.row().status
+    }
+
+    /// Short label for metrics and logs.
+    pub fn code(&self) -> &'static str {
+        self.row().code.unwrap_or("invalid_request")
+    }
+
+    /// Whether the server refused to take the request on at all.
+    pub fn is_rejection(&self) -> bool {
+        matches!(self.status(), StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE)
+    }
+
+    /// `{"error":{…}}`; logs what is withheld from the client.
+    pub fn to_wire(&self) -> WireError {
+        let Row { status, kind, code, param, .. } = self.row();
+        let message = if status == StatusCode::INTERNAL_SERVER_ERROR {
+            tracing::error!(error = %self, "internal error");
+            "the server made a mistake; its log has the details under the id in x-request-id".into()
+        } else {
+            self.to_string()
+        };
+        WireError { error: WireErrorBody { message, kind, param, code } }
+    }
+}
+
+fn body_row(error: &BodyError) -> Row {
+    use StatusCode as S;
+    match error {
+        BodyError::Json { param, .. } => Row { param: param.clone(), ..Row::bad(S::BAD_REQUEST, None) },
+        BodyError::Part { param, .. } => Row::bad(S::BAD_REQUEST, None).param(*param),
+        BodyError::Malformed(_) => Row::bad(S::BAD_REQUEST, Some("malformed_body")),
+        BodyError::Slow { .. } => Row::bad(S::REQUEST_TIMEOUT, Some("body_timeout")),
+        BodyError::TooLarge { .. } => Row::bad(S::PAYLOAD_TOO_LARGE, Some("body_too_large")),
+        BodyError::ContentType | BodyError::ContentEncoding => {
+            Row::bad(S::UNSUPPORTED_MEDIA_TYPE, Some("unsupported_content_type"))
+        }
+        BodyError::TooManyBytesInFlight => {
+            Row::new(S::TOO_MANY_REQUESTS, "rate_limit_error", "too_many_uploads").retry(RETRY_SOON)
+        }
+        BodyError::Disk(_) => Row::internal(),
+    }
+}
+
+fn media_row(error: &MediaError) -> Row {
+    use StatusCode as S;
+    match error {
+        MediaError::Refused { param, .. } => Row::bad(S::BAD_REQUEST, Some("video_refused")).param(*param),
+        MediaError::FetchFailed(_) => Row::bad(S::UNPROCESSABLE_ENTITY, Some("video_fetch_failed")),
+        MediaError::TooManyBytes { .. } => Row::bad(S::PAYLOAD_TOO_LARGE, Some("video_too_large")),
+        MediaError::Unsupported(_) => Row::bad(S::UNSUPPORTED_MEDIA_TYPE, Some("video_unsupported")),
+        MediaError::Undecodable(_) => Row::bad(S::UNPROCESSABLE_ENTITY, Some("video_undecodable")),
+        MediaError::DecodeTimeout { .. } => Row::bad(S::UNPROCESSABLE_ENTITY, Some("video_decode_timeout")),
+        MediaError::Internal(_) => Row::internal(),
+    }
+}
+
+/// An error as the client reads it.
+#[derive(Debug, Serialize)]
+pub struct WireError {
+    error: WireErrorBody,
+}
+
+#[derive(Debug, Serialize)]
+struct WireErrorBody {
+    message: String,
+    #[serde(rename = "type")]
+    kind: &'static str,
+    param: Option<String>,
+    code: Option<&'static str>,
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let Row { status, retry_after, .. } = self.row();
+        let mut response = (status, Json(self.to_wire())).into_response();
+        if let Some(after) = retry_after {
+            let seconds = HeaderValue::from(after.as_secs().max(1));
+            response.headers_mut().insert(header::RETRY_AFTER, seconds);
+        }
+        response
+    }
+}

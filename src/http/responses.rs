@@ -1,0 +1,188 @@
+//! The wire form of replies.
+//!
+//! Filled by `http/chat.rs`, `http/sse.rs` and `http/probes.rs`. Says nothing that is not in `openapi.yaml`.
+
+use serde::Serialize;
+
+use super::state::ModelCard;
+use crate::{media::VideoInfo, output::Segment, telemetry::metrics::TokenCounts};
+
+/// What all chunks of a reply, and the whole reply, have in common.
+#[derive(Debug, Clone, Serialize)]
+pub struct ReplyHead {
+    pub id: String,
+    pub object: &'static str,
+    pub created: u64,
+    pub model: String,
+}
+
+/// The unary reply.
+#[derive(Debug, Serialize)]
+pub struct ChatCompletion {
+    #[serde(flatten)]
+    pub head: ReplyHead,
+    pub choices: [Choice; 1],
+    pub usage: Usage,
+    /// What was sampled of the video.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub video: Option<VideoInfo>,
+}
+
+#[derive(Debug, Serialize)]
+pub struct Choice {
+    pub index: usize,
+    pub message: ReplyMessage,
+    pub logprobs: Option<()>,
+    pub finish_reason: &'static str,
+}
+
+/// `reasoning` and `reasoning_content` hold the same text: clients read one or the other.
+#[derive(Debug, Serialize)]
+pub struct ReplyMessage {
+    pub role: &'static str,
+    pub content: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reasoning_content: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reasoning: Option<String>,
+    pub refusal: Option<()>,
+}
+
+/// One event of a stream.
+#[derive(Debug, Serialize)]
+pub struct Chunk<'a> {
+    #[serde(flatten)]
+    pub head: &'a ReplyHead,
+    /// Empty in the chunk of usage.
+    pub choices: Vec<ChunkChoice<'a>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub usage: Option<Usage>,
+    /// In the first chunk.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub video: Option<&'a VideoInfo>,
+}
+
+#[derive(Debug, Serialize)]
+pub struct ChunkChoice<'a> {
+    pub index: usize,
+    pub delta: Delta<'a>,
+    pub logprobs: Option<()>,
+    pub finish_reason: Option<&'static str>,
+}
+
+/// Either thinking or content, never both.
+#[derive(Debug, Default, Serialize)]
+pub struct Delta<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub role: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub content: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reasoning_content: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reasoning: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub segment: Option<&'static str>,
+}
+
+impl<'a> Delta<'a> {
+    /// The first one of a stream.
+    pub fn role() -> Self {
+        Delta { role: Some("assistant"), content: Some(""), ..Delta::default() }
+    }
+
+    /// More text. Text without tags is answer.
+    pub fn text(segment: Segment, text: &'a str) -> Self {
+        match segment {
+            Segment::Think => Delta {
+                reasoning_content: Some(text),
+                reasoning: Some(text),
+                segment: Some("think"),
+                ..Delta::default()
+            },
+            Segment::Answer | Segment::Plain => {
+                Delta { content: Some(text), segment: Some("answer"), ..Delta::default() }
+            }
+        }
+    }
+}
+
+/// What a request cost.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Usage {
+    pub prompt_tokens: usize,
+    pub completion_tokens: usize,
+    pub total_tokens: usize,
+    pub prompt_tokens_details: PromptTokensDetails,
+    pub completion_tokens_details: CompletionTokensDetails,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct PromptTokensDetails {
+    pub cached_tokens: usize,
+    pub video_tokens: usize,
+    pub multimodal_tokens: MultimodalTokens,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct MultimodalTokens {
+    pub video: usize,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct CompletionTokensDetails {
+    pub reasoning_tokens: usize,
+}
+
+impl From<TokenCounts> for Usage {
+    fn from(tokens: TokenCounts) -> Self {
+        Usage {
+            prompt_tokens: tokens.prompt,
+            completion_tokens: tokens.completion,
+            total_tokens: tokens.prompt + tokens.completion,
+            prompt_tokens_details: PromptTokensDetails {
+                cached_tokens: tokens.cached,
+                video_tokens: tokens.video,
+                multimodal_tokens: MultimodalTokens { video: tokens.video },
+            },
+            completion_tokens_details: CompletionTokensDetails { reasoning_tokens: tokens.reasoning },
+        }
+    }
+}
+
+/// `GET /v1/models`
+#[derive(Debug, Serialize)]
+pub struct ModelList {
+    pub object: &'static str,
+    pub data: [Model; 1],
+}
+
+/// `GET /v1/models/{id}`
+#[derive(Debug, Serialize)]
+pub struct Model {
+    id: String,
+    object: &'static str,
+    created: u64,
+    owned_by: &'static str,
+    max_model_len: usize,
+    architecture: Architecture,
+}
+
+#[derive(Debug, Serialize)]
+struct Architecture {
+    input_modalities: [&'static str; 2],
+    output_modalities: [&'static str; 1],
+}
+
+impl From<&ModelCard> for Model {
+    fn from(card: &ModelCard) -> Self {
+        Model {
+            id: card.id.clone(),
+            object: "model",
+            created: card.created,
+            owned_by: "tinyllava",
+            max_model_len: card.max_model_len,
+            architecture: Architecture { input_modalities: ["text", "video"], output_modalities: ["text"] },
+        }
+    }
+}

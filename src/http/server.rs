@@ -1,0 +1,146 @@
+//! Connections: accepting, limits against slow clients, and the end of all of them at shutdown.
+//!
+//! [`run`] is called by `cli/serve.rs` and tests. HTTP/1.1 only: TLS and HTTP/2 belong to the proxy in front.
+
+use std::{future::Future, io, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
+
+use axum::Router;
+use hyper::server::conn::http1;
+use hyper_util::{
+    rt::{TokioIo, TokioTimer},
+    service::TowerToHyperService,
+};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::{OwnedSemaphorePermit, Semaphore},
+};
+use tokio_io_timeout::TimeoutWriter;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use super::{router, state::AppState};
+use crate::config::Config;
+
+/// How long connections may take to send their last bytes when no request is left.
+const CLOSING_TIME: Duration = Duration::from_secs(2);
+/// Pause after a failed accept (too many open files): another try at once would meet the same.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// Serves `listener` until `shutdown` completes; then refuses new work, waits up to `drain_timeout` for running
+/// requests (probes are answered meanwhile), and closes all connections.
+///
+/// # Errors
+/// None that ends the server so far; callers must still expect them.
+pub async fn run(
+    listener: TcpListener,
+    state: AppState,
+    shutdown: impl Future<Output = ()>,
+) -> io::Result<()> {
+    let server = Server {
+        app: router(state.clone()),
+        places: Arc::new(Semaphore::new(state.config().max_connections)),
+        connections: TaskTracker::new(),
+        close: CancellationToken::new(),
+        kill: CancellationToken::new(),
+        state,
+    };
+    // Stop on drop: connections are tasks, and must not outlive a dropped server.
+    let _kill_on_drop = server.kill.clone().drop_guard();
+    tokio::select! {
+        () = server.accept_all(&listener) => {}
+        () = server.drain_after(shutdown) => {}
+    }
+    drop(listener);
+    server.close_all().await;
+    Ok(())
+}
+
+struct Server {
+    app: Router,
+    state: AppState,
+    places: Arc<Semaphore>,
+    connections: TaskTracker,
+    /// Connections finish the response they are at.
+    close: CancellationToken,
+    /// Connections end at once.
+    kill: CancellationToken,
+}
+
+impl Server {
+    /// Never completes.
+    async fn accept_all(&self, listener: &TcpListener) {
+        loop {
+            let place = self.places.clone().acquire_owned().await.expect("never closed: this is a bug");
+            match listener.accept().await {
+                Ok((stream, peer)) => self.start(stream, peer, place),
+                // The client was gone before it was looked at.
+                Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
+                Err(error) => {
+                    tracing::warn!(%error, "cannot accept a connection");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            }
+        }
+    }
+
+    fn start(&self, stream: TcpStream, peer: SocketAddr, place: OwnedSemaphorePermit) {
+        let (close, kill) = (self.close.clone(), self.kill.clone());
+        let connection = serve(stream, self.app.clone(), close, self.state.config());
+        self.connections.spawn(async move {
+            let _place = place;
+            tokio::select! {
+                result = connection => if let Err(error) = result {
+                    tracing::debug!(%peer, %error, "connection ended early");
+                },
+                () = kill.cancelled() => {}
+            }
+        });
+    }
+
+    /// Completes when running requests are over or out of time.
+    async fn drain_after(&self, shutdown: impl Future<Output = ()>) {
+        shutdown.await;
+        let drain = self.state.drain();
+        drain.begin();
+        let timeout = self.state.config().drain_timeout;
+        if tokio::time::timeout(timeout, drain.idle()).await.is_err() {
+            tracing::warn!(
+                seconds = timeout.as_secs(),
+                "the drain timeout passed; cutting running requests off"
+            );
+        }
+    }
+
+    async fn close_all(&self) {
+        self.close.cancel();
+        self.connections.close();
+        if tokio::time::timeout(CLOSING_TIME, self.connections.wait()).await.is_err() {
+            self.kill.cancel();
+            self.connections.wait().await;
+        }
+    }
+}
+
+/// One connection from its first to its last request.
+fn serve(
+    stream: TcpStream,
+    app: Router,
+    close: CancellationToken,
+    config: &Config,
+) -> impl Future<Output = hyper::Result<()>> + Send + 'static {
+    // Events of a stream are small and must not wait for one another.
+    let _ = stream.set_nodelay(true);
+    let mut stream = TimeoutWriter::new(stream);
+    stream.set_timeout(Some(config.write_stall_timeout));
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(config.header_read_timeout)
+        .serve_connection(TokioIo::new(Box::pin(stream)), TowerToHyperService::new(app));
+    async move {
+        let mut connection = pin!(connection);
+        tokio::select! {
+            result = &mut connection => return result,
+            () = close.cancelled() => connection.as_mut().graceful_shutdown(),
+        }
+        connection.await
+    }
+}

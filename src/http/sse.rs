@@ -1,0 +1,105 @@
+//! A reply as server-sent events, in the form and order that clients of OpenAI's API expect.
+//!
+//! Called by `http/chat.rs`. The stream owns the generation: dropped, it cancels everything under it.
+
+use std::{convert::Infallible, panic::AssertUnwindSafe, time::Duration};
+
+use axum::{
+    http::{HeaderName, HeaderValue, header},
+    response::{
+        IntoResponse, Response,
+        sse::{Event, KeepAlive, Sse},
+    },
+};
+use futures_util::{FutureExt, StreamExt, stream};
+use serde::Serialize;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tracing::Instrument;
+
+use super::{
+    chat::Preparing,
+    error::ApiError,
+    generation::{Generation, finish_reason},
+    responses::{Chunk, ChunkChoice, Delta, ReplyHead, Usage},
+};
+use crate::output::OutputEvent;
+
+/// Events made before the socket takes them. Tokens wait in the sequence's own channel, not here.
+const EVENTS_AHEAD: usize = 1;
+
+/// A response that streams what `preparing` becomes, with a comment whenever `interval` passes in silence.
+pub fn reply(preparing: Preparing, head: ReplyHead, include_usage: bool, interval: Duration) -> Response {
+    let (sender, events) = mpsc::channel(EVENTS_AHEAD);
+    let writer = Writer { events: sender, head, include_usage };
+    let work = write(writer, preparing).in_current_span();
+    // The work is polled as a part of the stream itself: it has no life of its own that could outlast the client.
+    let work = stream::once(work).filter_map(|()| std::future::ready(None));
+    let events = stream::select(ReceiverStream::new(events), work).map(Ok::<_, Infallible>);
+    let keep_alive = KeepAlive::new().interval(interval).text("keep-alive");
+    let headers = [
+        (header::CACHE_CONTROL, HeaderValue::from_static("no-cache")),
+        // Reverse proxies must pass each event on at once.
+        (HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no")),
+    ];
+    (headers, Sse::new(events).keep_alive(keep_alive)).into_response()
+}
+
+async fn write(writer: Writer, preparing: Preparing) {
+    let outcome = AssertUnwindSafe(writer.write_all(preparing)).catch_unwind().await;
+    let error = match outcome {
+        Ok(Ok(())) => return,
+        Ok(Err(error)) => error,
+        Err(_) => ApiError::Internal("a panic while streaming".into()),
+    };
+    writer.send(&error.to_wire()).await;
+}
+
+/// Turns pieces into events.
+struct Writer {
+    events: mpsc::Sender<Event>,
+    head: ReplyHead,
+    include_usage: bool,
+}
+
+impl Writer {
+    async fn write_all(&self, preparing: Preparing) -> Result<(), ApiError> {
+        let mut generation: Generation = preparing.await?;
+        let first = Chunk { video: generation.video.as_ref(), ..self.chunk(Delta::role(), None) };
+        self.send(&first).await;
+        loop {
+            match generation.next().await? {
+                OutputEvent::Delta { segment, text } => {
+                    self.send(&self.chunk(Delta::text(segment, &text), None)).await;
+                }
+                OutputEvent::Finished { reason, .. } => {
+                    self.send(&self.chunk(Delta::default(), Some(finish_reason(reason)))).await;
+                    if self.include_usage {
+                        let usage: Usage = generation.counts().into();
+                        let last =
+                            Chunk { head: &self.head, choices: vec![], usage: Some(usage), video: None };
+                        self.send(&last).await;
+                    }
+                    self.push(Event::default().data("[DONE]")).await;
+                    return Ok(());
+                }
+            }
+        }
+    }
+
+    fn chunk<'a>(&'a self, delta: Delta<'a>, finish_reason: Option<&'static str>) -> Chunk<'a> {
+        let choice = ChunkChoice { index: 0, delta, logprobs: None, finish_reason };
+        Chunk { head: &self.head, choices: vec![choice], usage: None, video: None }
+    }
+
+    async fn send(&self, data: &impl Serialize) {
+        let event =
+            Event::default().json_data(data).expect("wire types are JSON without newlines: this is a bug");
+        self.push(event).await;
+    }
+
+    async fn push(&self, event: Event) {
+        // Fails only when the stream is being dropped, and this future with it.
+        let _ = self.events.send(event).await;
+    }
+}

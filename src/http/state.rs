@@ -1,0 +1,129 @@
+//! What every handler shares: the settings, the metrics and, once the model is loaded, the way to it.
+//!
+//! Made by `cli/serve.rs` before the model is loaded, completed by [`AppState::set_loaded`] after.
+
+use std::sync::{Arc, OnceLock};
+
+use tokio::sync::Semaphore;
+
+use super::error::ApiError;
+use crate::{
+    config::Config,
+    engine::{EngineHandle, EngineStatus},
+    media::MediaLoader,
+    prompt::Tokenizer,
+    scheduler::SamplingParams,
+    shutdown::{Drain, WorkGuard},
+    telemetry::Metrics,
+};
+
+/// The model as clients see it.
+#[derive(Debug, Clone)]
+pub struct ModelCard {
+    /// The name clients call it by.
+    pub id: String,
+    /// Unix time, seconds.
+    pub created: u64,
+    /// Most tokens of prompt and completion.
+    pub max_model_len: usize,
+    /// Sampling of a request that says nothing (from `generation_config.json`).
+    pub default_sampling: SamplingParams,
+    /// Frames a video is sampled to when the request does not say.
+    pub num_frames: usize,
+}
+
+/// What exists once the model is loaded.
+#[derive(Debug)]
+pub struct Loaded {
+    pub engine: EngineHandle,
+    pub media: MediaLoader,
+    pub tokenizer: Arc<Tokenizer>,
+    pub model: ModelCard,
+}
+
+/// Shared by all handlers; cheap to clone.
+#[derive(Debug, Clone)]
+pub struct AppState(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    config: Arc<Config>,
+    metrics: Metrics,
+    drain: Drain,
+    loaded: OnceLock<Arc<Loaded>>,
+    body_kib: Arc<Semaphore>,
+}
+
+impl AppState {
+    /// A server whose model is still loading.
+    pub fn new(config: Arc<Config>, metrics: Metrics) -> Self {
+        let body_kib = Semaphore::new((config.max_inflight_body_bytes / 1024).min(Semaphore::MAX_PERMITS));
+        AppState(Arc::new(Inner {
+            config,
+            metrics,
+            drain: Drain::default(),
+            loaded: OnceLock::new(),
+            body_kib: Arc::new(body_kib),
+        }))
+    }
+
+    /// From now on requests are served. Only the first call counts.
+    pub fn set_loaded(&self, loaded: Loaded) {
+        let limits = loaded.engine.limits();
+        self.0.metrics.set_cache_config(limits.block_size, limits.num_blocks);
+        if self.0.loaded.set(Arc::new(loaded)).is_err() {
+            tracing::error!("a model was loaded twice; the first one stays");
+        }
+    }
+
+    /// The model and the way to it.
+    ///
+    /// # Errors
+    /// 503 while it is loading.
+    pub fn loaded(&self) -> Result<Arc<Loaded>, ApiError> {
+        self.0.loaded.get().cloned().ok_or(ApiError::Loading)
+    }
+
+    /// As [`AppState::loaded`], when new work would also be accepted.
+    ///
+    /// # Errors
+    /// 503 while loading or draining and when the engine has stopped.
+    pub fn ready(&self) -> Result<Arc<Loaded>, ApiError> {
+        if self.0.drain.is_draining() {
+            return Err(ApiError::Draining);
+        }
+        let loaded = self.loaded()?;
+        match loaded.engine.status() {
+            EngineStatus::Ready => Ok(loaded),
+            EngineStatus::Failed => Err(ApiError::EngineStopped),
+        }
+    }
+
+    /// Registers a request that a shutdown waits for.
+    ///
+    /// # Errors
+    /// 503 while draining.
+    pub fn begin_work(&self) -> Result<WorkGuard, ApiError> {
+        self.0.drain.enter().ok_or(ApiError::Draining)
+    }
+
+    /// Limits and settings.
+    pub fn config(&self) -> &Config {
+        &self.0.config
+    }
+
+    /// All metrics.
+    pub fn metrics(&self) -> &Metrics {
+        &self.0.metrics
+    }
+
+    /// Who still works, and whether new work is refused.
+    pub fn drain(&self) -> &Drain {
+        &self.0.drain
+    }
+
+    /// Room for bodies that are being received, in KiB.
+    pub(super) fn body_kib(&self) -> &Arc<Semaphore> {
+        &self.0.body_kib
+    }
+}

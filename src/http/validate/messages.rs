@@ -1,0 +1,211 @@
+//! From wire messages to a conversation of turns, and the video part found on the way.
+//!
+//! Called by `validate`. Roles must come as: system (optional), then user and assistant in turn, user last.
+
+use super::{InvalidRequest, refuse_unknown, shorten};
+use crate::{
+    config::Config,
+    http::types::{ContentPart, Extra, Message, TextOr, VideoUrl},
+    prompt::{Conversation, Turn},
+};
+
+/// A `video_url` part and where it stood.
+#[derive(Debug)]
+pub struct VideoPart {
+    /// As in `messages[0].content[1]`.
+    pub path: String,
+    pub video: VideoUrl,
+}
+
+/// Fields of a message that clients echo back or send along without effect on the prompt.
+const HARMLESS: [&str; 7] =
+    ["annotations", "name", "reasoning", "reasoning_content", "refusal", "segment", "reasoning_details"];
+
+/// Checks roles, parts and sizes. With `upload`, a request without a video part gets it in its last turn.
+pub fn validate(
+    messages: Vec<Message>,
+    upload: bool,
+    config: &Config,
+) -> Result<(Conversation, Option<VideoPart>), InvalidRequest> {
+    if messages.is_empty() || messages.len() > config.max_messages {
+        let message =
+            format!("messages has {} entries, but must have 1 to {}", messages.len(), config.max_messages);
+        return Err(InvalidRequest::field("messages", message));
+    }
+    let mut builder = Builder::default();
+    for (i, message) in messages.into_iter().enumerate() {
+        builder.push(&format!("messages[{i}]"), message, config)?;
+    }
+    builder.finish(upload, config)
+}
+
+#[derive(Default)]
+struct Builder {
+    conversation: Conversation,
+    video: Option<VideoPart>,
+    text_bytes: usize,
+}
+
+impl Builder {
+    fn push(&mut self, path: &str, message: Message, config: &Config) -> Result<(), InvalidRequest> {
+        check_message_fields(path, &message.extra)?;
+        let before = self.video.is_some();
+        let text = self.content(path, message.content, config)?;
+        let has_video = self.video.is_some() && !before;
+        let turns = &mut self.conversation.turns;
+        let role = message.role.as_str();
+        if has_video && role != "user" {
+            return Err(InvalidRequest::field(
+                format!("{path}.content"),
+                "a video must be in a user message",
+            ));
+        }
+        let out_of_order = |message| Err(InvalidRequest::field(format!("{path}.role"), message));
+        match (role, turns.last_mut()) {
+            ("system" | "developer", None) => match &mut self.conversation.system {
+                None => self.conversation.system = Some(text),
+                Some(_) => return out_of_order("there is more than one system message; join them"),
+            },
+            ("system" | "developer", Some(_)) => {
+                return out_of_order("the system message must be the first one");
+            }
+            ("user", Some(Turn { assistant: None, .. })) => {
+                return out_of_order("two user messages follow each other; join them");
+            }
+            ("user", _) => {
+                turns.push(Turn { user: text, num_videos: usize::from(has_video), assistant: None });
+            }
+            ("assistant", Some(turn)) if turn.assistant.is_none() => turn.assistant = Some(text),
+            ("assistant", _) => return out_of_order("an assistant message must follow a user message"),
+            ("tool" | "function", _) => return out_of_order("tools are not supported yet"),
+            _ => {
+                let message =
+                    format!("unknown role \"{}\"; use system, developer, user or assistant", shorten(role));
+                return Err(InvalidRequest::field(format!("{path}.role"), message));
+            }
+        }
+        Ok(())
+    }
+
+    /// The text of a message, its parts joined by newlines; a video part is kept aside.
+    fn content(
+        &mut self,
+        path: &str,
+        content: Option<TextOr<Vec<ContentPart>>>,
+        config: &Config,
+    ) -> Result<String, InvalidRequest> {
+        let path = format!("{path}.content");
+        let text = match content {
+            None => return Err(InvalidRequest::field(path, "the message has no content")),
+            Some(TextOr::Text(text)) => text,
+            Some(TextOr::Other(parts)) if parts.len() > config.max_content_parts => {
+                let message = format!(
+                    "content has {} parts, but at most {} are allowed",
+                    parts.len(),
+                    config.max_content_parts
+                );
+                return Err(InvalidRequest::field(path, message));
+            }
+            Some(TextOr::Other(parts)) => {
+                let mut texts = Vec::new();
+                for (i, part) in parts.into_iter().enumerate() {
+                    texts.extend(self.part(format!("{path}[{i}]"), part)?);
+                }
+                texts.join("\n")
+            }
+        };
+        self.text_bytes += text.len();
+        if self.text_bytes > config.max_text_bytes {
+            let message = format!("the messages have more than {} bytes of text", config.max_text_bytes);
+            return Err(InvalidRequest::field("messages", message));
+        }
+        Ok(text)
+    }
+
+    /// The text of a part, if it is one of text.
+    fn part(&mut self, path: String, part: ContentPart) -> Result<Option<String>, InvalidRequest> {
+        match part.kind.as_str() {
+            "text" => {
+                refuse_unknown(&part.extra, &path, &["type", "text"])?;
+                if part.video_url.is_some() {
+                    return Err(InvalidRequest::field(
+                        path,
+                        "a part of type \"text\" cannot have a video_url",
+                    ));
+                }
+                part.text
+                    .map(Some)
+                    .ok_or_else(|| InvalidRequest::field(format!("{path}.text"), "the part has no text"))
+            }
+            "video_url" => {
+                refuse_unknown(&part.extra, &path, &["type", "video_url", "uuid"])?;
+                if part.text.is_some() {
+                    return Err(InvalidRequest::field(
+                        path,
+                        "a part of type \"video_url\" cannot have a text",
+                    ));
+                }
+                if self.video.is_some() {
+                    return Err(InvalidRequest::field(path, "only one video per request is supported"));
+                }
+                let mut video = match part.video_url {
+                    None => VideoUrl::default(),
+                    Some(TextOr::Text(url)) => VideoUrl { url: Some(url), ..Default::default() },
+                    Some(TextOr::Other(video)) => video,
+                };
+                video.uuid = video.uuid.or(part.uuid);
+                self.video = Some(VideoPart { path, video });
+                Ok(None)
+            }
+            kind => Err(InvalidRequest::field(
+                format!("{path}.type"),
+                format!(
+                    "content parts of type \"{}\" are not supported; use text or video_url",
+                    shorten(kind)
+                ),
+            )),
+        }
+    }
+
+    fn finish(
+        mut self,
+        upload: bool,
+        config: &Config,
+    ) -> Result<(Conversation, Option<VideoPart>), InvalidRequest> {
+        let Some(last) = self.conversation.turns.last_mut().filter(|turn| turn.assistant.is_none()) else {
+            return Err(InvalidRequest::field("messages", "the last message must be the user's"));
+        };
+        if upload && self.video.is_none() {
+            last.num_videos = 1;
+        }
+        let num_videos: usize = self.conversation.turns.iter().map(|turn| turn.num_videos).sum();
+        if num_videos > config.max_videos_per_request {
+            return Err(InvalidRequest::field("messages", "this server accepts no videos"));
+        }
+        let last_is_empty = self.conversation.turns.last().is_some_and(|turn| turn.user.trim().is_empty());
+        if last_is_empty && num_videos == 0 {
+            return Err(InvalidRequest::field(
+                "messages",
+                "the last message is empty; send a question or a video",
+            ));
+        }
+        Ok((self.conversation, self.video))
+    }
+}
+
+fn check_message_fields(path: &str, extra: &Extra) -> Result<(), InvalidRequest> {
+    for (name, value) in extra {
+        let empty = value.is_null() || value.as_array().is_some_and(Vec::is_empty);
+        if empty || HARMLESS.contains(&name.as_str()) {
+            continue;
+        }
+        let name = shorten(name);
+        let message = match name.as_str() {
+            "tool_calls" | "tool_call_id" | "function_call" => "tools are not supported yet".into(),
+            "audio" => "audio is not supported".into(),
+            _ => format!("unknown field \"{name}\" in a message; known are role, content, name"),
+        };
+        return Err(InvalidRequest::field(format!("{path}.{name}"), message));
+    }
+    Ok(())
+}

@@ -1,0 +1,214 @@
+//! From the wire form of a request to a [`ValidRequest`], which nobody checks again.
+//!
+//! Called by `http/chat.rs`. Pure: no clock, no randomness, no input but its arguments.
+
+mod fields;
+mod messages;
+mod sampling;
+mod video;
+
+use tempfile::NamedTempFile;
+
+use super::types::{ChatRequest, Extra};
+use crate::{
+    config::Config,
+    media::{FrameSampling, VideoSource},
+    prompt::Conversation,
+    scheduler::SamplingParams,
+};
+
+/// A request that can be served, but for what only later stages can know (the video, the prompt's length).
+#[derive(Debug)]
+pub struct ValidRequest {
+    /// The video's place is in the turn that counts one.
+    pub conversation: Conversation,
+    pub video: Option<ValidVideo>,
+    pub sampling: ValidSampling,
+    pub stop_strings: Vec<String>,
+    /// Whether the model is asked to think before it answers.
+    pub thinking: bool,
+    pub reasoning: Reasoning,
+    pub stream: bool,
+    /// Whether a stream ends with a chunk of usage.
+    pub include_usage: bool,
+}
+
+/// The one video of a request.
+#[derive(Debug)]
+pub struct ValidVideo {
+    pub source: VideoSource,
+    pub sampling: FrameSampling,
+}
+
+/// How to sample; what is `None` is decided when the request runs.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ValidSampling {
+    /// `seed` and `max_tokens` of it stand for nothing.
+    pub params: SamplingParams,
+    /// `None`: a random one.
+    pub seed: Option<u64>,
+    /// `None`: the server's default, as far as the context reaches.
+    pub max_tokens: Option<usize>,
+}
+
+/// What becomes of the thinking in the reply.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Reasoning {
+    /// In fields of its own.
+    #[default]
+    Separate,
+    /// Left out.
+    Hidden,
+    /// In the content, tags and all.
+    Raw,
+}
+
+/// What a request is measured against.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits<'a> {
+    pub config: &'a Config,
+    pub model_id: &'a str,
+    /// Sampling of a request that says nothing.
+    pub default_sampling: &'a SamplingParams,
+    /// Token ids are below it.
+    pub vocab_size: usize,
+}
+
+/// Why a request is refused; one sentence for the client.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum InvalidRequest {
+    /// `param` is the path of the field, as in `messages[0].content`.
+    #[error("{message}")]
+    Field { param: String, message: String },
+    #[error("the model \"{asked}\" does not exist here; this server has \"{served}\"")]
+    UnknownModel { asked: String, served: String },
+}
+
+impl InvalidRequest {
+    pub(super) fn field(param: impl Into<String>, message: impl Into<String>) -> Self {
+        InvalidRequest::Field { param: param.into(), message: message.into() }
+    }
+}
+
+/// Checks everything that the request alone decides. `upload` is the video part of a multipart body.
+///
+/// # Errors
+/// The first fault found, with the field it is in.
+pub fn validate(
+    request: ChatRequest,
+    upload: Option<NamedTempFile>,
+    limits: Limits<'_>,
+) -> Result<ValidRequest, InvalidRequest> {
+    check_model(request.model.as_deref(), limits.model_id)?;
+    fields::check_top_level(&request.extra)?;
+    let include_usage = include_usage(&request)?;
+    let thinking = thinking(&request)?;
+    let reasoning = reasoning(&request)?;
+    let stop_strings = sampling::stop_strings(&request, limits.config)?;
+    let sampling = sampling::validate(&request, limits)?;
+    let (conversation, part) = messages::validate(request.messages, upload.is_some(), limits.config)?;
+    let video = video::validate(part, upload, request.media_io_kwargs, limits.config)?;
+    Ok(ValidRequest {
+        conversation,
+        video,
+        sampling,
+        stop_strings,
+        thinking,
+        reasoning,
+        stream: request.stream.unwrap_or(false),
+        include_usage,
+    })
+}
+
+/// No model means the one there is.
+fn check_model(asked: Option<&str>, served: &str) -> Result<(), InvalidRequest> {
+    match asked {
+        Some(asked) if asked != served => {
+            Err(InvalidRequest::UnknownModel { asked: shorten(asked), served: served.into() })
+        }
+        _ => Ok(()),
+    }
+}
+
+fn include_usage(request: &ChatRequest) -> Result<bool, InvalidRequest> {
+    let Some(options) = &request.stream_options else { return Ok(false) };
+    refuse_unknown(&options.extra, "stream_options", &["include_usage"])?;
+    if request.stream != Some(true) {
+        return Err(InvalidRequest::field("stream_options", "stream_options needs \"stream\": true"));
+    }
+    Ok(options.include_usage.unwrap_or(false))
+}
+
+/// The efforts but `none` are one and the same to this model.
+fn thinking(request: &ChatRequest) -> Result<bool, InvalidRequest> {
+    let by_effort = match request.reasoning_effort.as_deref() {
+        None => None,
+        Some("none") => Some(false),
+        Some("minimal" | "low" | "medium" | "high" | "xhigh") => Some(true),
+        Some(_) => {
+            let message = "reasoning_effort must be one of none, minimal, low, medium, high, xhigh";
+            return Err(InvalidRequest::field("reasoning_effort", message));
+        }
+    };
+    let by_template = match &request.chat_template_kwargs {
+        None => None,
+        Some(kwargs) => {
+            refuse_unknown(&kwargs.extra, "chat_template_kwargs", &["enable_thinking"])?;
+            kwargs.enable_thinking
+        }
+    };
+    match (by_effort, by_template) {
+        (Some(effort), Some(template)) if effort != template => Err(InvalidRequest::field(
+            "chat_template_kwargs.enable_thinking",
+            "enable_thinking and reasoning_effort contradict each other; send one of them",
+        )),
+        (effort, template) => Ok(effort.or(template).unwrap_or(true)),
+    }
+}
+
+fn reasoning(request: &ChatRequest) -> Result<Reasoning, InvalidRequest> {
+    let format = match request.reasoning_format.as_deref() {
+        None | Some("auto" | "parsed" | "deepseek") => Reasoning::Separate,
+        Some("hidden") => Reasoning::Hidden,
+        Some("none") => Reasoning::Raw,
+        Some(_) => {
+            let message = "reasoning_format must be one of none (tags stay in the content), parsed, hidden";
+            return Err(InvalidRequest::field("reasoning_format", message));
+        }
+    };
+    match (format, request.include_reasoning) {
+        (Reasoning::Raw, Some(false)) => Err(InvalidRequest::field(
+            "include_reasoning",
+            "\"include_reasoning\": false and \"reasoning_format\": \"none\" contradict each other; send one",
+        )),
+        (_, Some(false)) => Ok(Reasoning::Hidden),
+        (format, _) => Ok(format),
+    }
+}
+
+/// Fields of a structure that has no place for others.
+fn refuse_unknown(extra: &Extra, path: &str, known: &[&str]) -> Result<(), InvalidRequest> {
+    match extra.iter().find(|(_, value)| !value.is_null()) {
+        None => Ok(()),
+        Some((name, _)) => {
+            let name = shorten(name);
+            let known = known.join(", ");
+            Err(InvalidRequest::field(
+                format!("{path}.{name}"),
+                format!("unknown field \"{name}\" in {path}; known are {known}"),
+            ))
+        }
+    }
+}
+
+/// Client text that is repeated in an error: long enough to recognise, never a whole body.
+fn shorten(text: &str) -> String {
+    const MAX_CHARS: usize = 64;
+    match text.char_indices().nth(MAX_CHARS) {
+        None => text.into(),
+        Some((end, _)) => format!("{}…", &text[..end]),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,301 @@
+//! Runs ffmpeg so that exactly the sampled frames come out of it, and checks that they are the right ones.
+//!
+//! Called by `mod.rs`. Two ways: one pass over the whole file that picks frames by their number, or short passes
+//! that seek near each sample and pick by display time. The decoder logs every frame that it decodes; a pass whose
+//! log is not what the packet table promised is thrown away and the whole file is decoded instead.
+//! Must never hold more than a few source-size frames, and never trust a frame that was not checked.
+//!
+//! Colour goes to RGB as plain decoders do it (swscale's default conversion: bicubic, range and matrix as tagged,
+//! BT.601 if untagged): this is how the frames that the model was trained on were made.
+
+use std::{
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use futures_util::{StreamExt, stream};
+use tokio::{io::AsyncReadExt, process::ChildStdout, task::JoinHandle};
+
+use super::{
+    MediaError,
+    ffmpeg::{Tools, finish, pipe_failed, read_lines},
+    frame_sampling::{Sampling, Timeline},
+    packet_table::Segment,
+    probe::{Container, Probe, file_url},
+};
+
+/// How ffmpeg's `showinfo` begins its lines.
+const SHOWINFO: &str = "[Parsed_showinfo_0";
+/// `eq(...)` terms of a select expression; every one is evaluated for every decoded frame.
+type Terms = Vec<String>;
+
+/// What is done with each frame `[height, width, 3]` as it arrives, on the blocking pool.
+#[derive(Clone)]
+pub struct FrameMap {
+    map: Arc<dyn Fn(Vec<u8>) -> Vec<u8> + Send + Sync>,
+    nanoseconds: Arc<AtomicU64>,
+}
+
+impl FrameMap {
+    pub fn new(map: impl Fn(Vec<u8>) -> Vec<u8> + Send + Sync + 'static) -> Self {
+        FrameMap { map: Arc::new(map), nanoseconds: Arc::default() }
+    }
+
+    /// Time spent in it so far, over all threads.
+    pub fn elapsed(&self) -> Duration {
+        Duration::from_nanos(self.nanoseconds.load(Ordering::Relaxed))
+    }
+
+    fn start(&self, frame: Vec<u8>) -> JoinHandle<Vec<u8>> {
+        let this = self.clone();
+        tokio::task::spawn_blocking(move || {
+            let started = Instant::now();
+            let mapped = (this.map)(frame);
+            this.nanoseconds.fetch_add(started.elapsed().as_nanos() as u64, Ordering::Relaxed);
+            mapped
+        })
+    }
+}
+
+/// Which way was taken, for logs and benchmarks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    Seeks { passes: usize },
+    WholeFile { passes: usize },
+}
+
+/// The sampled frames.
+#[derive(Debug)]
+pub struct Decoded {
+    /// Of the frames that the video has, by the decoder's or (seeking) the packets' account.
+    pub timeline: Timeline,
+    /// Sampled display indices, ascending, possibly repeated.
+    pub indices: Vec<usize>,
+    /// One mapped frame for each distinct index, in order.
+    pub frames: Vec<Vec<u8>>,
+    pub way: Way,
+}
+
+/// Decodes one probed file.
+pub struct Decoder<'a> {
+    pub tools: &'a Tools,
+    pub file: &'a Path,
+    pub probe: &'a Probe,
+    pub map: FrameMap,
+}
+
+/// One run of ffmpeg.
+struct Pass {
+    seek_seconds: Option<f64>,
+    threads: usize,
+    select: Terms,
+    /// Decoding more frames than this is a failure.
+    max_decoded: usize,
+    /// Stop once all selected frames are out.
+    stop_early: bool,
+}
+
+/// What one run gave.
+struct PassOutput {
+    /// Mapped frames, in the order selected.
+    frames: Vec<Vec<u8>>,
+    /// pts of every frame decoded, in display order.
+    decoded: Vec<Option<i64>>,
+}
+
+impl Decoder<'_> {
+    /// The frames that `sampling` asks for, by the cheapest way that is exact.
+    pub async fn sample(&self, sampling: &Sampling) -> Result<Decoded, MediaError> {
+        let timeline = self.probe.packets.timeline();
+        let indices = sampling.indices(&timeline)?;
+        if let Some(segments) = self.seek_plan(&indices) {
+            let passes = segments.len();
+            if let Some(frames) = self.decode_segments(segments).await? {
+                return Ok(Decoded { timeline, indices, frames, way: Way::Seeks { passes } });
+            }
+            tracing::info!(codec = self.probe.codec, "seeking was not exact; decoding the whole video");
+        }
+        self.sample_whole_file(sampling).await
+    }
+
+    /// The same frames by decoding everything.
+    pub async fn sample_whole_file(&self, sampling: &Sampling) -> Result<Decoded, MediaError> {
+        let mut timeline = self.probe.packets.timeline();
+        // The second pass is for videos whose packets promised another number of frames than the first pass saw.
+        for passes in 1..=2 {
+            let indices = sampling.indices(&timeline)?;
+            let wanted = distinct(&indices);
+            let output = self
+                .run(Pass {
+                    seek_seconds: None,
+                    threads: self.tools.threads,
+                    select: wanted.iter().map(|index| format!("eq(n,{index})")).collect(),
+                    max_decoded: usize::MAX,
+                    stop_early: false,
+                })
+                .await?;
+            let Some(output) = output.filter(|output| !output.decoded.is_empty()) else { break };
+            timeline = self.probe.packets.decoded_timeline(&output.decoded);
+            if output.frames.len() == wanted.len() && sampling.indices(&timeline)? == indices {
+                let way = Way::WholeFile { passes };
+                return Ok(Decoded { timeline, indices, frames: output.frames, way });
+            }
+        }
+        Err(MediaError::Undecodable(
+            "the video could not be decoded; check that it plays and send it again".into(),
+        ))
+    }
+
+    fn seek_plan(&self, indices: &[usize]) -> Option<Vec<Segment>> {
+        // Pictures of a GIF are patches on the one before, whatever its packets claim.
+        if self.probe.container == Container::Gif {
+            return None;
+        }
+        let indexed = self.probe.container != Container::MpegTs;
+        let pixels = self.probe.width * self.probe.height;
+        self.probe.packets.seek_plan(&distinct(indices), pixels, indexed)
+    }
+
+    /// Frames of all segments in order; none if any pass was not exactly as promised.
+    async fn decode_segments(&self, segments: Vec<Segment>) -> Result<Option<Vec<Vec<u8>>>, MediaError> {
+        let mut parts =
+            stream::iter(segments).map(|segment| self.decode_segment(segment)).buffered(self.tools.threads);
+        let mut frames = Vec::new();
+        while let Some(part) = parts.next().await {
+            // Returning drops the passes still running, and so kills them.
+            let Some(part) = part? else { return Ok(None) };
+            frames.extend(part);
+        }
+        Ok(Some(frames))
+    }
+
+    async fn decode_segment(&self, segment: Segment) -> Result<Option<Vec<Vec<u8>>>, MediaError> {
+        let pass = Pass {
+            seek_seconds: segment.seek_seconds,
+            // Segments run side by side; within one, frame threads would only add latency.
+            threads: 1,
+            select: segment.wanted.iter().map(|pts| format!("eq(pts,{pts})")).collect(),
+            max_decoded: segment.max_decoded,
+            stop_early: true,
+        };
+        let Some(output) = self.run(pass).await? else { return Ok(None) };
+        let last = segment.wanted.last().copied();
+        let seen = output.decoded.iter().filter(|&&pts| pts >= Some(segment.from_pts) && pts <= last);
+        let exact = output.frames.len() == segment.wanted.len()
+            && seen.copied().eq(segment.expected.iter().copied().map(Some));
+        Ok(exact.then_some(output.frames))
+    }
+
+    /// Runs ffmpeg once; none if it failed or went over `max_decoded`.
+    async fn run(&self, pass: Pass) -> Result<Option<PassOutput>, MediaError> {
+        let wanted = pass.select.len();
+        let running = self.tools.start(self.command(&pass)?)?;
+        let mut decoded = Vec::new();
+        let frames = self.read_frames(running.stdout, wanted);
+        let log = read_lines(running.stderr, |line| {
+            match shown_pts(line) {
+                Some(pts) => decoded.push(pts),
+                None if !line.starts_with(SHOWINFO) => tracing::trace!(line, "ffmpeg"),
+                None => {}
+            }
+            // Any error stops the pass; this one never leaves `run`.
+            if decoded.len() > pass.max_decoded { Err(overrun()) } else { Ok(()) }
+        });
+        let (frames, ()) = match tokio::try_join!(frames, log) {
+            Ok(output) => output,
+            Err(_) if decoded.len() > pass.max_decoded => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        let status = finish(running.child).await?;
+        Ok((status.success() || !frames.is_empty()).then_some(PassOutput { frames, decoded }))
+    }
+
+    fn command(&self, pass: &Pass) -> Result<std::process::Command, MediaError> {
+        let (width, height) = (self.probe.width, self.probe.height);
+        let mut command = self.tools.ffmpeg(pass.threads)?;
+        // Frames that cannot be right (decoding began too late for them) must not come out at all.
+        command.args(["-flags", "-output_corrupt", "-noautorotate", "-copyts"]);
+        if let Some(seconds) = pass.seek_seconds {
+            // Absolute and inexact: `select` picks the frames, by the times the container gives them.
+            command.args(["-seek_timestamp", "1", "-noaccurate_seek", "-ss", &format!("{seconds:.6}")]);
+        }
+        command.args(["-f", self.probe.container.demuxer(), "-i"]).arg(file_url(self.file));
+        let select = format!("select='{}'", pass.select.join("+"));
+        // A stream may change its size midway: the pipe's frames may not.
+        let scale = format!("scale={width}:{height}:flags=bicubic");
+        let mut filters = vec!["showinfo=checksum=0", &select];
+        filters.extend(self.probe.orientation.filters);
+        filters.extend([scale.as_str(), "format=rgb24"]);
+        command.args(["-map", "0:V:0", "-an", "-sn", "-dn", "-vf", &filters.join(",")]);
+        if pass.stop_early {
+            command.args(["-frames:v", &pass.select.len().to_string()]);
+        }
+        command.args(["-fps_mode", "passthrough", "-f", "rawvideo", "pipe:1"]);
+        Ok(command)
+    }
+
+    /// Reads at most `wanted` frames and maps each while the next one is read. Takes the pipe, so that a decoder
+    /// with more to say fails instead of waiting for a reader.
+    async fn read_frames(&self, mut stdout: ChildStdout, wanted: usize) -> Result<Vec<Vec<u8>>, MediaError> {
+        let frame_bytes = self.probe.width * self.probe.height * 3;
+        let mut frames = Vec::with_capacity(wanted);
+        let mut mapping: Option<JoinHandle<Vec<u8>>> = None;
+        loop {
+            let frame = read_frame(&mut stdout, frame_bytes).await?;
+            if let Some(mapping) = mapping.take() {
+                frames.push(mapping.await.expect("frames are mapped without panics: this is a bug"));
+            }
+            match frame {
+                Some(frame) if frames.len() < wanted => mapping = Some(self.map.start(frame)),
+                _ => return Ok(frames),
+            }
+        }
+    }
+}
+
+/// One whole frame; none at the end of the output (a started frame is dropped: the pass is then short of one).
+async fn read_frame(stdout: &mut ChildStdout, bytes: usize) -> Result<Option<Vec<u8>>, MediaError> {
+    let mut frame = Vec::with_capacity(bytes);
+    let mut rest = stdout.take(bytes as u64);
+    while frame.len() < bytes {
+        if rest.read_buf(&mut frame).await.map_err(|error| pipe_failed(&error))? == 0 {
+            return Ok(None);
+        }
+    }
+    Ok(Some(frame))
+}
+
+/// The pts in a line of `showinfo`: `… n:   0 pts:   512 pts_time:0.04 …` (`pts:NOPTS` if it has none).
+fn shown_pts(line: &str) -> Option<Option<i64>> {
+    let (head, rest) = line.strip_prefix(SHOWINFO)?.split_once(" pts:")?;
+    head.contains(" n:").then(|| rest.split_whitespace().next().and_then(|pts| pts.parse().ok()))
+}
+
+fn distinct(indices: &[usize]) -> Vec<usize> {
+    let mut distinct = indices.to_vec();
+    distinct.dedup();
+    distinct
+}
+
+fn overrun() -> MediaError {
+    MediaError::Internal("the decoder went past its plan: this is a bug".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn frame_times_are_read_from_the_log() {
+        let line = "[Parsed_showinfo_0 @ 0x5623] [info] n:   7 pts:  -512 pts_time:-0.04 pos: 48 fmt:yuv420p";
+        assert_eq!(shown_pts(line), Some(Some(-512)));
+        let missing = "[Parsed_showinfo_0 @ 0x5623] [info] n:   7 pts:NOPTS   pts_time:NOPTS";
+        assert_eq!(shown_pts(missing), Some(None));
+        assert_eq!(shown_pts("[Parsed_showinfo_0 @ 0x5623] [info] config in time_base: 1/1000"), None);
+        assert_eq!(shown_pts("[h264 @ 0x5] [error] n: 1 pts: 2"), None);
+    }
+}

@@ -1,0 +1,217 @@
+//! Downloads a video from a client's URL.
+//!
+//! Called by `source.rs`. Must never connect to an address that was not checked: names are resolved by our own
+//! resolver, whose checked answers are the ones connected to (there is no second look-up that could differ), and
+//! redirects are followed by hand with every check again. Proxies and credentials are never used.
+
+use std::{
+    error::Error,
+    fmt,
+    net::{IpAddr, SocketAddr},
+    path::Path,
+    time::Duration,
+};
+
+use reqwest::{
+    Client, Response,
+    dns::{Addrs, Name, Resolve, Resolving},
+    header::LOCATION,
+    redirect::Policy,
+};
+use tokio::io::{AsyncWriteExt, BufWriter};
+use url::{Host, Url};
+
+use super::{MediaError, address::is_global};
+use crate::config::MediaConfig;
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// Longest URL that is looked at.
+const MAX_URL_BYTES: usize = 8192;
+const WRITE_BUFFER_BYTES: usize = 256 << 10;
+
+/// Fetches videos under the server's policy.
+#[derive(Debug, Clone)]
+pub struct Fetcher {
+    client: Client,
+    allow_remote_urls: bool,
+    allow_private_addresses: bool,
+    max_video_bytes: usize,
+    max_redirects: usize,
+    timeout: Duration,
+}
+
+impl Fetcher {
+    pub fn new(config: &MediaConfig) -> Result<Self, MediaError> {
+        let resolver = CheckedResolver { allow_private_addresses: config.allow_private_addresses };
+        let client = Client::builder()
+            .dns_resolver(std::sync::Arc::new(resolver))
+            .redirect(Policy::none())
+            .no_proxy()
+            .connect_timeout(CONNECT_TIMEOUT)
+            .user_agent(concat!("tinyllava-server/", env!("CARGO_PKG_VERSION")))
+            .build()
+            .map_err(|error| MediaError::Internal(format!("the HTTP client could not be made: {error}")))?;
+        Ok(Fetcher {
+            client,
+            allow_remote_urls: config.allow_remote_urls,
+            allow_private_addresses: config.allow_private_addresses,
+            max_video_bytes: config.max_video_bytes,
+            max_redirects: config.max_redirects,
+            timeout: config.fetch_timeout,
+        })
+    }
+
+    /// Downloads `url` into the (empty) file at `target`.
+    pub async fn fetch(&self, url: Url, target: &Path) -> Result<(), MediaError> {
+        tokio::time::timeout(self.timeout, self.fetch_unbounded(url, target)).await.unwrap_or_else(|_| {
+            let seconds = self.timeout.as_secs();
+            Err(MediaError::FetchFailed(format!(
+                "downloading the video took longer than {seconds} s; upload it instead"
+            )))
+        })
+    }
+
+    async fn fetch_unbounded(&self, mut url: Url, target: &Path) -> Result<(), MediaError> {
+        for _ in 0..=self.max_redirects {
+            self.check(&url)?;
+            let response = self.client.get(url.clone()).send().await.map_err(|error| failed(&error))?;
+            if response.status().is_redirection() {
+                url = redirect_target(&url, &response)?;
+                continue;
+            }
+            if !response.status().is_success() {
+                return Err(MediaError::FetchFailed(format!(
+                    "the video's server answered {}; check the URL",
+                    response.status()
+                )));
+            }
+            return self.store(response, target).await;
+        }
+        Err(MediaError::FetchFailed(format!(
+            "the video's URL redirects more than {} times; give the final URL",
+            self.max_redirects
+        )))
+    }
+
+    /// What can be refused without a look-up. Hosts written as addresses never reach the resolver.
+    fn check(&self, url: &Url) -> Result<(), MediaError> {
+        if !self.allow_remote_urls {
+            return Err(refused(
+                "this server does not fetch URLs; upload the video or send it as a `data:` URL",
+            ));
+        }
+        if !matches!(url.scheme(), "http" | "https") {
+            return Err(refused(
+                "the video's URL leads to something other than http or https; send it directly",
+            ));
+        }
+        if url.as_str().len() > MAX_URL_BYTES {
+            return Err(refused("the video's URL is too long; use a shorter one"));
+        }
+        if !url.username().is_empty() || url.password().is_some() {
+            return Err(refused(
+                "URLs with a user name or password are not fetched; remove them from the URL",
+            ));
+        }
+        let address = match url.host() {
+            Some(Host::Ipv4(address)) => IpAddr::from(address),
+            Some(Host::Ipv6(address)) => IpAddr::from(address),
+            Some(Host::Domain(_)) => return Ok(()),
+            None => return Err(refused("the video's URL names no host; give a full URL")),
+        };
+        if self.allow_private_addresses || is_global(address) { Ok(()) } else { Err(private_address()) }
+    }
+
+    /// Streams the body to disk, within the size limit.
+    async fn store(&self, mut response: Response, target: &Path) -> Result<(), MediaError> {
+        let max_video_bytes = self.max_video_bytes;
+        let too_large = || MediaError::TooManyBytes { max_video_bytes };
+        if response.content_length().is_some_and(|length| length > max_video_bytes as u64) {
+            return Err(too_large());
+        }
+        let file = tokio::fs::OpenOptions::new().write(true).open(target).await;
+        let mut file =
+            BufWriter::with_capacity(WRITE_BUFFER_BYTES, file.map_err(|error| disk_failed(&error))?);
+        let mut stored = 0;
+        while let Some(chunk) = response.chunk().await.map_err(|error| failed(&error))? {
+            stored += chunk.len();
+            if stored > max_video_bytes {
+                return Err(too_large());
+            }
+            file.write_all(&chunk).await.map_err(|error| disk_failed(&error))?;
+        }
+        file.flush().await.map_err(|error| disk_failed(&error))
+    }
+}
+
+fn redirect_target(from: &Url, response: &Response) -> Result<Url, MediaError> {
+    response
+        .headers()
+        .get(LOCATION)
+        .and_then(|location| location.to_str().ok())
+        .and_then(|location| from.join(location).ok())
+        .ok_or_else(|| {
+            MediaError::FetchFailed("the video's server redirects to nowhere; check the URL".into())
+        })
+}
+
+/// A download failed: by our own resolver's refusal, or upstream. Details stay in the log, for they would tell a
+/// client about the network behind the server.
+fn failed(error: &reqwest::Error) -> MediaError {
+    let mut cause = error.source();
+    while let Some(inner) = cause {
+        if inner.is::<PrivateAddress>() {
+            return private_address();
+        }
+        cause = inner.source();
+    }
+    tracing::info!(error = %error, "download failed");
+    let what = if error.is_connect() { "its server could not be reached" } else { "the transfer broke off" };
+    MediaError::FetchFailed(format!(
+        "the video could not be downloaded: {what}; check the URL or upload the video"
+    ))
+}
+
+fn disk_failed(error: &std::io::Error) -> MediaError {
+    tracing::error!(%error, "storing a download failed");
+    MediaError::Internal("the video could not be stored; try again later".into())
+}
+
+fn refused(message: &str) -> MediaError {
+    MediaError::Refused { param: "video_url", message: message.into() }
+}
+
+fn private_address() -> MediaError {
+    refused("the video's URL leads to an address that is not public; upload the video instead")
+}
+
+/// Resolves names and refuses those with any address that is not public.
+#[derive(Debug)]
+struct CheckedResolver {
+    allow_private_addresses: bool,
+}
+
+impl Resolve for CheckedResolver {
+    fn resolve(&self, name: Name) -> Resolving {
+        let allow_private_addresses = self.allow_private_addresses;
+        Box::pin(async move {
+            // Port 0: the client fills in the URL's own.
+            let addresses: Vec<SocketAddr> = tokio::net::lookup_host((name.as_str(), 0)).await?.collect();
+            if !allow_private_addresses && !addresses.iter().all(|address| is_global(address.ip())) {
+                return Err(Box::new(PrivateAddress) as Box<dyn Error + Send + Sync>);
+            }
+            Ok(Box::new(addresses.into_iter()) as Addrs)
+        })
+    }
+}
+
+#[derive(Debug)]
+struct PrivateAddress;
+
+impl fmt::Display for PrivateAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the name resolves to an address that is not public")
+    }
+}
+
+impl Error for PrivateAddress {}

@@ -1,0 +1,227 @@
+//! Finds, starts and stops the ffmpeg and ffprobe processes.
+//!
+//! Called by `probe.rs` and `decode.rs`, and by the commands to check or download the tools. Must never decode
+//! in-process, never leave a child behind (a dropped [`Running`] kills it) and never keep a child's output unbounded.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+    process::{Command, ExitStatus},
+};
+
+use ffmpeg_sidecar::{
+    command::FfmpegCommand,
+    download::{FfmpegDownloadProgressEvent, auto_download_with_progress},
+    ffprobe::ffprobe_sidecar_path,
+    paths::sidecar_path,
+};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt},
+    process::{Child, ChildStderr, ChildStdout},
+};
+
+use super::{MediaError, sandbox::Sandbox};
+use crate::config::MediaConfig;
+
+/// Demuxers that may open a video (ffmpeg's names); playlists and scripts, which open other files, are not among them.
+const ALLOWED_DEMUXERS: &str = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts";
+/// Decoders that may run (ffmpeg's names; AV1 has several).
+const ALLOWED_DECODERS: &str = "h264,hevc,vp8,vp9,av1,libdav1d,libaom-av1,mpeg4,mpeg2video,mjpeg,gif";
+/// The same for people, and as ffprobe names the codecs.
+pub const ALLOWED_CODECS: [&str; 9] =
+    ["h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mpeg2video", "mjpeg", "gif"];
+/// Longer lines of a child's output are cut: no field that is read is near this.
+const MAX_LINE_BYTES: usize = 4096;
+
+/// Where the tools are, and what limits they run under.
+#[derive(Debug, Clone)]
+pub struct Tools {
+    ffmpeg: Option<PathBuf>,
+    ffprobe: Option<PathBuf>,
+    max_frame_pixels: usize,
+    pub threads: usize,
+    sandbox: Sandbox,
+}
+
+impl Tools {
+    /// Nothing is looked for yet: a server without ffmpeg still answers text.
+    pub fn new(config: &MediaConfig) -> Self {
+        // More threads than this hardly help one decoder, and several decoders run at the same time.
+        let threads = std::thread::available_parallelism().map_or(1, usize::from).min(4);
+        // A configured ffmpeg usually has its ffprobe beside it.
+        let beside = config.ffmpeg_path.as_ref().map(|path| path.with_file_name("ffprobe"));
+        Tools {
+            ffmpeg: config.ffmpeg_path.clone(),
+            ffprobe: config.ffprobe_path.clone().or(beside.filter(|path| path.is_file())),
+            max_frame_pixels: config.max_frame_pixels,
+            threads,
+            sandbox: Sandbox::new(config.max_decoder_memory_bytes, config.decode_timeout, threads),
+        }
+    }
+
+    /// Whether both tools are there; the error says how to get them.
+    pub fn check(&self) -> Result<(), MediaError> {
+        self.ffmpeg_path()?;
+        self.ffprobe_path().map(|_| ())
+    }
+
+    fn ffmpeg_path(&self) -> Result<PathBuf, MediaError> {
+        find_tool("ffmpeg", self.ffmpeg.as_deref(), sidecar_path().ok())
+    }
+
+    fn ffprobe_path(&self) -> Result<PathBuf, MediaError> {
+        find_tool("ffprobe", self.ffprobe.as_deref(), ffprobe_sidecar_path().ok())
+    }
+
+    /// An `ffmpeg` whose next argument is an input option; it logs `[level] message` lines.
+    pub fn ffmpeg(&self, threads: usize) -> Result<Command, MediaError> {
+        let mut command = FfmpegCommand::new_with_path(self.ffmpeg_path()?);
+        command.hide_banner().args(["-nostdin", "-nostats", "-threads", &threads.to_string()]);
+        let mut command = Command::from(command);
+        self.guard_input(&mut command);
+        Ok(command)
+    }
+
+    /// An `ffprobe` whose next argument is an input option.
+    pub fn ffprobe(&self) -> Result<Command, MediaError> {
+        let mut command = Command::new(self.ffprobe_path()?);
+        command.args(["-hide_banner", "-loglevel", "level+error"]);
+        self.guard_input(&mut command);
+        Ok(command)
+    }
+
+    /// What an input may make the tools open, allocate and run.
+    fn guard_input(&self, command: &mut Command) {
+        command
+            .args(["-protocol_whitelist", "file,pipe", "-format_whitelist", ALLOWED_DEMUXERS])
+            .args(["-codec_whitelist", ALLOWED_DECODERS])
+            .arg("-max_pixels")
+            .arg(self.max_frame_pixels.to_string());
+    }
+
+    /// Starts a command made by this, limited.
+    pub fn start(&self, command: Command) -> Result<Running, MediaError> {
+        tracing::debug!(?command, "starting");
+        let mut child = self.sandbox.wrap(command).spawn().map_err(|error| {
+            tracing::error!(%error, "decoder did not start");
+            MediaError::Internal("the video decoder could not be started; try again later".into())
+        })?;
+        let stdout = child.stdout.take().expect("stdout is piped: this is a bug");
+        let stderr = child.stderr.take().expect("stderr is piped: this is a bug");
+        Ok(Running { child, stdout, stderr })
+    }
+}
+
+/// A child at work. Dropping it kills the process.
+#[derive(Debug)]
+pub struct Running {
+    pub child: Child,
+    pub stdout: ChildStdout,
+    pub stderr: ChildStderr,
+}
+
+/// Waits for a child whose output was read to its end. Being killed (by a limit) is an error of its own.
+pub async fn finish(mut child: Child) -> Result<ExitStatus, MediaError> {
+    let status = child.wait().await.map_err(|error| pipe_failed(&error))?;
+    if status.code().is_none() {
+        tracing::warn!(%status, "decoder was killed");
+        return Err(MediaError::Undecodable(
+            "the decoder ran over its memory or processor time; send a shorter or smaller video".into(),
+        ));
+    }
+    Ok(status)
+}
+
+/// Reads a child's output line by line, until its end or until `on_line` fails. Memory is bounded by one line.
+pub async fn read_lines<R: AsyncRead + Unpin>(
+    mut reader: R,
+    mut on_line: impl FnMut(&str) -> Result<(), MediaError>,
+) -> Result<(), MediaError> {
+    let mut chunk = vec![0u8; 16 << 10];
+    let mut line = Vec::with_capacity(256);
+    loop {
+        let read = reader.read(&mut chunk).await.map_err(|error| pipe_failed(&error))?;
+        if read == 0 {
+            return if line.is_empty() { Ok(()) } else { on_line(&String::from_utf8_lossy(&line)) };
+        }
+        for piece in chunk[..read].split_inclusive(|&byte| byte == b'\n') {
+            let room = MAX_LINE_BYTES - line.len();
+            line.extend_from_slice(&piece[..piece.len().min(room)]);
+            if piece.ends_with(b"\n") {
+                on_line(String::from_utf8_lossy(&line).trim_end())?;
+                line.clear();
+            }
+        }
+    }
+}
+
+/// Reading from a child failed: the machine's fault, not the video's.
+pub fn pipe_failed(error: &io::Error) -> MediaError {
+    tracing::error!(%error, "reading from the decoder failed");
+    MediaError::Internal("reading from the video decoder failed; try again later".into())
+}
+
+fn find_tool(
+    name: &str,
+    configured: Option<&Path>,
+    beside_us: Option<PathBuf>,
+) -> Result<PathBuf, MediaError> {
+    let found = match configured {
+        Some(path) => path.is_file().then(|| path.to_owned()),
+        None => beside_us.filter(|path| path.is_file()).or_else(|| find_on_path(name)),
+    };
+    found.ok_or_else(|| {
+        let place = configured.map_or("on PATH".into(), |path| format!("at {}", path.display()));
+        MediaError::Internal(format!(
+            "{name} was not found {place}: install it (`apt-get install ffmpeg`) or start with `--download-ffmpeg`"
+        ))
+    })
+}
+
+/// The first file of that name in the directories of `PATH`.
+pub fn find_on_path(name: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH")?;
+    std::env::split_paths(&path).map(|directory| directory.join(name)).find(|file| file.is_file())
+}
+
+/// Puts ffmpeg and ffprobe beside this executable, unless ffmpeg is installed. Blocks; `progress` gets the bytes
+/// so far and in all (0: unknown).
+pub fn download_ffmpeg(progress: impl Fn(u64, u64)) -> Result<(), MediaError> {
+    auto_download_with_progress(|event| {
+        if let FfmpegDownloadProgressEvent::Downloading { total_bytes, downloaded_bytes } = event {
+            progress(downloaded_bytes, total_bytes);
+        }
+    })
+    .map_err(|error| {
+        MediaError::Internal(format!(
+            "ffmpeg could not be downloaded ({error:#}): install it with `apt-get install ffmpeg`"
+        ))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_missing_tool_says_how_to_get_it() {
+        let missing = MediaConfig { ffmpeg_path: Some("/nowhere/ffmpeg".into()), ..Default::default() };
+        let message = Tools::new(&missing).check().unwrap_err().to_string();
+        for part in ["/nowhere/ffmpeg", "apt-get install ffmpeg", "--download-ffmpeg"] {
+            assert!(message.contains(part), "{message}");
+        }
+    }
+
+    #[tokio::test]
+    async fn lines_are_cut_and_counted_whatever_the_chunks() {
+        let text = format!("one\n{}\n\nlast", "x".repeat(100_000));
+        let mut lines = Vec::new();
+        read_lines(text.as_bytes(), |line| {
+            lines.push(line.len());
+            Ok(())
+        })
+        .await
+        .unwrap();
+        assert_eq!(lines, [3, MAX_LINE_BYTES, 0, 4]);
+    }
+}

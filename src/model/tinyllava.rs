@@ -1,0 +1,82 @@
+//! TinyLLaVA-Video: tower, connector and decoder as one model the engine can run.
+
+use super::{
+    FrameBatch, KvCache, ModelShape, Result, StepInput, Tap, Tensor, VideoLanguageModel,
+    config::ModelConfig,
+    kernels::attention::TILE,
+    layers::Loader,
+    qwen2::Decoder,
+    resampler::Resampler,
+    siglip::VisionTower,
+    weights::{StoredDType, Weights},
+};
+
+/// The whole family: R1, ColdStart, SFT and TinyLLaVA-Video differ in their weights and sizes only.
+#[derive(Debug)]
+pub struct TinyLlava {
+    shape: ModelShape,
+    vision_tower: VisionTower,
+    connector: Resampler,
+    language_model: Decoder,
+}
+
+impl TinyLlava {
+    /// Reads all weights. `dtype`: what they are kept as, as stored when `None`; arithmetic is f32, as the original's.
+    ///
+    /// # Errors
+    /// When a tensor cannot be read, or the sizes do not suit the CPU kernels.
+    pub fn load(weights: &Weights, config: &ModelConfig, dtype: Option<StoredDType>) -> Result<Self> {
+        let head_dim = config.text.head_dim();
+        if !head_dim.is_multiple_of(TILE) {
+            candle_core::bail!(
+                "heads of {head_dim} are not supported: the width of a head must be a multiple of {TILE}"
+            );
+        }
+        let loader = Loader::new(weights, dtype);
+        let vision = loader.pp("vision_tower._vision_tower.vision_model");
+        Ok(TinyLlava {
+            vision_tower: VisionTower::load(&vision, &config.vision)?,
+            connector: Resampler::load(&loader.pp("connector._connector"), &config.connector)?,
+            language_model: Decoder::load(&loader.pp("language_model"), &config.text, config.context)?,
+            shape: shape(config),
+        })
+    }
+}
+
+/// The sizes the engine plans with.
+pub fn shape(config: &ModelConfig) -> ModelShape {
+    ModelShape {
+        vocab_size: config.text.vocab_size,
+        hidden_size: config.text.hidden_size,
+        context: config.context,
+        image_size: config.vision.image_size,
+        visual_tokens: config.connector.num_queries,
+        num_frames: config.num_frames,
+        num_layers: config.text.num_hidden_layers,
+        num_kv_heads: config.text.num_key_value_heads,
+        head_dim: config.text.head_dim(),
+    }
+}
+
+impl VideoLanguageModel for TinyLlava {
+    fn shape(&self) -> &ModelShape {
+        &self.shape
+    }
+
+    fn encode_frames(
+        &mut self,
+        frames: &FrameBatch,
+        range: std::ops::Range<usize>,
+        tap: &mut dyn Tap,
+    ) -> Result<Tensor> {
+        self.vision_tower.forward(frames, range, tap)
+    }
+
+    fn connect(&mut self, features: &Tensor, tap: &mut dyn Tap) -> Result<Tensor> {
+        self.connector.forward(features, tap)
+    }
+
+    fn forward(&mut self, input: &StepInput, cache: &mut KvCache, tap: &mut dyn Tap) -> Result<Tensor> {
+        self.language_model.forward(input, cache, tap)
+    }
+}

@@ -1,0 +1,48 @@
+//! From the engine's step reports to metrics.
+//!
+//! Given to the engine by `cli/serve.rs`; called on the engine thread after each step.
+
+use super::metrics::{Metrics, StepKind};
+use crate::{
+    engine::{StepObserver, StepReport},
+    scheduler::SchedulerStats,
+};
+
+/// Turns the engine's running totals into counters.
+#[derive(Debug)]
+pub struct EngineMetrics {
+    metrics: Metrics,
+    last: SchedulerStats,
+}
+
+impl EngineMetrics {
+    /// An observer of one engine.
+    pub fn new(metrics: Metrics) -> Self {
+        EngineMetrics { metrics, last: SchedulerStats::default() }
+    }
+}
+
+impl StepObserver for EngineMetrics {
+    fn step(&mut self, report: &StepReport) {
+        let (now, last) = (&report.stats, &self.last);
+        self.metrics.set_running(now.num_running);
+        self.metrics.set_waiting(now.num_waiting);
+        self.metrics.set_kv_usage(now.num_used_blocks as f64 / report.num_blocks.max(1) as f64);
+        self.metrics.prefix_cache(
+            now.prefix.queried_tokens - last.prefix.queried_tokens,
+            now.prefix.hit_tokens - last.prefix.hit_tokens,
+        );
+        self.metrics
+            .encoder_cache(now.encoder_queries - last.encoder_queries, now.encoder_hits - last.encoder_hits);
+        if report.num_encoded_frames > 0 {
+            self.metrics.step(StepKind::Encode, report.encode_seconds, report.num_encoded_frames);
+        }
+        // Decodes and prefill run together: a mixed step counts as the longer kind.
+        if report.num_prefill_tokens > 0 {
+            self.metrics.step(StepKind::Prefill, report.compute_seconds, report.num_prefill_tokens);
+        } else if report.num_decodes > 0 {
+            self.metrics.step(StepKind::Decode, report.compute_seconds, report.num_decodes);
+        }
+        self.last = report.stats;
+    }
+}

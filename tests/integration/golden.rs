@@ -1,0 +1,246 @@
+//! Parity with the numbers recorded from the original implementation, through the engine that serves.
+
+use std::{
+    collections::HashMap,
+    path::Path,
+    sync::{Arc, Mutex},
+};
+
+use candle_core::{DType, Device, Tensor};
+use tinyllava::{
+    config::EngineConfig,
+    engine::{EngineHandle, EngineOptions, NewSequence, StepObserver, StepReport, TokenEvent, VideoInput},
+    model::{
+        FrameBatch, Tap, VISUAL_TOKEN,
+        config::ModelConfig,
+        tinyllava::TinyLlava,
+        weights::{StoredDType, Weights},
+    },
+    scheduler::SamplingParams,
+};
+
+/// Everything the model computed, by name; several calls of the same name one after another.
+#[derive(Clone, Default)]
+struct Recording(Arc<Mutex<HashMap<String, Vec<Tensor>>>>);
+
+impl Tap for Recording {
+    fn tensor(&mut self, name: &'static str, index: Option<usize>, tensor: &Tensor) {
+        let name = index.map_or(name.to_string(), |index| format!("{name}_{index}"));
+        self.0.lock().unwrap().entry(name).or_default().push(tensor.clone());
+    }
+}
+
+impl Recording {
+    fn first(&self, name: &str) -> Tensor {
+        self.0.lock().unwrap()[name][0].clone()
+    }
+
+    /// All rows of the calls that held the prompt.
+    fn rows(&self, name: &str, num_rows: usize) -> Tensor {
+        let all = Tensor::cat(&self.0.lock().unwrap()[name], 0).unwrap();
+        all.narrow(0, 0, num_rows).unwrap()
+    }
+}
+
+struct Checkpoint {
+    golden: HashMap<String, Tensor>,
+    end: u32,
+    dir: String,
+}
+
+#[derive(Clone, Copy, Default)]
+struct Hits(u64);
+
+#[derive(Clone, Default)]
+struct Observer(Arc<Mutex<Hits>>);
+
+impl StepObserver for Observer {
+    fn step(&mut self, report: &StepReport) {
+        self.0.lock().unwrap().0 = report.stats.prefix.hit_tokens;
+    }
+}
+
+fn checkpoint(name: &str) -> Checkpoint {
+    let dir = format!("tests/golden/{name}");
+    let golden = candle_core::safetensors::load(format!("{dir}/golden.safetensors"), &Device::Cpu).unwrap();
+    Checkpoint { golden, end: 597, dir }
+}
+
+impl Checkpoint {
+    fn start(&self, config: EngineConfig, dtype: Option<StoredDType>) -> (EngineHandle, Recording, Observer) {
+        let model_config =
+            ModelConfig::from_json(&std::fs::read_to_string(format!("{}/config.json", self.dir)).unwrap())
+                .unwrap();
+        let weights = Weights::open(Path::new(&self.dir), &model_config).unwrap();
+        let model = TinyLlava::load(&weights, &model_config, dtype).unwrap();
+        let (recording, observer) = (Recording::default(), Observer::default());
+        let options = EngineOptions {
+            config,
+            num_token_ids: 600,
+            end_token_ids: vec![self.end],
+            observer: Box::new(observer.clone()),
+            tap: Box::new(recording.clone()),
+        };
+        (tinyllava::engine::start(Box::new(model), options).unwrap().0, recording, observer)
+    }
+
+    /// The recorded request: prompt with the video at the place of -200.
+    fn request(&self) -> NewSequence {
+        let ids = self.golden["input_ids"].to_vec1::<i64>().unwrap();
+        let at = ids.iter().position(|&id| id == -200).unwrap();
+        let mut token_ids: Vec<u32> = ids.iter().map(|&id| id as u32).collect();
+        token_ids.splice(at..at + 1, [VISUAL_TOKEN; 16]);
+        let frames = self.golden["resized_u8"].flatten_all().unwrap().to_vec1::<u8>().unwrap();
+        let frames = FrameBatch { rgb: frames.into(), size: 56 };
+        let videos = vec![VideoInput { span: at..at + 16, digest: [1; 32], frames }];
+        NewSequence {
+            token_ids,
+            videos,
+            sampling: SamplingParams { ignore_eos: true, ..SamplingParams::greedy(24) },
+        }
+    }
+
+    fn greedy_ids(&self) -> Vec<u32> {
+        self.golden["greedy_ids"].to_vec1::<i64>().unwrap().iter().map(|&id| id as u32).collect()
+    }
+
+    fn assert_close(&self, name: &str, got: &Tensor, tolerance: f64) {
+        let expected = &self.golden[name];
+        assert_eq!(got.elem_count(), expected.elem_count(), "{name}: {:?} {:?}", got.dims(), expected.dims());
+        let flat = |tensor: &Tensor| tensor.flatten_all().unwrap().to_dtype(DType::F64).unwrap();
+        let difference =
+            (flat(got) - flat(expected)).unwrap().abs().unwrap().max(0).unwrap().to_scalar::<f64>().unwrap();
+        assert!(difference <= tolerance, "{name} differs by {difference:e}");
+    }
+}
+
+async fn run(handle: &EngineHandle, sequence: NewSequence) -> Vec<u32> {
+    let mut stream = handle.reserve().unwrap().submit(sequence).unwrap();
+    let mut ids = vec![];
+    loop {
+        match stream.next().await.expect("the engine lives") {
+            TokenEvent::Started { .. } => {}
+            TokenEvent::Token(id) => ids.push(id),
+            TokenEvent::Finished(_) => return ids,
+            TokenEvent::Failed(error) => panic!("{error}"),
+        }
+    }
+}
+
+fn whole() -> EngineConfig {
+    EngineConfig { max_prefill_tokens: 4096, max_encode_frames: 64, ..EngineConfig::default() }
+}
+
+fn chunked() -> EngineConfig {
+    EngineConfig { max_prefill_tokens: 7, max_encode_frames: 1, ..EngineConfig::default() }
+}
+
+async fn assert_parity(name: &str, config: EngineConfig) {
+    let checkpoint = checkpoint(name);
+    let (engine, seen, _) = checkpoint.start(config.clone(), Some(StoredDType::F32));
+    let ids = run(&engine, checkpoint.request()).await;
+    checkpoint.assert_close("pixel_values", &seen.rows("pixel_values", 4), 0.0);
+    for layer in 0..3 {
+        checkpoint.assert_close(
+            &format!("vision_hidden_{layer}"),
+            &seen.rows(&format!("vision_hidden_{layer}"), 64),
+            2e-5,
+        );
+    }
+    checkpoint.assert_close("vision_features", &seen.first("vision_features"), 2e-5);
+    for name in ["linear", "g0_l0_attn_out", "g0_l0_ff_out", "g0_l0_latents", "no_pos", "out"] {
+        checkpoint.assert_close(
+            &format!("connector_{name}"),
+            &seen.first(&format!("connector_{name}")),
+            2e-5,
+        );
+    }
+    checkpoint.assert_close("inputs_embeds", &seen.rows("inputs_embeds", 214), 2e-5);
+    for layer in 0..3 {
+        checkpoint.assert_close(
+            &format!("llm_hidden_{layer}"),
+            &seen.rows(&format!("llm_hidden_{layer}"), 214),
+            1e-4,
+        );
+    }
+    let logits: Vec<Tensor> =
+        seen.0.lock().unwrap()["logits_last"].iter().filter(|t| t.dims()[0] > 0).cloned().collect();
+    checkpoint.assert_close("logits_last", &logits[0], 1e-4);
+    checkpoint.assert_close("logits_last_f64", &logits[0], 1e-4);
+    checkpoint.assert_close("greedy_scores", &Tensor::cat(&logits, 0).unwrap(), 1e-4);
+    assert_eq!(ids, checkpoint.greedy_ids());
+}
+
+#[tokio::test]
+async fn every_tensor_equals_the_original() {
+    assert_parity("tiny", whole()).await;
+}
+
+#[tokio::test]
+async fn every_tensor_equals_the_original_for_bf16_shards() {
+    assert_parity("tiny_bf16_sharded", whole()).await;
+}
+
+#[tokio::test]
+async fn every_tensor_equals_the_original_in_chunks() {
+    assert_parity("tiny", chunked()).await;
+}
+
+#[tokio::test]
+async fn weights_kept_in_their_16_bits_give_the_same_bits_as_widened_ones() {
+    let checkpoint = checkpoint("tiny_bf16_sharded");
+    let mut logits = vec![];
+    for dtype in [None, Some(StoredDType::F32)] {
+        let (engine, seen, _) = checkpoint.start(whole(), dtype);
+        assert_eq!(run(&engine, checkpoint.request()).await, checkpoint.greedy_ids());
+        logits.push(seen.first("logits_last").to_vec2::<f32>().unwrap());
+    }
+    assert_eq!(logits[0], logits[1]);
+}
+
+/// The request among others: other prompts, lengths and a video of its own, all sampling.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_gives_the_same_tokens_in_a_batch_in_chunks_and_after_a_prefix_hit() {
+    let checkpoint = checkpoint("tiny");
+    let sampled = |seed| {
+        let mut request = checkpoint.request();
+        request.sampling = SamplingParams { temperature: 1.0, top_k: 50, seed, ..request.sampling };
+        request
+    };
+    let alone = {
+        let (engine, _, _) = checkpoint.start(EngineConfig { prefix_cache: false, ..whole() }, None);
+        let mut replies = vec![];
+        for seed in 0..4 {
+            replies.push(run(&engine, sampled(seed)).await);
+        }
+        replies
+    };
+    for config in [whole(), chunked()] {
+        let (engine, _, observer) = checkpoint.start(config, None);
+        let others: Vec<_> = (0..12)
+            .map(|n| {
+                let mut other = sampled(100 + n as u64);
+                other.videos[0].digest = [n % 3; 32];
+                other.sampling.max_tokens = 5 + 3 * usize::from(n);
+                other.token_ids[0] = u32::from(n);
+                let engine = engine.clone();
+                tokio::spawn(async move { run(&engine, other).await })
+            })
+            .collect();
+        let (a, b, c, d) = tokio::join!(
+            run(&engine, sampled(0)),
+            run(&engine, sampled(1)),
+            run(&engine, sampled(2)),
+            run(&engine, checkpoint.request())
+        );
+        assert_eq!([&a, &b, &c], [&alone[0], &alone[1], &alone[2]]);
+        assert_eq!(d, checkpoint.greedy_ids());
+        for other in others {
+            other.await.unwrap();
+        }
+        // Everything of the prompt but its last block is known by now.
+        let before = observer.0.lock().unwrap().0;
+        assert_eq!(run(&engine, sampled(3)).await, alone[3]);
+        assert!(observer.0.lock().unwrap().0 - before >= 208, "no prefix hit");
+    }
+}
