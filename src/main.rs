@@ -1,3 +1,16 @@
 //! The `tinyllava` binary: see [`tinyllava::cli`].
 
-fn main() {}
+use std::process::ExitCode;
+
+use clap::Parser;
+
+fn main() -> ExitCode {
+    match tinyllava::cli::run(tinyllava::cli::Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // One line: the chain of causes, without a backtrace.
+            eprintln!("tinyllava: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,7 +1,140 @@
 //! The commands of the binary.
+//!
+//! Called by `main`. Every failure is one sentence and a non-zero exit.
 
 pub mod ask;
 pub mod bench;
 pub mod chat_client;
+mod options;
+pub mod serve;
 pub mod sse_client;
+mod start;
 pub mod synth;
+pub mod trace;
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::{media::MediaLoader, telemetry::tracing as logs};
+
+/// Serves TinyLLaVA-Video-R1: ask a question about a video, watch the model think and answer.
+#[derive(Debug, Parser)]
+#[command(name = "tinyllava", version)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the HTTP server.
+    Serve(Box<serve::ServeArgs>),
+    /// Ask one question about one video.
+    Ask(Box<AskCommand>),
+    /// Measure a running server, or the frame sampling.
+    Bench(Box<BenchCommand>),
+    /// Write a random checkpoint of a given size in the published layout.
+    Synth(synth::SynthArgs),
+    /// Write the tensors the model computes for one request.
+    Trace(Box<trace::TraceArgs>),
+}
+
+#[derive(Debug, Args)]
+struct AskCommand {
+    #[command(flatten)]
+    ask: ask::AskArgs,
+    #[command(flatten)]
+    model: options::ModelOptions,
+}
+
+#[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+struct BenchCommand {
+    #[command(subcommand)]
+    what: Option<BenchSubcommand>,
+    #[command(flatten)]
+    load: Option<bench::BenchArgs>,
+}
+
+#[derive(Debug, Subcommand)]
+enum BenchSubcommand {
+    /// Time the sampling of 16 frames against decoding the whole file.
+    Frames {
+        /// Video files.
+        #[arg(required = true)]
+        files: Vec<PathBuf>,
+    },
+}
+
+/// Runs the command; the error is one sentence.
+///
+/// # Errors
+/// Whatever the command fails with.
+pub fn run(cli: Cli) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    match cli.command {
+        Command::Serve(args) => {
+            logs::init(args.log_format, "info");
+            runtime.block_on(serve::serve(*args))
+        }
+        Command::Ask(command) => {
+            logs::init(logs::LogFormat::Pretty, "warn");
+            runtime.block_on(ask_command(*command))
+        }
+        Command::Bench(command) => {
+            logs::init(logs::LogFormat::Pretty, "warn");
+            runtime.block_on(bench_command(*command))
+        }
+        Command::Synth(args) => synth::run(&args),
+        Command::Trace(args) => {
+            logs::init(logs::LogFormat::Pretty, "warn");
+            runtime.block_on(trace::trace(*args))
+        }
+    }
+}
+
+async fn ask_command(command: AskCommand) -> anyhow::Result<()> {
+    match &command.ask.server {
+        Some(server) => ask::ask(server, &command.ask).await,
+        None => {
+            serve::with_private_server(&command.model, async |server| ask::ask(&server, &command.ask).await)
+                .await
+        }
+    }
+}
+
+async fn bench_command(command: BenchCommand) -> anyhow::Result<()> {
+    match (command.what, command.load) {
+        (Some(BenchSubcommand::Frames { files }), _) => bench_frames(&files).await,
+        (None, Some(load)) => bench::bench(&load).await,
+        (None, None) => anyhow::bail!("nothing to measure: give --url or a subcommand"),
+    }
+}
+
+/// A table of both ways to sample, one row a file.
+#[expect(clippy::print_stdout, reason = "the command's output")]
+async fn bench_frames(files: &[PathBuf]) -> anyhow::Result<()> {
+    let media = MediaLoader::new(crate::config::MediaConfig::default(), 384)?;
+    println!(
+        "{:<28} {:>9} {:>8} {:>9} {:>9} {:>11} {:>6}  way",
+        "file", "seconds", "frames", "probe ms", "sample ms", "whole ms", "ratio"
+    );
+    for file in files {
+        let result = media.benchmark(file).await?;
+        let ms = |duration: std::time::Duration| duration.as_secs_f64() * 1e3;
+        let sampled = result.probe + result.chosen;
+        println!(
+            "{:<28} {:>9.1} {:>8} {:>9.0} {:>9.0} {:>11.0} {:>6.2}  {:?}",
+            file.file_name().unwrap_or_default().display(),
+            result.duration,
+            result.source_frames,
+            ms(result.probe),
+            ms(result.chosen),
+            ms(result.probe + result.whole_file),
+            (result.probe + result.whole_file).as_secs_f64() / sampled.as_secs_f64(),
+            result.way,
+        );
+    }
+    Ok(())
+}

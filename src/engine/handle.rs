@@ -151,6 +151,12 @@ impl EngineHandle {
         *self.status.borrow()
     }
 
+    /// Completes when the engine thread is gone.
+    pub async fn stopped(&self) {
+        // An error means that the thread is gone without a word.
+        let _ = self.status.clone().wait_for(|status| *status == EngineStatus::Failed).await;
+    }
+
     /// What fits.
     pub fn limits(&self) -> EngineLimits {
         self.limits

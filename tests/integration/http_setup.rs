@@ -63,6 +63,7 @@ pub fn load(state: &AppState, model: FakeModel) {
         num_token_ids: END as usize + 1,
         end_token_ids: vec![END],
         observer: Box::new(EngineMetrics::new(state.metrics().clone())),
+        tap: Box::new(()),
     };
     // The thread ends with the last handle.
     let (engine, _thread) = tinyllava::engine::start(Box::new(model), options).unwrap();

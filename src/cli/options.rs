@@ -1,0 +1,79 @@
+//! Command line options that several commands share, and what they become.
+
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+
+use crate::{
+    config::{EngineConfig, MediaConfig},
+    model::{checkpoint::ModelSpec, weights::StoredDType},
+};
+
+/// Which model to run, and with how much of the machine.
+#[derive(Debug, Clone, Args)]
+pub struct ModelOptions {
+    /// nano (embedded), synth:PRESET (random weights), a checkpoint directory, or a Hugging Face repository
+    /// (org/name, or org/name@revision).
+    #[arg(long, default_value = "nano", env = "TINYLLAVA_MODEL")]
+    pub model: ModelSpec,
+    /// What weights are kept as; "auto": as they are stored. Arithmetic is always f32.
+    #[arg(long, value_enum, default_value_t = DType::Auto)]
+    pub dtype: DType,
+    /// Threads for the model [default: all cores].
+    #[arg(long, value_name = "N")]
+    pub threads: Option<usize>,
+    /// Memory for the KV cache, MiB.
+    #[arg(long, value_name = "MIB", default_value_t = 1024)]
+    pub kv_cache_mib: usize,
+    /// Longest prompt and reply together, tokens [default: the checkpoint's].
+    #[arg(long, value_name = "N")]
+    pub max_model_len: Option<usize>,
+    /// The ffmpeg program [default: the one on PATH].
+    #[arg(long, value_name = "FILE")]
+    pub ffmpeg: Option<PathBuf>,
+    /// Fetch ffmpeg when it is not installed.
+    #[arg(long)]
+    pub download_ffmpeg: bool,
+}
+
+/// Element type of the weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum DType {
+    Auto,
+    F32,
+    Bf16,
+    F16,
+}
+
+impl DType {
+    /// `None`: as stored.
+    pub fn stored(self) -> Option<StoredDType> {
+        match self {
+            DType::Auto => None,
+            DType::F32 => Some(StoredDType::F32),
+            DType::Bf16 => Some(StoredDType::Bf16),
+            DType::F16 => Some(StoredDType::F16),
+        }
+    }
+}
+
+impl ModelOptions {
+    /// `engine` with what was said on the command line.
+    pub fn engine(&self, engine: EngineConfig) -> EngineConfig {
+        EngineConfig {
+            kv_cache_bytes: self.kv_cache_mib << 20,
+            max_context_tokens: self.max_model_len.unwrap_or(0),
+            ..engine
+        }
+    }
+
+    /// `media` with what was said on the command line.
+    pub fn media(&self, media: MediaConfig) -> MediaConfig {
+        let beside = |ffmpeg: &PathBuf| ffmpeg.with_file_name("ffprobe");
+        MediaConfig {
+            ffprobe_path: self.ffmpeg.as_ref().map(beside),
+            ffmpeg_path: self.ffmpeg.clone(),
+            ..media
+        }
+    }
+}

@@ -1,0 +1,193 @@
+//! `tinyllava serve`: the HTTP server; and the private one behind `tinyllava ask`.
+
+use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+
+use anyhow::{Context, bail};
+use clap::Args;
+use tokio::net::TcpListener;
+use url::Url;
+
+use super::{
+    options::ModelOptions,
+    start::{ensure_ffmpeg, start},
+};
+use crate::{
+    config::{Config, EngineConfig, MediaConfig},
+    engine::EngineHandle,
+    http::{self, AppState},
+    shutdown,
+    telemetry::{EngineMetrics, Metrics, tracing::LogFormat},
+};
+
+/// Settings of the server; what is not here has the default of [`Config`].
+#[derive(Debug, Args)]
+pub struct ServeArgs {
+    #[command(flatten)]
+    pub model: ModelOptions,
+    /// Address to listen on.
+    #[arg(long, default_value = "127.0.0.1", env = "TINYLLAVA_HOST")]
+    pub host: std::net::IpAddr,
+    /// Port to listen on; 0 takes a free one.
+    #[arg(long, default_value_t = 8000, env = "TINYLLAVA_PORT")]
+    pub port: u16,
+    /// Name clients call the model by [default: its own].
+    #[arg(long, value_name = "NAME")]
+    pub served_model_name: Option<String>,
+    /// Directory that file: URLs may point into; without it they are refused.
+    #[arg(long, value_name = "DIR")]
+    pub allowed_media_dir: Option<PathBuf>,
+    /// Refuse all http(s) URLs.
+    #[arg(long)]
+    pub no_remote_urls: bool,
+    /// Let URLs point to private, loopback and link-local addresses.
+    #[arg(long)]
+    pub allow_private_addresses: bool,
+    /// Largest video, MiB.
+    #[arg(long, value_name = "MIB", default_value_t = 128)]
+    pub max_video_mib: usize,
+    /// Longest video, seconds.
+    #[arg(long, value_name = "SECONDS", default_value_t = 10_800.0)]
+    pub max_video_seconds: f64,
+    /// Most frames a request may ask for.
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    pub max_frames: usize,
+    /// Longest time for probing and decoding one video, seconds.
+    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+    pub decode_timeout: u64,
+    /// Videos decoded at the same time.
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    pub max_concurrent_decodes: usize,
+    /// Requests that run at the same time.
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    pub max_running: usize,
+    /// Requests that wait; more are answered 429.
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    pub max_waiting: usize,
+    /// Prompt tokens computed in one step: less is smoother for running streams, more starts new ones sooner.
+    #[arg(long, value_name = "N", default_value_t = 512)]
+    pub max_prefill_tokens: usize,
+    /// Frames encoded in one step.
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    pub max_encode_frames: usize,
+    /// Turn the prefix cache off.
+    #[arg(long)]
+    pub no_prefix_cache: bool,
+    /// Longest reply when a request does not say, tokens.
+    #[arg(long, value_name = "N", default_value_t = 1024)]
+    pub default_max_tokens: usize,
+    /// Longest time for one request, seconds.
+    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+    pub request_timeout: u64,
+    /// How long running requests may go on after SIGTERM, seconds.
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    pub drain_timeout: u64,
+    /// pretty or json.
+    #[arg(long, default_value = "pretty", env = "TINYLLAVA_LOG_FORMAT")]
+    pub log_format: LogFormat,
+}
+
+impl ServeArgs {
+    fn served_name(&self) -> String {
+        self.served_model_name.clone().unwrap_or_else(|| self.model.model.to_string())
+    }
+
+    fn config(&self) -> Config {
+        let media = MediaConfig {
+            allowed_media_dir: self.allowed_media_dir.clone(),
+            allow_remote_urls: !self.no_remote_urls,
+            allow_private_addresses: self.allow_private_addresses,
+            max_video_bytes: self.max_video_mib << 20,
+            max_video_seconds: self.max_video_seconds,
+            max_frames: self.max_frames,
+            decode_timeout: Duration::from_secs(self.decode_timeout),
+            max_concurrent_decodes: self.max_concurrent_decodes,
+            ..MediaConfig::default()
+        };
+        let engine = EngineConfig {
+            max_running_sequences: self.max_running.max(1),
+            max_waiting_sequences: self.max_waiting,
+            max_prefill_tokens: self.max_prefill_tokens.max(1),
+            max_encode_frames: self.max_encode_frames.max(1),
+            prefix_cache: !self.no_prefix_cache,
+            ..EngineConfig::default()
+        };
+        Config {
+            listen: SocketAddr::new(self.host, self.port),
+            served_model_name: self.served_name(),
+            default_max_tokens: self.default_max_tokens.max(1),
+            request_timeout: Duration::from_secs(self.request_timeout),
+            drain_timeout: Duration::from_secs(self.drain_timeout),
+            media: self.model.media(media),
+            engine: self.model.engine(engine),
+            // Base64 in JSON takes four thirds of the video.
+            max_body_bytes: (self.max_video_mib << 20) / 3 * 4 + (4 << 20),
+            ..Config::default()
+        }
+    }
+}
+
+/// Listens at once, loads the model, serves until SIGTERM, drains.
+///
+/// # Errors
+/// When the port is taken, the model cannot be loaded, ffmpeg is missing, or the engine dies.
+pub async fn serve(args: ServeArgs) -> anyhow::Result<()> {
+    let config = Arc::new(args.config());
+    let stop = shutdown::requested().context("cannot install signal handlers")?;
+    let listener = bind(config.listen).await?;
+    let address = listener.local_addr()?;
+    tracing::info!(%address, model = %args.model.model, "listening; loading the model");
+    let state = AppState::new(config, Metrics::new(&args.served_name()));
+    let served = http::run(listener, state.clone(), stop);
+    let running = async {
+        let engine = load_into(&state, &args.model).await?;
+        tracing::info!("ready: http://{address}");
+        engine.stopped().await;
+        bail!("the engine has stopped; the log above says why")
+    };
+    tokio::select! {
+        served = served => Ok(served?),
+        broken = running => broken,
+    }
+}
+
+/// Runs `client` against a server of this process on a free loopback port.
+///
+/// # Errors
+/// When the model cannot be loaded, or whatever the client fails with.
+pub async fn with_private_server(
+    options: &ModelOptions,
+    client: impl AsyncFnOnce(Url) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    let config = Config {
+        served_model_name: options.model.to_string(),
+        media: options.media(MediaConfig::default()),
+        engine: options.engine(EngineConfig::default()),
+        ..Config::default()
+    };
+    let listener = bind(([127, 0, 0, 1], 0).into()).await?;
+    let url = Url::parse(&format!("http://{}", listener.local_addr()?))?;
+    let state = AppState::new(Arc::new(config), Metrics::new(&options.model.to_string()));
+    load_into(&state, options).await?;
+    tokio::select! {
+        served = http::run(listener, state, std::future::pending()) => Ok(served?),
+        answered = client(url) => answered,
+    }
+}
+
+/// Loads the model into a server that listens already.
+async fn load_into(state: &AppState, options: &ModelOptions) -> anyhow::Result<EngineHandle> {
+    let config = state.config();
+    let observer = Box::new(EngineMetrics::new(state.metrics().clone()));
+    let started = start(options, config.engine.clone(), observer, Box::new(())).await?;
+    let loaded = started.into_loaded(config)?;
+    ensure_ffmpeg(options, &loaded.media).await?;
+    let engine = loaded.engine.clone();
+    state.set_loaded(loaded);
+    Ok(engine)
+}
+
+async fn bind(address: SocketAddr) -> anyhow::Result<TcpListener> {
+    TcpListener::bind(address).await.with_context(|| {
+        format!("cannot listen on {address}; is another server running? choose another --port")
+    })
+}

@@ -1,0 +1,171 @@
+//! From the command line to a loaded model: download, open, read the weights, start the engine.
+//!
+//! Called by `serve`, `ask` (in-process) and `trace`. Everything slow runs on the blocking pool.
+
+use std::{
+    path::Path,
+    sync::Arc,
+    time::{Instant, SystemTime, UNIX_EPOCH},
+};
+
+use anyhow::{Context, anyhow};
+use indicatif::{ProgressBar, ProgressStyle};
+
+use super::options::ModelOptions;
+use crate::{
+    config::{Config, EngineConfig},
+    engine::{self, EngineHandle, EngineOptions, StepObserver},
+    http::{Loaded, ModelCard},
+    media::{MediaLoader, ffmpeg},
+    model::{
+        ModelShape, Tap,
+        checkpoint::{Checkpoint, GenerationConfig, ModelSpec, TokenizerFiles},
+        hub::{Hub, HubProgress},
+        tinyllava::{self, TinyLlava},
+    },
+    prompt::Tokenizer,
+    scheduler::SamplingParams,
+};
+
+/// A model whose engine runs.
+pub struct Started {
+    pub engine: EngineHandle,
+    pub tokenizer: Arc<Tokenizer>,
+    pub shape: ModelShape,
+    pub generation: GenerationConfig,
+}
+
+/// Sets the number of threads of the kernels. Only the first call counts.
+pub fn use_threads(threads: Option<usize>) {
+    if let Some(threads) = threads {
+        // An error means that the pool runs already; then its size stays.
+        let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
+    }
+}
+
+/// Downloads what has to be, then loads the model and starts its engine.
+///
+/// # Errors
+/// One sentence: a bad checkpoint, a failed download, too little memory.
+pub async fn start(
+    options: &ModelOptions,
+    config: EngineConfig,
+    observer: Box<dyn StepObserver>,
+    tap: Box<dyn Tap>,
+) -> anyhow::Result<Started> {
+    use_threads(options.threads);
+    if let ModelSpec::Hub(repo) = &options.model {
+        let bar = progress_bar(&format!("downloading {repo}"));
+        let progress = |progress: HubProgress<'_>| {
+            bar.set_length(progress.total_bytes);
+            bar.set_position(progress.done_bytes);
+        };
+        Hub::from_env()?.download(repo, &progress).await?;
+        bar.finish_and_clear();
+    }
+    let options = options.clone();
+    let load = move || load(&options, config, observer, tap);
+    tokio::task::spawn_blocking(load).await.context("loading the model panicked")?
+}
+
+fn load(
+    options: &ModelOptions,
+    config: EngineConfig,
+    observer: Box<dyn StepObserver>,
+    tap: Box<dyn Tap>,
+) -> anyhow::Result<Started> {
+    let started = Instant::now();
+    let mut checkpoint = Checkpoint::open(&options.model)?;
+    let tokenizer = Arc::new(load_tokenizer(&checkpoint.tokenizer)?);
+    let bar = progress_bar(&format!("loading {}", checkpoint.id));
+    bar.set_length(checkpoint.weights.num_bytes());
+    let on_read = bar.clone();
+    checkpoint.weights.on_read(move |bytes| on_read.inc(bytes));
+    let model = TinyLlava::load(&checkpoint.weights, &checkpoint.config, options.dtype.stored())
+        .map_err(|error| anyhow!("cannot load {}: {error}", checkpoint.id))?;
+    bar.finish_and_clear();
+    let mut end_token_ids = checkpoint.generation.eos_token_ids.clone();
+    end_token_ids.push(tokenizer.end_of_text());
+    let engine_options =
+        EngineOptions { config, num_token_ids: tokenizer.vocab_size(), end_token_ids, observer, tap };
+    let (engine, _thread) = engine::start(Box::new(model), engine_options)?;
+    tracing::info!(
+        model = checkpoint.id,
+        parameters = checkpoint.config.num_parameters(),
+        seconds = started.elapsed().as_secs_f64(),
+        kv_tokens = engine.limits().num_blocks * engine.limits().block_size,
+        threads = rayon::current_num_threads(),
+        "model loaded"
+    );
+    let shape = tinyllava::shape(&checkpoint.config);
+    Ok(Started { engine, tokenizer, shape, generation: checkpoint.generation })
+}
+
+fn load_tokenizer(files: &TokenizerFiles) -> anyhow::Result<Tokenizer> {
+    if let TokenizerFiles::Directory(dir) = files {
+        return Ok(Tokenizer::load(Path::new(dir))?);
+    }
+    let read =
+        |name: &str| files.read(name).map_err(|error| anyhow!("cannot read the tokenizer's {name}: {error}"));
+    let required = |name: &str| read(name)?.ok_or_else(|| anyhow!("the tokenizer has no {name}"));
+    let (vocab, merges) = (required("vocab.json")?, required("merges.txt")?);
+    let (added, config) = (read("added_tokens.json")?, read("tokenizer_config.json")?);
+    Ok(Tokenizer::from_files(&vocab, &merges, added.as_deref(), config.as_deref())?)
+}
+
+impl Started {
+    /// What the HTTP side needs, with the media stage for this model's input.
+    ///
+    /// # Errors
+    /// When the media stage cannot be set up.
+    pub fn into_loaded(self, config: &Config) -> anyhow::Result<Loaded> {
+        let num_frames = self.shape.num_frames;
+        let media = MediaLoader::new(
+            crate::config::MediaConfig { num_frames, ..config.media.clone() },
+            self.shape.image_size,
+        )?;
+        let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
+        let model = ModelCard {
+            id: config.served_model_name.clone(),
+            created,
+            max_model_len: self.engine.limits().context,
+            default_sampling: default_sampling(&self.generation, config.default_max_tokens),
+            num_frames,
+        };
+        Ok(Loaded { engine: self.engine, media, tokenizer: self.tokenizer, model })
+    }
+}
+
+/// Sampling of a request that says nothing.
+fn default_sampling(generation: &GenerationConfig, max_tokens: usize) -> SamplingParams {
+    let greedy = SamplingParams::greedy(max_tokens);
+    let repetition_penalty = generation.repetition_penalty;
+    if !generation.do_sample {
+        return SamplingParams { repetition_penalty, ..greedy };
+    }
+    let GenerationConfig { temperature, top_k, top_p, .. } = *generation;
+    SamplingParams { temperature, top_k, top_p, repetition_penalty, ..greedy }
+}
+
+/// Says early, and how to help it, when ffmpeg is missing; fetches it when asked to.
+///
+/// # Errors
+/// When it is still missing.
+pub async fn ensure_ffmpeg(options: &ModelOptions, media: &MediaLoader) -> anyhow::Result<()> {
+    if options.download_ffmpeg && media.check_tools().is_err() {
+        let bar = progress_bar("downloading ffmpeg");
+        let progress = move |received, total| {
+            bar.set_length(total);
+            bar.set_position(received);
+        };
+        tokio::task::spawn_blocking(move || ffmpeg::download_ffmpeg(progress)).await??;
+    }
+    Ok(media.check_tools()?)
+}
+
+fn progress_bar(message: &str) -> ProgressBar {
+    let style = ProgressStyle::with_template("{msg} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec}");
+    ProgressBar::new(0)
+        .with_style(style.expect("a constant template: this is a bug").progress_chars("=> "))
+        .with_message(message.to_string())
+}
