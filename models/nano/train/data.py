@@ -9,6 +9,7 @@ import random
 
 import numpy as np
 
+import text as T
 from text import ACTIONS, COLOURS, SHAPES, split_by_combination
 
 FRAMES = 16
@@ -167,8 +168,9 @@ def _sdf(shape, u, v):
     return (px * nx + (py - 1.08) * ny) / n
 
 
-def draw(scene, times, w, h, aspect=None, soft=1.0):
-    """Frames [T, h, w, 3] in float 0..255. `aspect` is that of the video (w/h when not squeezed)."""
+def draw(scene, times, w, h, aspect=None, soft=1.0, owner=None):
+    """Frames [T, h, w, 3] in float 0..255. `aspect` is that of the video (w/h when not squeezed).
+    `owner` [T, h, w], when given, receives 1 + the index of the object at each pixel."""
     st = scene["style"]
     aspect = aspect or w / h
     kx, ky = max(aspect, 1.0), max(1 / aspect, 1.0)  # frame size in units of its shorter side
@@ -178,7 +180,7 @@ def draw(scene, times, w, h, aspect=None, soft=1.0):
     base = np.clip(np.array(st["background"], np.float32) + shade[..., None], 0, 255)
     out = np.repeat(base[None], len(times), 0)
     pixel = soft * math.sqrt((kx / w) * (ky / h))
-    for o in scene["objects"]:
+    for n, o in enumerate(scene["objects"]):
         rgb = np.array(st["rgb"][o["colour"]], np.float32)
         c, s = math.cos(o["turn"]), math.sin(o["turn"])
         for i, t in enumerate(times):
@@ -196,6 +198,8 @@ def draw(scene, times, w, h, aspect=None, soft=1.0):
             alpha = np.clip(0.5 - d * (r / pixel), 0, 1)[..., None]
             box = out[i, y0:y1, x0:x1]
             box += alpha * (rgb - box)
+            if owner is not None:
+                owner[i, y0:y1, x0:x1][alpha[..., 0] > 0.5] = n + 1
     return out
 
 
@@ -252,3 +256,67 @@ def targets(scene, times):
         for k, (c, s, (x, y, r)) in enumerate(seen[:2]):
             out[i, k] = (c + 1, s + 1, 2 * x - 1, 2 * y - 1, 2.5 * math.log(r / 0.2), 1)
     return out
+
+
+# ---- batches for training ------------------------------------------------------------------
+
+def frame_scene(rng):
+    """A still picture of none, one or two shapes anywhere, for training the tower frame by frame."""
+    while True:
+        objs = []
+        for i in rng.sample(range(len(COLOURS)), rng.choices([0, 1, 2], [3, 45, 52])[0]):
+            r = rng.uniform(0.09, 0.4) if rng.random() < 0.4 else rng.uniform(0.11, 0.26)
+            m = r * rng.uniform(0.6, 1.05)
+            p = (rng.uniform(m, 1 - m), rng.uniform(m, 1 - m), r)
+            objs.append({"colour": COLOURS[i], "shape": rng.choice(SHAPES), "actions": ["stays still"], "from": 0.0,
+                         "keys": [(0.0, *p)], "ease": False, "turn": rng.uniform(-0.15, 0.15)})
+        if len(objs) < 2 or not _clash(*objs):
+            return {"objects": objs, "style": make_style(rng, [o["colour"] for o in objs])}
+
+
+def frame_batch(rng, nrng, n, patch=8):
+    """n pictures u8 [n, 64, 64, 3], slot targets [n, 2, 6], and patch targets [n, N, 6] whose last entry is the
+    weight: a patch belongs to the object that covers an eighth of it, and patches less covered don't count."""
+    g = SIZE // patch
+    frames, slots, dense = np.zeros((n, SIZE, SIZE, 3), np.uint8), np.zeros((n, 2, 6), np.float32), np.zeros((n, g * g, 6), np.float32)
+    for i in range(n):
+        scene = frame_scene(rng)
+        st = scene["style"]
+        owner = np.zeros((1, SIZE, SIZE), np.uint8)
+        x = draw(scene, [0], SIZE, SIZE, st["width"] / st["height"], nrng.uniform(0.8, 1.6), owner)
+        frames[i] = np.clip(np.rint(degrade(x, nrng)), 0, 255).astype(np.uint8)[0]
+        slots[i] = targets(scene, [0])[0]
+        tiles = owner[0].reshape(g, patch, g, patch).transpose(0, 2, 1, 3).reshape(g * g, -1)
+        dense[i, :, 5] = 1
+        for k, o in enumerate(scene["objects"]):
+            cover = (tiles == k + 1).mean(1)
+            c, s, (x, y, r) = COLOURS.index(o["colour"]), SHAPES.index(o["shape"]), at(o, 0)
+            dense[i, cover >= 0.125] = (c + 1, s + 1, 2 * x - 1, 2 * y - 1, 2.5 * math.log(r / 0.2), 1)
+            dense[i, (cover > 0) & (cover < 0.125), 5] = 0
+    return frames, slots, dense
+
+
+def text_pairs(rng, scene, n, special=0.12):
+    """n (text after the image, reply) pairs about one clip; some are open or unrelated, some have a second turn."""
+    out = []
+    while len(out) < n:
+        x = rng.random()
+        if x < special:
+            q, a = rng.choice([T.open_pair, T.other_pair])(rng, scene)
+        else:
+            mc = T.make_question(rng, scene)
+            if mc is None:
+                continue
+            q, a = T.write_options(rng, mc), T.reply(scene, mc)
+        if rng.random() < 0.9 and q:
+            q += "\n" + T.OUTPUT
+        out.append((T.prompt_after_image(q), a))
+    return out
+
+
+def clip_batch(rng, nrng, clips, questions, pixels=True):
+    """Frames [B, 16, 64, 64, 3] (or None), slot targets [B, 16, 2, 6], and questions a clip as text pairs."""
+    scenes = [make_scene(rng) for _ in range(clips)]
+    frames = np.stack([clip_frames(s, nrng) for s in scenes]) if pixels else None
+    slots = np.stack([targets(s, sample_times(s["style"])) for s in scenes])
+    return frames, slots, [text_pairs(rng, s, questions) for s in scenes]
