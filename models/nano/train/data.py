@@ -314,9 +314,9 @@ def text_pairs(rng, scene, n, special=0.12):
     return out
 
 
-def clip_batch(rng, nrng, clips, questions, pixels=True):
+def clip_batch(rng, nrng, clips, questions, pixels=True, scenes=None):
     """Frames [B, 16, 64, 64, 3] (or None), slot targets [B, 16, 2, 6], and questions a clip as text pairs."""
-    scenes = [make_scene(rng) for _ in range(clips)]
+    scenes = scenes or [make_scene(rng) for _ in range(clips)]
     frames = np.stack([clip_frames(s, nrng) for s in scenes]) if pixels else None
     slots = np.stack([targets(s, sample_times(s["style"])) for s in scenes])
     return frames, slots, [text_pairs(rng, s, questions) for s in scenes]

@@ -119,6 +119,8 @@ def make_question(rng, scene, kind=None):
         fact = f"the {o['shape']} {action}"
     elif kind == "size":
         word = {"grows": "grows", "shrinks": "shrinks"}.get(action, "stays the same")
+        if word == "stays the same" and rng.random() < 0.75:
+            return None  # most actions leave the size alone: keep the three answers about as frequent
         forms = rng.choice([["it grows", "it shrinks", "it stays the same"],
                             ["it grows", "it shrinks", "it stays the same"],
                             ["grows", "shrinks", "stays the same"],
@@ -205,7 +207,7 @@ TOPIC = {"direction": "the direction", "size": "the size", "colour": "the colour
 
 def reply(scene, q):
     """Describe, go through the options, look again, conclude."""
-    text = describe(scene) + f" The question is about {TOPIC[q['type']]}."
+    text = describe(scene) + f" The question is about {TOPIC[q['type']]}: {q['fact']}."
     for i, o in enumerate(q["options"]):
         text += f" {'ABCD'[i]} says {o}, {'yes' if i == q['answer'] else 'no'}."
     letter = "ABCD"[q["answer"]]
@@ -258,6 +260,12 @@ def other_pair(rng, scene):
                    f"Looking again, no option fits, so I guess A. </think> <answer>A</answer>{EOS}")
     return q, (f" <think> {describe(scene)} The question is about something else. "
                f"Looking again, I do not know. </think> <answer>I do not know.</answer>{EOS}")
+
+
+def two_turns(first, second):
+    """A finished turn and the next one of the same conversation -> (text after the image, reply)."""
+    (p1, r1), (p2, r2) = first, second
+    return p1 + r1 + "USER: " + p2.removeprefix("\n").removeprefix(" "), r2
 
 
 def chat_pair(rng):

@@ -55,12 +55,30 @@ def worker(queue, kind, seed, args):
     torch.set_num_threads(1)
     rng, nrng = random.Random(seed), np.random.default_rng(seed)
     tok = tokenizer.load()
+    seen = WORK / "seen.pt"  # clips the finished connector has looked at
+    known = torch.load(seen, weights_only=False)["scenes"] if kind == "slots" and args.real and seen.exists() else None
     while True:
         if kind == "frames":
             queue.put(data.frame_batch(rng, nrng, args.batch))
         else:
-            frames, slots, pairs = data.clip_batch(rng, nrng, args.clips, args.questions, kind == "clips")
-            queue.put((frames, slots, *pack(tok, [p for clip in pairs for p in clip])))
+            pool = []
+            for _ in range(4):
+                second = rng.random() < 0.05  # some batches continue a conversation
+                which = [rng.randrange(len(known)) if known and rng.random() < args.real else -1 for _ in range(args.clips)]
+                scenes = [known[i] if i >= 0 else data.make_scene(rng) for i in which]
+                frames, slots, pairs = data.clip_batch(rng, nrng, args.clips, 2 if second else args.questions, kind == "clips", scenes)
+                if second:
+                    queue.put((frames, slots, np.array(which), *pack(tok, [T.two_turns(*clip) for clip in pairs])))
+                else:
+                    pool += zip(frames if frames is not None else [None] * args.clips, slots, which, pairs)
+            # clips with texts of like length go together: less padding
+            pool.sort(key=lambda c: max(len(p) + len(r) for p, r in c[3]))
+            parts = [pool[i:i + args.clips] for i in range(0, len(pool), args.clips)]
+            rng.shuffle(parts)
+            for part in parts:
+                frames, slots, which, pairs = zip(*part)
+                queue.put((np.stack(frames) if kind == "clips" else None, np.stack(slots), np.array(which),
+                           *pack(tok, [p for clip in pairs for p in clip])))
 
 
 def pack(tok, pairs):
@@ -180,19 +198,21 @@ def vision(args, model):
         st = torch.load(WORK / "vision.pt")
         model.load_state_dict(st["model"]), heads.load_state_dict(st["heads"]), opt.load_state_dict(st["opt"])
         step, done = st["step"], st["done"]
-    sched = Schedule(opt, args.minutes, done)
+    sched = Schedule(opt, args.minutes, 0.0 if args.both else done)
     sched.base = [args.lr, args.lr, 1e-3, 1e-3]
     seen, t0, acc = 0, time.time(), np.zeros(8)
     for frames, slots, dense in stream("frames", args.seed + step, args):
         p = sched.step(step)
-        feats = model.features(frames[:, None])[:, 0]
-        loss, *a = dense_loss(heads, feats, dense)
+        # first the tower, then the connector on a frozen tower; `--both` afterwards: the two together
+        with torch.set_grad_enabled(args.both or p <= args.alone):
+            feats = model.features(frames[:, None])[:, 0]
+            loss, *a = dense_loss(heads, feats, dense)
         b = [0.0] * 4
-        if p > args.alone:  # the tower first, then the connector with it
+        if args.both or p > args.alone:
             sl, *b = slot_loss(model.resampler.chunk(feats[:, 1:]), slots)
+            loss = 0.3 * loss + 2 * sl if args.both else sl
             b = [sl.item(), *b]
-            loss = loss * (0.5 if p < 0.85 else 0.2) + 2 * sl
-        opt.zero_grad()
+        opt.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         opt.step()
@@ -203,7 +223,7 @@ def vision(args, model):
             print(f"{sched.elapsed()/60:6.1f}m step {step} {seen/(time.time()-t0):.0f}/s loss {m[0]:.3f} | patches colour {m[1]:.3f} shape {m[2]:.3f} "
                   f"geo {m[3]:.3f} | slots {m[4]:.3f} colour {m[5]:.3f} shape {m[6]:.3f} geo {m[7]:.3f}", flush=True)
             acc[:], seen, t0 = 0, 0, time.time()
-        if step % 500 == 0 or p >= 1:
+        if step % 200 == 0 or p >= 1:
             save("vision", model=model.state_dict(), heads=heads.state_dict(), opt=opt.state_dict(), step=step, done=sched.elapsed())
         if p >= 1:
             break
@@ -225,6 +245,13 @@ def system_past(model, tok):
     return model.llm(model.llm.embed_tokens(torch.tensor([tok.encode(T.BEFORE_IMAGE).ids])))[1]
 
 
+def chat_loss(model, tok, rng):
+    pairs = [(T.SYSTEM + "USER: " + q + " ASSISTANT:", r) for q, r in (T.chat_pair(rng) for _ in range(4))]
+    ids, labels = map(torch.from_numpy, pack(tok, pairs))
+    h, _ = model.llm(model.llm.embed_tokens(ids[:, :-1]))
+    return F.cross_entropy(model.logits(h).flatten(0, 1), labels[:, 1:].flatten())
+
+
 def language(args, model):
     tok = tokenizer.load()
     opt = torch.optim.AdamW(groups([model.llm], args.lr, 0.02), betas=(0.9, 0.98))
@@ -233,13 +260,20 @@ def language(args, model):
         st = torch.load(WORK / "language.pt")
         model.load_state_dict(st["model"]), opt.load_state_dict(st["opt"])
         step, done = st["step"], st["done"]
-    sched = Schedule(opt, args.minutes, done)
+    sched = Schedule(opt, args.minutes, 0.0 if args.again else done)
     sched.base = [args.lr, args.lr]
     seen, t0, acc = 0, time.time(), np.zeros(2)
-    for _, slots, ids, labels in stream("slots", args.seed + step, args):
+    seen_file = WORK / "seen.pt"
+    real = torch.load(seen_file, weights_only=False)["tokens"].float() if args.real and seen_file.exists() else None
+    for _, slots, which, ids, labels in stream("slots", args.seed + step, args):
         p = sched.step(step)
-        vis = ideal_tokens(slots, model.c.dim, args.noise).flatten(1, 2) + model.resampler.table
+        vis = ideal_tokens(slots, model.c.dim, args.noise).flatten(1, 2)
+        if real is not None:  # what the connector really puts out, errors included
+            vis = torch.where((which >= 0)[:, None, None], real[which], vis)
+        vis = vis + model.resampler.table
         loss, right = reply_loss(model, system_past(model, tok), vis, ids, labels)
+        if step % 10 == 0:  # a little conversation without any video
+            loss = loss + 0.1 * chat_loss(model, tok, random.Random(step))
         opt.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -249,10 +283,26 @@ def language(args, model):
         if step % args.log == 0:
             print(f"{sched.elapsed()/60:6.1f}m step {step} {seen/(time.time()-t0):.0f}/s loss {acc[0]/args.log:.4f} exact {acc[1]/args.log:.3f}", flush=True)
             acc[:], seen, t0 = 0, 0, time.time()
-        if step % 200 == 0 or p >= 1:
+        if step % 50 == 0 or p >= 1:
             save("language", model=model.state_dict(), opt=opt.state_dict(), step=step, done=sched.elapsed())
         if p >= 1:
             break
+
+
+@torch.no_grad()
+def look(args, model):
+    """Lets tower and connector see training clips once and keeps their visual tokens for the language stage."""
+    model.load_state_dict(torch.load(WORK / "vision.pt")["model"])
+    rng, nrng = random.Random(args.seed + 77), np.random.default_rng(args.seed + 77)
+    scenes, tokens = [], []
+    sched_end = time.time() + args.minutes * 60
+    while time.time() < sched_end:
+        some = [data.make_scene(rng) for _ in range(8)]
+        frames = torch.from_numpy(np.stack([data.clip_frames(s, nrng) for s in some]))
+        scenes += some
+        tokens.append((model.visual_tokens(model.features(frames)) - model.resampler.table).half())
+    save("seen", scenes=scenes, tokens=torch.cat(tokens))
+    print(len(scenes), "clips")
 
 
 def joint(args, model):
@@ -270,15 +320,18 @@ def joint(args, model):
     sched = Schedule(opt, args.minutes, done)
     sched.base = [args.lr, args.lr]
     seen, t0, acc = 0, time.time(), np.zeros(6)
-    for frames, slots, ids, labels in stream("clips", args.seed + step, args):
+    for frames, slots, _, ids, labels in stream("clips", args.seed + step, args):
         p = sched.step(step)
-        feats = model.features(frames)
-        b, t = feats.shape[:2]
-        lat = model.resampler.chunk(feats[:, :, 1:].flatten(0, 1))
-        sl, *a = slot_loss(lat, slots.flatten(0, 1))
+        b = len(frames)
+        with torch.set_grad_enabled(p > args.frozen):
+            feats = model.features(frames)
+            lat = model.resampler.chunk(feats[:, :, 1:].flatten(0, 1))
+            sl, *a = slot_loss(lat, slots.flatten(0, 1))
         vis = lat.reshape(b, -1, model.c.dim) + model.resampler.table
         rl, right = reply_loss(model, system_past(model, tok), vis, ids, labels)
         loss = rl + args.slots * sl
+        if step % 10 == 0:  # a little conversation without any video
+            loss = loss + 0.1 * chat_loss(model, tok, random.Random(step))
         opt.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -299,15 +352,19 @@ def joint(args, model):
 def main():
     global WORK
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("stage", choices=["vision", "language", "joint"])
+    ap.add_argument("stage", choices=["vision", "look", "language", "joint"])
     ap.add_argument("--minutes", type=float, default=40)
     ap.add_argument("--lr", type=float)
     ap.add_argument("--batch", type=int, default=64, help="pictures a step (vision)")
     ap.add_argument("--alone", type=float, default=0.35, help="part of the time the tower trains without the connector")
+    ap.add_argument("--both", action="store_true", help="continue tower and connector together (vision, with --resume)")
+    ap.add_argument("--again", action="store_true", help="resume the weights but begin a new schedule (language)")
+    ap.add_argument("--real", type=float, default=0.0, help="part of the clips with tokens kept by `look` (language)")
     ap.add_argument("--clips", type=int, default=8)
     ap.add_argument("--questions", type=int, default=3, help="questions a clip")
     ap.add_argument("--noise", type=float, default=0.06, help="on the ideal tokens")
     ap.add_argument("--slots", type=float, default=0.5, help="weight of the slots' loss (joint)")
+    ap.add_argument("--frozen", type=float, default=0.5, help="part of the time tower and connector stay frozen (joint)")
     ap.add_argument("--threads", type=int, default=1)
     ap.add_argument("--seed", type=int, default=1000)
     ap.add_argument("--log", type=int, default=50)
@@ -315,12 +372,12 @@ def main():
     ap.add_argument("--work", default="work")
     args = ap.parse_args()
     WORK = Path(args.work)
-    args.lr = args.lr or {"vision": 1e-3, "language": 2e-3, "joint": 4e-4}[args.stage]
+    args.lr = args.lr or {"vision": 1e-3, "language": 2e-3, "joint": 4e-4, "look": 0.0}[args.stage]
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     model = Model(load_config(NANO / "config.json"))
     init(model)
-    {"vision": vision, "language": language, "joint": joint}[args.stage](args, model)
+    {"vision": vision, "look": look, "language": language, "joint": joint}[args.stage](args, model)
 
 
 if __name__ == "__main__":
