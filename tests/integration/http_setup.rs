@@ -282,8 +282,11 @@ impl Events {
 pub fn chunks(events: &[Event]) -> Vec<&Value> {
     let (last, chunks) = events.split_last().expect("a stream has events");
     assert_eq!(*last, Event::Done);
-    let data = |event| if let &Event::Data(ref data) = event { data } else { panic!("{event:?} in between") };
-    chunks.iter().map(data).collect()
+    let data = chunks.iter().map(|event| match event {
+        Event::Data(data) => data,
+        other => panic!("{other:?} in between"),
+    });
+    data.collect()
 }
 
 /// All text of one field of the deltas.
