@@ -4,6 +4,7 @@ mod architecture;
 mod checkpoint_damage;
 mod checkpoint_open;
 mod cli_client;
+mod cli_commands;
 mod engine;
 mod golden;
 mod http_chat;
