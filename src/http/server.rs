@@ -143,9 +143,13 @@ fn serve(
         .header_read_timeout(config.header_read_timeout)
         .serve_connection(TokioIo::new(Box::pin(stream)), service);
     async move {
-        tokio::select! {
-            result = poll_fn(|cx| connection.poll_without_shutdown(cx)) => result?,
-            () = close.cancelled() => {
+        let ended = tokio::select! {
+            result = poll_fn(|cx| connection.poll_without_shutdown(cx)) => Some(result),
+            () = close.cancelled() => None,
+        };
+        match ended {
+            Some(result) => result?,
+            None => {
                 Pin::new(&mut connection).graceful_shutdown();
                 poll_fn(|cx| connection.poll_without_shutdown(cx)).await?;
             }
