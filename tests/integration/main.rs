@@ -1,8 +1,5 @@
 //! Tests over real threads, sockets, processes and files, in one crate: each extra one links the tensor library again.
 
-// The lint knows test functions, not what they share.
-#![allow(clippy::unwrap_used, clippy::print_stdout)]
-
 mod architecture;
 mod checkpoint_damage;
 mod checkpoint_open;
