@@ -16,7 +16,10 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::{media::MediaLoader, telemetry::tracing as logs};
+use crate::{
+    media::{FrameSampling, MediaLoader},
+    telemetry::tracing as logs,
+};
 
 /// Serves TinyLLaVA-Video-R1: ask a question about a video, watch the model think and answer.
 #[derive(Debug, Parser)]
@@ -121,7 +124,7 @@ async fn bench_frames(files: &[PathBuf]) -> anyhow::Result<()> {
         "file", "seconds", "frames", "probe ms", "sample ms", "whole ms", "ratio"
     );
     for file in files {
-        let result = media.benchmark(file).await?;
+        let result = media.benchmark(file, FrameSampling::default()).await?;
         let ms = |duration: std::time::Duration| duration.as_secs_f64() * 1e3;
         let sampled = result.probe + result.chosen;
         println!(

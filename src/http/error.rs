@@ -226,3 +226,82 @@ impl IntoResponse for ApiError {
         response
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Status, code and whether the client is told when to try again.
+    fn row(error: impl Into<ApiError>) -> (u16, &'static str, bool) {
+        let row = error.into().row();
+        (row.status.as_u16(), row.code.unwrap_or_default(), row.retry_after.is_some())
+    }
+
+    fn text() -> String {
+        "something".into()
+    }
+
+    #[test]
+    fn faults_of_the_request_are_4xx() {
+        let too_long = SubmitError::ContextLengthExceeded { prompt_tokens: 9, max_tokens: 9, context: 9 };
+        assert_eq!(row(InvalidRequest::field("stop", "bad")), (400, "", false));
+        assert_eq!(row(PromptError::Empty), (400, "", false));
+        assert_eq!(row(PromptError::MissingReply), (400, "", false));
+        assert_eq!(row(PromptError::TextTooLong { num_bytes: 2, max_bytes: 1 }), (400, "", false));
+        assert_eq!(row(too_long), (400, "context_length_exceeded", false));
+        assert_eq!(
+            row(SubmitError::KvCacheTooSmall { needed: 2, total: 1 }),
+            (400, "kv_cache_too_small", false)
+        );
+        assert_eq!(
+            row(InvalidRequest::UnknownModel { asked: text(), served: text() }),
+            (404, "model_not_found", false)
+        );
+        assert_eq!(row(ApiError::NoSuchRoute), (404, "not_found", false));
+        assert_eq!(row(ApiError::MethodNotAllowed), (405, "method_not_allowed", false));
+        assert_eq!(row(BodyError::Slow { seconds: 1 }), (408, "body_timeout", false));
+        assert_eq!(row(BodyError::TooLarge { max_body_bytes: 1 }), (413, "body_too_large", false));
+        assert_eq!(row(BodyError::ContentType), (415, "unsupported_content_type", false));
+    }
+
+    #[test]
+    fn faults_of_the_video_have_a_status_each() {
+        let refused = MediaError::Refused { param: "video_url", message: text() };
+        assert_eq!(row(refused), (400, "video_refused", false));
+        assert_eq!(row(MediaError::TooManyBytes { max_video_bytes: 1 }), (413, "video_too_large", false));
+        assert_eq!(row(MediaError::Unsupported(text())), (415, "video_unsupported", false));
+        assert_eq!(row(MediaError::FetchFailed(text())), (422, "video_fetch_failed", false));
+        assert_eq!(row(MediaError::Undecodable(text())), (422, "video_undecodable", false));
+        assert_eq!(row(MediaError::DecodeTimeout { seconds: 1 }), (422, "video_decode_timeout", false));
+    }
+
+    #[test]
+    fn a_server_that_cannot_now_says_when_to_try_again() {
+        let full = ReserveError::QueueFull { max_sequences: 1, retry_after: RETRY_SOON };
+        assert_eq!(row(full), (429, "queue_full", true));
+        assert_eq!(row(BodyError::TooManyBytesInFlight), (429, "too_many_uploads", true));
+        assert_eq!(row(ApiError::Loading), (503, "loading", true));
+        assert_eq!(row(ApiError::Draining), (503, "draining", true));
+        assert_eq!(row(ApiError::EngineStopped), (503, "engine_failed", true));
+        assert_eq!(row(ReserveError::Stopped), (503, "engine_failed", true));
+        assert_eq!(row(SubmitError::Stopped), (503, "engine_failed", true));
+        assert_eq!(row(ApiError::DeadlineExceeded { seconds: 1 }), (504, "deadline_exceeded", false));
+    }
+
+    #[test]
+    fn what_only_the_log_may_know_is_withheld() {
+        let errors: [ApiError; 6] = [
+            ApiError::Internal("secret".into()),
+            MediaError::Internal("secret".into()).into(),
+            PromptError::Tokenizer("secret".into()).into(),
+            PromptError::Load("secret".into()).into(),
+            SubmitError::Invalid("secret".into()).into(),
+            BodyError::Disk(std::io::Error::other("secret")).into(),
+        ];
+        for error in errors {
+            let wire = serde_json::to_string(&error.to_wire()).unwrap();
+            assert!(!wire.contains("secret"), "{wire}");
+            assert_eq!(row(error), (500, "internal_error", false));
+        }
+    }
+}

@@ -57,9 +57,14 @@ pub fn route_list() -> Vec<(Method, &'static str)> {
 
 /// The whole service.
 pub fn router(state: AppState) -> Router {
-    let config = state.config();
     let routes =
         routes().into_iter().fold(Router::new(), |router, (_, path, handler)| router.route(path, handler));
+    with_limits(routes, state)
+}
+
+/// What stands around every route: request ids and logs, panics, body limits, answers to unknown paths.
+fn with_limits(routes: Router<AppState>, state: AppState) -> Router {
+    let config = state.config();
     routes
         .fallback(async || ApiError::NoSuchRoute)
         .method_not_allowed_fallback(async || ApiError::MethodNotAllowed)
@@ -78,4 +83,31 @@ fn answer_panic(payload: Box<dyn std::any::Any + Send>) -> Response<Body> {
         .or_else(|| payload.downcast_ref::<&str>().copied())
         .unwrap_or("of an unknown kind");
     ApiError::Internal(format!("a panic: {text}")).into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use axum::{body::to_bytes, http::Request};
+    use tower::ServiceExt;
+
+    use super::*;
+    use crate::{config::Config, telemetry::Metrics};
+
+    #[tokio::test]
+    async fn a_panic_is_a_withheld_500_with_the_request_id() {
+        let routes = Router::new().route("/broken", get(async || -> &'static str { panic!("a secret") }));
+        let state = AppState::new(Arc::new(Config::default()), Metrics::new("m"));
+        let app = with_limits(routes, state.clone());
+        let request = Request::get("/broken").header("x-request-id", "7").body(Body::empty()).unwrap();
+        let response = app.oneshot(request).await.unwrap();
+        assert_eq!(response.status(), 500);
+        assert_eq!(response.headers()["x-request-id"], "7");
+        let body = to_bytes(response.into_body(), 10_000).await.unwrap();
+        let body = String::from_utf8(body.to_vec()).unwrap();
+        assert!(body.contains("internal_error") && !body.contains("secret"), "{body}");
+        let counted = "tinyllava_http_requests_total{method=\"GET\",route=\"/broken\",status=\"500\"} 1";
+        assert!(state.metrics().render().contains(counted));
+    }
 }

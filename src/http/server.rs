@@ -2,25 +2,31 @@
 //!
 //! [`run`] is called by `cli/serve.rs` and tests. HTTP/1.1 only: TLS and HTTP/2 belong to the proxy in front.
 
-use std::{future::Future, io, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
+use std::{
+    future::{Future, poll_fn},
+    io,
+    net::SocketAddr,
+    pin::Pin,
+    sync::Arc,
+    time::Duration,
+};
 
 use axum::Router;
-use hyper::server::conn::http1;
-use hyper_util::{
-    rt::{TokioIo, TokioTimer},
-    service::TowerToHyperService,
-};
+use hyper::{server::conn::http1, service::service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{
+    io::{AsyncRead, AsyncWrite, AsyncWriteExt},
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore},
 };
 use tokio_io_timeout::TimeoutWriter;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tower::ServiceExt;
 
 use super::{router, state::AppState};
 use crate::config::Config;
 
-/// How long connections may take to send their last bytes when no request is left.
+/// How long a connection may take to exchange its last bytes when no request is left.
 const CLOSING_TIME: Duration = Duration::from_secs(2);
 /// Pause after a failed accept (too many open files): another try at once would meet the same.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -131,16 +137,31 @@ fn serve(
     let _ = stream.set_nodelay(true);
     let mut stream = TimeoutWriter::new(stream);
     stream.set_timeout(Some(config.write_stall_timeout));
-    let connection = http1::Builder::new()
+    let service = service_fn(move |request| Box::pin(app.clone().oneshot(request)));
+    let mut connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(config.header_read_timeout)
-        .serve_connection(TokioIo::new(Box::pin(stream)), TowerToHyperService::new(app));
+        .serve_connection(TokioIo::new(Box::pin(stream)), service);
     async move {
-        let mut connection = pin!(connection);
         tokio::select! {
-            result = &mut connection => return result,
-            () = close.cancelled() => connection.as_mut().graceful_shutdown(),
+            result = poll_fn(|cx| connection.poll_without_shutdown(cx)) => result?,
+            () = close.cancelled() => {
+                Pin::new(&mut connection).graceful_shutdown();
+                poll_fn(|cx| connection.poll_without_shutdown(cx)).await?;
+            }
         }
-        connection.await
+        linger(connection.into_parts().io.into_inner()).await;
+        Ok(())
     }
+}
+
+/// Says that nothing more will come, then reads on for a while: closing a socket with unread bytes in it makes the
+/// kernel throw away a response (413, 429…) that the client, still sending its body, has not read yet.
+async fn linger(mut stream: impl AsyncRead + AsyncWrite + Unpin) {
+    let read_on = async {
+        stream.shutdown().await?;
+        tokio::io::copy(&mut stream, &mut tokio::io::sink()).await
+    };
+    // Whatever happens now, the connection is over.
+    let _ = tokio::time::timeout(CLOSING_TIME, read_on).await;
 }

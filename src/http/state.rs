@@ -57,7 +57,9 @@ struct Inner {
 impl AppState {
     /// A server whose model is still loading.
     pub fn new(config: Arc<Config>, metrics: Metrics) -> Self {
-        let body_kib = Semaphore::new((config.max_inflight_body_bytes / 1024).min(Semaphore::MAX_PERMITS));
+        // A body that is allowed at all must find room when it comes alone.
+        let inflight_bytes = config.max_inflight_body_bytes.max(config.max_body_bytes);
+        let body_kib = Semaphore::new(inflight_bytes.div_ceil(1024).min(Semaphore::MAX_PERMITS));
         AppState(Arc::new(Inner {
             config,
             metrics,

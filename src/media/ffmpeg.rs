@@ -26,7 +26,13 @@ use crate::config::MediaConfig;
 /// Demuxers that may open a video (ffmpeg's names); playlists and scripts, which open other files, are not among them.
 const ALLOWED_DEMUXERS: &str = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts";
 /// Decoders that may run (ffmpeg's names; AV1 has several).
-const ALLOWED_DECODERS: &str = "h264,hevc,vp8,vp9,av1,libdav1d,libaom-av1,mpeg4,mpeg2video,mjpeg,gif";
+const VIDEO_DECODERS: &str = "h264,hevc,vp8,vp9,av1,libdav1d,libaom-av1,mpeg4,mpeg2video,mjpeg,gif";
+/// What ffprobe may open besides, for it gives up on a file with any stream that it may not: usual sound, subtitles
+/// and covers.
+const OTHER_DECODERS: &str = "aac,aac_latm,mp3,mp3float,mp2,mp2float,ac3,eac3,dca,opus,libopus,vorbis,libvorbis,\
+    flac,alac,amrnb,amrwb,libopencore_amrnb,libopencore_amrwb,adpcm_ms,adpcm_ima_wav,adpcm_ima_qt,pcm_alaw,\
+    pcm_mulaw,pcm_u8,pcm_s8,pcm_s16le,pcm_s16be,pcm_s24le,pcm_s24be,pcm_s32le,pcm_s32be,pcm_f32le,pcm_f32be,\
+    mov_text,subrip,srt,ass,ssa,webvtt,dvbsub,dvdsub,pgssub,cc_dec,png";
 /// The same for people, and as ffprobe names the codecs.
 pub const ALLOWED_CODECS: [&str; 9] =
     ["h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mpeg2video", "mjpeg", "gif"];
@@ -78,7 +84,7 @@ impl Tools {
         let mut command = FfmpegCommand::new_with_path(self.ffmpeg_path()?);
         command.hide_banner().args(["-nostdin", "-nostats", "-threads", &threads.to_string()]);
         let mut command = Command::from(command);
-        self.guard_input(&mut command);
+        self.guard_input(&mut command, VIDEO_DECODERS);
         Ok(command)
     }
 
@@ -86,15 +92,15 @@ impl Tools {
     pub fn ffprobe(&self) -> Result<Command, MediaError> {
         let mut command = Command::new(self.ffprobe_path()?);
         command.args(["-hide_banner", "-loglevel", "level+error"]);
-        self.guard_input(&mut command);
+        self.guard_input(&mut command, &format!("{VIDEO_DECODERS},{OTHER_DECODERS}"));
         Ok(command)
     }
 
     /// What an input may make the tools open, allocate and run.
-    fn guard_input(&self, command: &mut Command) {
+    fn guard_input(&self, command: &mut Command, decoders: &str) {
         command
             .args(["-protocol_whitelist", "file,pipe", "-format_whitelist", ALLOWED_DEMUXERS])
-            .args(["-codec_whitelist", ALLOWED_DECODERS])
+            .args(["-codec_whitelist", decoders])
             .arg("-max_pixels")
             .arg(self.max_frame_pixels.to_string());
     }

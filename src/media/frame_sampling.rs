@@ -195,7 +195,7 @@ mod tests {
     fn short_videos_repeat_frames_for_the_models_number_only() {
         let short = constant_rate(5, 25.0);
         let default = resolve(FrameSampling::default()).unwrap();
-        assert_eq!(default.indices(&short).unwrap(), [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 3, 3, 3, 3, 4]);
+        assert_eq!(default.indices(&short).unwrap(), [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 4]);
         let written_out = resolve(FrameSampling { num_frames: Some(16), ..Default::default() }).unwrap();
         assert_eq!(written_out, default);
         let asked = resolve(FrameSampling { num_frames: Some(20), ..Default::default() }).unwrap();

@@ -252,8 +252,12 @@ impl MediaLoader {
     }
 
     /// Samples a local file the way requests are, and again by decoding everything.
-    pub async fn benchmark(&self, file: &Path) -> Result<SamplingBenchmark, MediaError> {
-        let sampling = Sampling::resolve(FrameSampling::default(), &self.config)?;
+    pub async fn benchmark(
+        &self,
+        file: &Path,
+        sampling: FrameSampling,
+    ) -> Result<SamplingBenchmark, MediaError> {
+        let sampling = Sampling::resolve(sampling, &self.config)?;
         let video = self.sources.read(VideoSource::LocalFile(file.to_owned())).await?;
         let started = Instant::now();
         let probe = probe::probe(&self.tools, video.path(), &self.config).await?;

@@ -177,7 +177,9 @@ fn damaged() -> MediaError {
 /// ffprobe's error lines that say what is wrong with a file.
 #[derive(Debug, Default)]
 struct Complaints {
-    codec_refused: bool,
+    container_refused: bool,
+    /// The first codec that is not on the list: of the video or of another stream.
+    codec_refused: Option<String>,
     too_many_pixels: bool,
     truncated: bool,
 }
@@ -187,14 +189,22 @@ impl Complaints {
         tracing::debug!(line, "ffprobe");
         self.too_many_pixels |= line.contains("exceeds specified max pixel count");
         self.truncated |= line.contains("partial file") || line.contains("File ended prematurely");
-        self.codec_refused |= line.contains("Format not on whitelist");
+        self.container_refused |= line.contains("Format not on whitelist");
+        if let Some((_, rest)) = line.split_once("Codec (")
+            && let Some((codec, _)) = rest.split_once(") not on whitelist")
+        {
+            self.codec_refused.get_or_insert_with(|| codec.to_owned());
+        }
     }
 
     fn judge(&self, config: &MediaConfig) -> Result<(), MediaError> {
         if self.too_many_pixels {
             return Err(too_large(config));
         }
-        if self.codec_refused {
+        if let Some(codec) = &self.codec_refused {
+            return Err(codec_refused(codec));
+        }
+        if self.container_refused {
             return Err(MediaError::Unsupported("this container is not accepted; send mp4 or webm".into()));
         }
         if self.truncated {
@@ -202,6 +212,13 @@ impl Complaints {
         }
         Ok(())
     }
+}
+
+fn codec_refused(codec: &str) -> MediaError {
+    let allowed = ALLOWED_CODECS.join(", ");
+    MediaError::Unsupported(format!(
+        "the file's codec {codec} is not accepted; send video as one of {allowed}"
+    ))
 }
 
 fn too_large(config: &MediaConfig) -> MediaError {
@@ -282,10 +299,7 @@ impl Report {
             return Err(MediaError::Undecodable("the file has no video stream; send a video".into()));
         };
         if !ALLOWED_CODECS.contains(&codec.as_str()) {
-            let allowed = ALLOWED_CODECS.join(", ");
-            return Err(MediaError::Unsupported(format!(
-                "the video's codec ({codec}) is not accepted; send one of {allowed}"
-            )));
+            return Err(codec_refused(&codec));
         }
         let (Some(time_base), 1.., 1..) = (self.time_base, self.width, self.height) else {
             return Err(damaged());

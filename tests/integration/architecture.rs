@@ -34,10 +34,12 @@ const IMPORTS: [(&str, &[&str]); 11] = [
     ),
 ];
 
+/// Where the unit tests of a file begin.
+const UNIT_TESTS: &str = "#[cfg(test)]\nmod tests";
 /// Names that say nothing about what is inside.
 const EMPTY_NAMES: [&str; 5] = ["util", "common", "helper", "core", "misc"];
-/// Longest file, lines; tables and tests included.
-const MAX_LINES: usize = 500;
+/// Longest file without its unit tests, lines.
+const MAX_LINES: usize = 400;
 
 fn sources() -> Vec<(PathBuf, String)> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
@@ -70,7 +72,7 @@ fn is_tests(path: &Path) -> bool {
 
 /// The code of a file without comments and without its unit tests.
 fn code(text: &str) -> String {
-    let before_tests = text.split("#[cfg(test)]\nmod tests").next().unwrap_or_default();
+    let before_tests = text.split(UNIT_TESTS).next().unwrap_or_default();
     before_tests.lines().filter(|line| !line.trim_start().starts_with("//")).collect::<Vec<_>>().join("\n")
 }
 
@@ -162,8 +164,8 @@ fn every_file_opens_by_saying_what_it_is() {
 #[test]
 fn files_are_short_and_named_for_what_they_hold() {
     for (path, text) in sources() {
-        let lines = text.lines().count();
-        assert!(lines <= MAX_LINES, "{} has {lines} lines", path.display());
+        let lines = text.split(UNIT_TESTS).next().unwrap_or_default().lines().count();
+        assert!(is_tests(&path) || lines <= MAX_LINES, "{} has {lines} lines", path.display());
         let name = path.file_stem().unwrap().to_str().unwrap();
         assert!(!EMPTY_NAMES.contains(&name), "{} is named {name}", path.display());
     }
@@ -172,7 +174,7 @@ fn files_are_short_and_named_for_what_they_hold() {
 #[test]
 fn status_codes_are_chosen_in_one_file() {
     for (path, text) in sources() {
-        if path != Path::new("http/error.rs") {
+        if module(&path) == "http" && path != Path::new("http/error.rs") {
             let code = code(&text);
             let chosen = code.match_indices("StatusCode::").any(|(at, _)| {
                 // Comparing with a status is not choosing one.

@@ -57,8 +57,25 @@ async fn a_body_announced_too_large_is_refused_before_it_is_sent() {
 }
 
 #[tokio::test]
+async fn a_refusal_reaches_a_client_that_sends_its_whole_body_first() {
+    let mut config = config();
+    config.max_body_bytes = 1000;
+    let server = server(config, FakeModel::saying(REPLY)).await;
+    let mut socket = connect(&server).await;
+    let body = vec![b' '; 20 << 20];
+    let head = format!(
+        "POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
+        body.len()
+    );
+    socket.write_all(head.as_bytes()).await.unwrap();
+    socket.write_all(&body).await.unwrap();
+    assert!(read_head(&mut socket).await.starts_with("HTTP/1.1 413"));
+}
+
+#[tokio::test]
 async fn bodies_in_flight_share_one_limit() {
     let mut config = config();
+    config.max_body_bytes = 64 << 10;
     config.max_inflight_body_bytes = 64 << 10;
     let server = server(config, FakeModel::saying(REPLY)).await;
     let mut slow = connect(&server).await;
@@ -118,10 +135,11 @@ async fn a_header_that_stops_coming_is_ended() {
 async fn a_client_that_does_not_read_blocks_nobody_and_is_cut_off() {
     let mut config = config();
     config.write_stall_timeout = Duration::from_millis(500);
-    config.engine.max_running_sequences = 2;
-    let server = server(config, FakeModel::saying(&"word ".repeat(700))).await;
-    let body = stream_request(3500).to_string();
-    // A small window, so that the reply does not fit into the kernel's buffers.
+    // Large chunks and a small window: the reply does not fit into the kernel's buffers.
+    let name = "m".repeat(3000);
+    config.served_model_name = name.clone();
+    let server = server(config, FakeModel::saying(&"word ".repeat(600))).await;
+    let body = request(json!("Hi"), json!({"model": name, "stream": true, "max_tokens": 3000})).to_string();
     let lazy = TcpSocket::new_v4().unwrap();
     lazy.set_recv_buffer_size(4096).unwrap();
     let mut lazy = lazy.connect(server.url.strip_prefix("http://").unwrap().parse().unwrap()).await.unwrap();
@@ -132,7 +150,7 @@ async fn a_client_that_does_not_read_blocks_nobody_and_is_cut_off() {
     lazy.write_all(head.as_bytes()).await.unwrap();
     assert!(read_head(&mut lazy).await.starts_with("HTTP/1.1 200"));
     // Its tokens are made and wait in its own channel; others go on, and the engine forgets the sequence.
-    server.ask(&request(json!("Hi"), json!({"max_tokens": 5}))).await;
+    server.ask(&request(json!("Hi"), json!({"model": name, "max_tokens": 5}))).await;
     server.until_idle().await;
     let left = "tinyllava_request_seconds_count{outcome=\"client_left\"}";
     eventually("the connection is cut off", async || {

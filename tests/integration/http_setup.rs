@@ -72,7 +72,7 @@ pub fn load(state: &AppState, model: FakeModel) {
         media: MediaLoader::new(config.media.clone(), limits.image_size).unwrap(),
         tokenizer: Arc::new(Tokenizer::bytes()),
         model: ModelCard {
-            id: MODEL.into(),
+            id: config.served_model_name.clone(),
             created: 1,
             max_model_len: limits.context,
             default_sampling: SamplingParams::greedy(1),

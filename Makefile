@@ -1,0 +1,23 @@
+# `make demo` and `make test` do everything on a fresh Debian or Ubuntu with Rust.
+.PHONY: demo test check build serve clean
+
+demo: ## Build, start the server on the embedded model, ask it about real videos
+	@scripts/demo.sh
+
+test: ## All tests, with real sockets, real ffmpeg and real videos
+	@scripts/need-ffmpeg.sh
+	cargo test --locked
+
+check: ## What CI checks before the tests
+	cargo fmt --check
+	cargo clippy --locked --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps
+
+build: ## The release binary, target/release/tinyllava
+	cargo build --locked --release
+
+serve: build
+	target/release/tinyllava serve
+
+clean:
+	cargo clean
