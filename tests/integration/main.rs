@@ -1,5 +1,7 @@
 //! Tests over real threads, sockets, processes and files, in one crate: each extra one links the tensor library again.
 
+#![allow(clippy::unwrap_used, reason = "a failed setup is a failed test, in helpers too")]
+
 mod architecture;
 mod checkpoint_damage;
 mod checkpoint_open;
