@@ -15,6 +15,7 @@ mod http_limits;
 mod http_setup;
 mod hub_download;
 mod hub_fake;
+mod invariance;
 mod media_clips;
 mod media_frames;
 mod media_limits;
