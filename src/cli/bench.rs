@@ -18,6 +18,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
 use url::Url;
+use uuid::Uuid;
 
 use super::chat_client::{ChatClient, ChatError};
 use report::Level;
@@ -217,7 +218,7 @@ async fn run_one(client: &ChatClient, requests: &Arc<Requests>, index: usize) ->
     Ok(timing)
 }
 
-/// Makes the bodies of the requests, the same ones in every run.
+/// Makes the bodies of the requests: the same ones in every run, but for videos that are to be distinct.
 #[derive(Debug)]
 struct Requests {
     args: BenchArgs,
@@ -247,8 +248,8 @@ impl Requests {
         if let Some(video) = &self.video {
             let mut video = video.clone();
             if self.args.distinct_videos {
-                // An empty box at the end: other bytes, the same pictures.
-                video.extend([&[0, 0, 0, 16], &b"free"[..], &(index as u64).to_be_bytes()].concat());
+                // A box to be skipped, at the end: the same pictures in bytes that no server has seen before.
+                video.extend([&[0, 0, 0, 24], &b"free"[..], Uuid::new_v4().as_bytes()].concat());
             }
             let url = format!("data:{};base64,{}", self.mime, STANDARD.encode(video));
             content.insert(0, json!({"type": "video_url", "video_url": {"url": url}}));
@@ -328,8 +329,10 @@ mod tests {
         };
         let (first, second) = (url(0), url(1));
         assert_ne!(first, second);
+        assert_ne!(first, url(0), "levels and runs must not share videos");
         let base64 = first.strip_prefix("data:video/quicktime;base64,").unwrap();
-        assert_eq!(STANDARD.decode(base64).unwrap(), b"\0\0\0\x08ftyp\0\0\0\x10free\0\0\0\0\0\0\0\0");
+        let bytes = STANDARD.decode(base64).unwrap();
+        assert_eq!((&bytes[..16], bytes.len()), (&b"\0\0\0\x08ftyp\0\0\0\x18free"[..], 32));
         let text_only = body(&["--ignore-eos", "--temperature", "0"], 0);
         assert_eq!(text_only["messages"][0]["content"].as_array().unwrap().len(), 1);
         assert_eq!((&text_only["ignore_eos"], text_only["temperature"].as_f64()), (&json!(true), Some(0.0)));

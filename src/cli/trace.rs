@@ -113,7 +113,10 @@ pub async fn trace(args: TraceArgs) -> anyhow::Result<()> {
     tensors.insert("frames_u8", Tensor::from_vec(source.rgb, shape, &Device::Cpu)?);
     tensors.insert("resized_u8", Tensor::from_vec(resized, (source.count, size, size, 3), &Device::Cpu)?);
     tensors.insert("pixel_values", recorder.rows("pixel_values", source.count)?);
-    for name in ["vision_features", "connector_no_pos", "connector_out"] {
+    let features = recorder.all("vision_features")?;
+    let width = features.dim(1)?;
+    tensors.insert("vision_features", features.reshape((source.count, (), width))?);
+    for name in ["connector_no_pos", "connector_out"] {
         tensors.insert(name, recorder.all(name)?);
     }
     tensors.insert("inputs_embeds", recorder.rows("inputs_embeds", prompt.token_ids.len())?);

@@ -182,3 +182,64 @@ impl KeyValueTiles for PagedHead<'_> {
         self.layout.head_dim
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::{super::SequenceInput, *};
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(60))]
+
+        #[test]
+        fn paged_attention_equals_the_plain_one(
+            kv_heads in 1..3usize, group in 1..5usize, tiles in 1..4usize, lens in prop::collection::vec((1..90usize, 1..40usize), 1..4),
+            block_size in prop_oneof![Just(16usize), Just(32)], seed in 1..u32::MAX,
+        ) {
+            let head_dim = tiles * 16;
+            let heads = Heads { num_heads: kv_heads * group, num_kv_heads: kv_heads, head_dim };
+            let layout = CacheLayout { block_size, num_kv_heads: kv_heads, head_dim };
+            let mut state = seed;
+            let mut next = || { state ^= state << 13; state ^= state >> 17; state ^= state << 5; (state >> 8) as f32 / 8e6 - 1.0 };
+            let num_blocks = 32;
+            // Slots that no token was written to hold what must never be read.
+            let fill = vec![f32::NAN; num_blocks * block_size * kv_heads * head_dim];
+            let mut cache = LayerCache { keys: fill.clone(), values: fill };
+            let mut input = StepInput::default();
+            let (mut queries, mut expected) = (vec![], vec![]);
+            for (n, &(context, asked)) in lens.iter().enumerate() {
+                let width = kv_heads * head_dim;
+                let keys: Vec<f32> = (0..context * width).map(|_| next()).collect();
+                let values: Vec<f32> = (0..context * width).map(|_| next()).collect();
+                let blocks: Vec<u32> = (0..context.div_ceil(block_size)).map(|i| (num_blocks - 1 - n * 8 - i) as u32).collect();
+                let slot = |position: usize| blocks[position / block_size] as usize * block_size + position % block_size;
+                let write = StepInput { slot_mapping: (0..context).map(slot).collect(), ..StepInput::default() };
+                write_cache(&mut cache, &write, &keys, &values, layout);
+                let first_row = input.positions.len();
+                for position in context.saturating_sub(asked)..context {
+                    input.positions.push(position as u32);
+                    for head in 0..heads.num_heads {
+                        let query: Vec<f32> = (0..head_dim).map(|_| next()).collect();
+                        let at = |token: usize| token * width + head / group * head_dim;
+                        let dot = |token| keys[at(token)..].iter().zip(&query).map(|(k, q)| f64::from(*k) * f64::from(*q)).sum::<f64>();
+                        let weights: Vec<f64> = (0..=position).map(|token| (dot(token) * f64::from(heads.scale())).exp()).collect();
+                        let total: f64 = weights.iter().sum();
+                        expected.extend((0..head_dim).map(|i| {
+                            weights.iter().enumerate().map(|(token, w)| w * f64::from(values[at(token) + i])).sum::<f64>() / total
+                        }));
+                        queries.extend(query);
+                    }
+                }
+                let first_block = input.block_tables.len();
+                input.block_tables.extend(blocks);
+                let rows = first_row..input.positions.len();
+                input.sequences.push(SequenceInput { rows, context_len: context, blocks: first_block..input.block_tables.len() });
+            }
+            let got = paged_attention(&queries, &cache, &input, heads, layout);
+            for (got, expected) in got.iter().zip(expected) {
+                prop_assert!((f64::from(*got) - expected).abs() < 2e-5, "{got} {expected}");
+            }
+        }
+    }
+}

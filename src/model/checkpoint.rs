@@ -232,10 +232,7 @@ impl Checkpoint {
         match spec {
             ModelSpec::Nano => {
                 let config = ModelConfig::preset(Preset::Nano);
-                let weights = match embedded::WEIGHTS {
-                    Some(bytes) => Weights::from_static(bytes, &config)?,
-                    None => Weights::synthetic(&config, 0),
-                };
+                let weights = Weights::from_static(embedded::WEIGHTS, &config)?;
                 Ok(Self::with_embedded_tokenizer(spec, config, weights))
             }
             ModelSpec::Synthetic { preset, seed } => {

@@ -17,6 +17,5 @@ pub const TOKENIZER_FILES: [(&str, &[u8]); 5] = [
     ("added_tokens.json", include_bytes!("../../models/nano/added_tokens.json")),
 ];
 
-/// `model.safetensors`. The switch: once the trained file is in the repository, this becomes
-/// `Some(include_bytes!("../../models/nano/model.safetensors"))`; until then the embedded model has random weights.
-pub const WEIGHTS: Option<&[u8]> = None;
+/// `model.safetensors`.
+pub const WEIGHTS: &[u8] = include_bytes!("../../models/nano/model.safetensors");

@@ -248,14 +248,13 @@ impl Hub {
     /// An answer that is not a success, as a sentence.
     fn accept(&self, repo: &Repo, url: &str, response: Response) -> Result<Response, HubError> {
         let (repo, endpoint) = (repo.clone(), self.config.endpoint.clone());
-        match response.status() {
-            status if status.is_success() => Ok(response),
-            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN if self.config.token.is_none() => {
-                Err(HubError::NeedsToken { repo })
-            }
-            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => Err(HubError::Forbidden { repo, endpoint }),
-            StatusCode::NOT_FOUND => Err(HubError::NotFound { repo, endpoint }),
-            status => Err(HubError::Status { url: url.into(), status }),
+        let status = response.status();
+        match status.as_u16() {
+            200..300 => Ok(response),
+            401 | 403 if self.config.token.is_none() => Err(HubError::NeedsToken { repo }),
+            401 | 403 => Err(HubError::Forbidden { repo, endpoint }),
+            404 => Err(HubError::NotFound { repo, endpoint }),
+            _ => Err(HubError::Status { url: url.into(), status }),
         }
     }
 }

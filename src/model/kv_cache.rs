@@ -28,6 +28,10 @@ pub struct KvCache {
 impl KvCache {
     /// Zeroed memory for `num_blocks` blocks. Pages are touched at first use only.
     pub fn new(shape: &ModelShape, num_blocks: usize, block_size: usize) -> Self {
+        assert!(
+            block_size.is_multiple_of(16),
+            "the attention kernel needs blocks of a multiple of 16 tokens: this is a bug"
+        );
         let len = num_blocks * block_size * shape.num_kv_heads * shape.head_dim;
         let layer = || LayerCache { keys: vec![0.0; len], values: vec![0.0; len] };
         KvCache {

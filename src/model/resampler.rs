@@ -159,7 +159,10 @@ fn position_table(num_positions: usize, dim: usize) -> Result<Tensor> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{
+        super::{config::ModelConfig, weights::Weights},
+        *,
+    };
 
     #[test]
     fn position_tables_equal_the_recorded_ones() {
@@ -173,6 +176,31 @@ mod tests {
                 recorded[name].to_dtype(candle_core::DType::F32).unwrap().to_vec2::<f32>().unwrap();
             assert_eq!(position_table(positions, dim).unwrap().to_vec2::<f32>().unwrap(), expected, "{name}");
         }
+    }
+
+    #[test]
+    fn the_naive_kind_sees_all_features_at_once_and_adds_positions_before() {
+        let mut config = ModelConfig::tiny_test();
+        let group = config.connector.clone();
+        config.connector = ConnectorConfig { kind: ConnectorKind::Naive, group: 1, ..group };
+        let weights = Weights::synthetic(&config, 3);
+        let loader = Loader::new(&weights, None).pp("connector._connector");
+        let resampler = Resampler::load(&loader, &config.connector).unwrap();
+        let width = config.connector.vision_hidden_size;
+        let features = rows((0..30 * width).map(|i| (i as f32 * 0.37).sin()).collect(), width).unwrap();
+        let out = resampler.forward(&features, &mut ()).unwrap();
+        assert_eq!(out.dims(), [config.connector.num_queries, config.connector.hidden_size]);
+        // The same weights as one group, on features that carry their positions, without positions at the end.
+        let media = resampler.linear.forward(&features).unwrap();
+        let placed = (media + position_table(30, config.connector.hidden_size).unwrap()).unwrap();
+        let expected = resampler.resample(&placed, 0, &mut ()).unwrap();
+        assert_eq!(out.to_vec2::<f32>().unwrap(), expected.to_vec2::<f32>().unwrap());
+        // Order matters only through the positions.
+        let reversed = features
+            .index_select(&Tensor::arange_step(29i64, -1, -1, &candle_core::Device::Cpu).unwrap(), 0)
+            .unwrap();
+        let turned = resampler.forward(&reversed, &mut ()).unwrap();
+        assert_ne!(out.to_vec2::<f32>().unwrap(), turned.to_vec2::<f32>().unwrap());
     }
 
     #[test]

@@ -1,12 +1,12 @@
 //! Tests over real threads, sockets, processes and files, in one crate: each extra one links the tensor library again.
 
-// The lint knows test functions, not what they share.
-#![allow(clippy::unwrap_used, clippy::print_stdout)]
+#![allow(clippy::unwrap_used, reason = "a failed setup is a failed test, in helpers too")]
 
 mod architecture;
 mod checkpoint_damage;
 mod checkpoint_open;
 mod cli_client;
+mod cli_commands;
 mod engine;
 mod golden;
 mod http_chat;
@@ -15,6 +15,7 @@ mod http_limits;
 mod http_setup;
 mod hub_download;
 mod hub_fake;
+mod invariance;
 mod media_clips;
 mod media_frames;
 mod media_limits;

@@ -139,13 +139,14 @@ impl Transfer<'_> {
             Ok(response) => response,
             Err(error) => return Ok(Err(root_cause(&error))),
         };
-        match response.status() {
-            status if status.is_server_error() => return Ok(Err(format!("status {status}"))),
-            StatusCode::NOT_FOUND => {
+        match response.status().as_u16() {
+            status @ 500.. => return Ok(Err(format!("status {status}"))),
+            404 => {
                 let (repo, file) = (self.repo.clone(), self.file.name.clone());
                 return Err(HubError::NoFile { repo, file });
             }
-            StatusCode::RANGE_NOT_SATISFIABLE => {
+            // The range starts beyond the end of the file.
+            416 => {
                 self.restart().await?;
                 return Ok(Err("the part that is here does not fit".into()));
             }
@@ -187,7 +188,8 @@ impl Transfer<'_> {
 
 /// Whether the body goes on at byte `offset` of the file: a server may send the whole file instead.
 fn continues_at(response: &Response, offset: u64) -> bool {
-    if response.status() != StatusCode::PARTIAL_CONTENT {
+    let partial = response.status() == StatusCode::PARTIAL_CONTENT;
+    if !partial {
         return offset == 0;
     }
     let range = response.headers().get(header::CONTENT_RANGE).and_then(|value| value.to_str().ok());
