@@ -35,11 +35,14 @@ fn video_spec(before: &[TokenId], video: u8, after: &[TokenId], max_tokens: usiz
     SequenceSpec { spans, ..spec(token_ids, max_tokens) }
 }
 
+/// A token and, where it is visual, its place in its video.
+type Content = (TokenId, Option<(VideoDigest, usize)>);
+
 /// Runs steps the way the engine does, and checks that every position a step relies on holds the right content.
 struct Shadow {
     scheduler: Scheduler,
     /// (block, slot) -> the whole prefix written there.
-    cache: HashMap<(BlockId, usize), Vec<(TokenId, Option<(VideoDigest, usize)>)>>,
+    cache: HashMap<(BlockId, usize), Vec<Content>>,
     /// Frames encoded a video.
     encoded: HashMap<VideoDigest, usize>,
     finished: Vec<(SequenceId, StopReason)>,
@@ -51,7 +54,7 @@ impl Shadow {
         Shadow { scheduler, cache: HashMap::new(), encoded: HashMap::new(), finished: vec![] }
     }
 
-    fn prefix(&self, id: SequenceId, end: usize) -> Vec<(TokenId, Option<(VideoDigest, usize)>)> {
+    fn prefix(&self, id: SequenceId, end: usize) -> Vec<Content> {
         let sequence = self.scheduler.sequence(id).unwrap();
         let visual = |position: usize| {
             let span = sequence.spans().iter().find(|span| span.range.contains(&position))?;

@@ -32,7 +32,6 @@ impl<'a> SharedOutput<'a> {
     ///
     /// # Safety
     /// No other live slice may overlap it.
-    #[expect(clippy::mut_from_ref, reason = "disjoint parts, by the caller's promise")]
     pub(super) unsafe fn slice(&self, offset: usize, len: usize) -> &'a mut [f32] {
         assert!(offset + len <= self.len, "a kernel writes outside its output: this is a bug");
         // SAFETY: inside the buffer by the assertion, exclusive by the caller's promise.
