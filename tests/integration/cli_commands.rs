@@ -123,39 +123,105 @@ fn every_failure_is_one_sentence_and_a_non_zero_exit() {
     }
 }
 
+/// A server of its own, and what it logs.
+struct Server {
+    process: std::process::Child,
+    log: std::io::Lines<BufReader<std::process::ChildStderr>>,
+    url: String,
+}
+
+impl Server {
+    fn start(more: &[&str]) -> Self {
+        let mut process = Command::new(env!("CARGO_BIN_EXE_tinyllava"))
+            .args(["serve", "--port", "0"])
+            .args(more)
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut log = BufReader::new(process.stderr.take().unwrap()).lines();
+        let ready = log
+            .by_ref()
+            .map(Result::unwrap)
+            .find(|line| line.contains("ready: "))
+            .expect("the server starts");
+        let url = ready.split("ready: ").nth(1).unwrap().split('"').next().unwrap().to_string();
+        Server { process, log, url }
+    }
+
+    /// Posts a chat request with curl; its output is the response body.
+    fn post(&self, request_id: &str, request: &str) -> std::process::Child {
+        Command::new("curl")
+            .args([
+                "-sSN",
+                "-H",
+                "content-type: application/json",
+                "-H",
+                &format!("x-request-id: {request_id}"),
+            ])
+            .args(["-d", request, &format!("{}/v1/chat/completions", self.url)])
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap()
+    }
+
+    /// Asks it to stop; gives the rest of its log once it has, which must be with success.
+    fn stop(mut self) -> Vec<String> {
+        self.terminate();
+        let rest = self.log.by_ref().map(Result::unwrap).collect();
+        assert!(self.process.wait().unwrap().success());
+        rest
+    }
+
+    fn terminate(&self) {
+        let told = Command::new("kill").args(["-TERM", &self.process.id().to_string()]).status().unwrap();
+        assert!(told.success());
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+    }
+}
+
 #[test]
 fn sigterm_lets_running_replies_end_and_exits_zero() {
-    let mut server = Command::new(env!("CARGO_BIN_EXE_tinyllava"))
-        .args(["serve", "--port", "0"])
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut log = BufReader::new(server.stderr.take().unwrap()).lines();
-    let ready =
-        log.by_ref().map(Result::unwrap).find(|line| line.contains("ready: ")).expect("the server starts");
-    let url = ready.split("ready: ").nth(1).unwrap().to_string();
+    let mut server = Server::start(&[]);
     let request = r#"{"model":"nano","stream":true,"ignore_eos":true,"max_tokens":400,
         "messages":[{"role":"user","content":"Hello?"}]}"#;
-    let mut client = Command::new("curl")
-        .args([
-            "-sSN",
-            "-H",
-            "content-type: application/json",
-            "-d",
-            request,
-            &format!("{url}/v1/chat/completions"),
-        ])
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
+    let mut client = server.post("id-1", request);
     let mut reply = BufReader::new(client.stdout.take().unwrap()).lines().map(Result::unwrap);
     assert!(reply.next().unwrap().starts_with("data: "), "the stream has begun");
-    let told = Command::new("kill").args(["-TERM", &server.id().to_string()]).status().unwrap();
-    assert!(told.success());
+    server.terminate();
     let rest: Vec<String> = reply.filter(|line| !line.is_empty()).collect();
     assert_eq!(rest.last().map(String::as_str), Some("data: [DONE]"));
     assert!(rest.iter().any(|line| line.contains(r#""finish_reason":"length""#)));
     assert!(client.wait().unwrap().success());
-    drop(log);
-    assert!(server.wait().unwrap().success());
+    assert!(server.process.wait().unwrap().success());
+}
+
+#[test]
+fn a_finished_request_is_one_log_line_with_its_id_and_without_its_words() {
+    let server = Server::start(&["--log-format", "json"]);
+    for (id, more) in [("id-1", ""), ("id-2", r#","temperature":9"#)] {
+        let question = r#"[{"role":"user","content":"a secret question"}]"#;
+        let request =
+            format!(r#"{{"model":"nano","max_tokens":3,"ignore_eos":true,"messages":{question}{more}}}"#);
+        assert!(server.post(id, &request).wait_with_output().unwrap().status.success());
+    }
+    let log = server.stop();
+    assert!(!log.iter().any(|line| line.contains("secret")), "{log:?}");
+    let lines = log.iter().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+    let finished: Vec<_> = lines.filter(|line| line["message"] == "finished").collect();
+    let [good, bad] = &finished[..] else { panic!("{finished:?}") };
+    assert_eq!(
+        (&good["span"]["id"], &good["status"], &good["outcome"]),
+        (&"id-1".into(), &200.into(), &"completed".into())
+    );
+    assert_eq!((&good["completion_tokens"], &good["detail"]), (&3.into(), &"length".into()));
+    assert!(good["first_token_seconds"].is_number() && good["queue_seconds"].is_number());
+    assert_eq!(
+        (&bad["span"]["id"], &bad["status"], &bad["outcome"]),
+        (&"id-2".into(), &400.into(), &"refused".into())
+    );
 }
