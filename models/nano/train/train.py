@@ -63,7 +63,7 @@ def worker(queue, kind, seed, args):
         else:
             pool = []
             for _ in range(4):
-                second = rng.random() < 0.05  # some batches continue a conversation
+                second = rng.random() < 0.03  # some batches continue a conversation
                 which = [rng.randrange(len(known)) if known and rng.random() < args.real else -1 for _ in range(args.clips)]
                 scenes = [known[i] if i >= 0 else data.make_scene(rng) for i in which]
                 frames, slots, pairs = data.clip_batch(rng, nrng, args.clips, 2 if second else args.questions, kind == "clips", scenes)
@@ -252,6 +252,26 @@ def chat_loss(model, tok, rng):
     return F.cross_entropy(model.logits(h).flatten(0, 1), labels[:, 1:].flatten())
 
 
+def lookup_loss(model, tok, rng, n=40):
+    """Finding the letter of an option is the slowest thing to learn, and needs no video: short exercises."""
+    rows = []
+    for _ in range(n):
+        text, pairs = T.lookup_pair(rng)
+        ids = tok.encode(text).ids
+        labels = [-100] * len(ids)
+        for option, letter in pairs:
+            o, a = tok.encode(option).ids, tok.encode(letter).ids
+            ids, labels = ids + o + a, labels + [-100] * len(o) + a[:1] + [-100] * (len(a) - 1)
+        rows.append((ids, labels))
+    m = max(len(i) for i, _ in rows)
+    ids = torch.tensor([i + [0] * (m - len(i)) for i, _ in rows])
+    labels = torch.tensor([x + [-100] * (m - len(x)) for _, x in rows])[:, 1:]
+    h, _ = model.llm(model.llm.embed_tokens(ids[:, :-1]))
+    on = labels != -100
+    logits = model.logits(h[on])
+    return F.cross_entropy(logits, labels[on]), (logits.argmax(-1) == labels[on]).float().mean().item()
+
+
 def language(args, model):
     tok = tokenizer.load()
     opt = torch.optim.AdamW(groups([model.llm], args.lr, 0.02), betas=(0.9, 0.98))
@@ -262,26 +282,40 @@ def language(args, model):
         step, done = st["step"], st["done"]
     sched = Schedule(opt, args.minutes, 0.0 if args.again else done)
     sched.base = [args.lr, args.lr]
-    seen, t0, acc = 0, time.time(), np.zeros(2)
+    seen, t0, acc = 0, time.time(), np.zeros(3)
     seen_file = WORK / "seen.pt"
     real = torch.load(seen_file, weights_only=False)["tokens"].float() if args.real and seen_file.exists() else None
     for _, slots, which, ids, labels in stream("slots", args.seed + step, args):
         p = sched.step(step)
+        for k in range(args.extra):  # cheap steps of exercises alone
+            opt.zero_grad()
+            ll, e = lookup_loss(model, tok, random.Random(args.seed * 100003 + step * 100 + k + 50), args.lookup)
+            ll.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            opt.step()
+            acc[2] += e / args.extra
+            if k % 10 == 9:
+                print(f"  exercise {ll.item():.3f} {e:.3f}", flush=True)
         vis = ideal_tokens(slots, model.c.dim, args.noise).flatten(1, 2)
         if real is not None:  # what the connector really puts out, errors included
             vis = torch.where((which >= 0)[:, None, None], real[which], vis)
         vis = vis + model.resampler.table
         loss, right = reply_loss(model, system_past(model, tok), vis, ids, labels)
+        rl = loss.item()
         if step % 10 == 0:  # a little conversation without any video
             loss = loss + 0.1 * chat_loss(model, tok, random.Random(step))
+        look = 0.0
+        if args.lookup and not args.extra:
+            ll, look = lookup_loss(model, tok, random.Random(args.seed * 100003 + step), args.lookup)
+            loss = loss + 0.5 * ll
         opt.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         opt.step()
-        acc += [loss.item(), right.float().mean().item()]
+        acc += [rl, right.float().mean().item(), look]
         step, seen = step + 1, seen + len(ids)
         if step % args.log == 0:
-            print(f"{sched.elapsed()/60:6.1f}m step {step} {seen/(time.time()-t0):.0f}/s loss {acc[0]/args.log:.4f} exact {acc[1]/args.log:.3f}", flush=True)
+            print(f"{sched.elapsed()/60:6.1f}m step {step} {seen/(time.time()-t0):.0f}/s loss {acc[0]/args.log:.4f} exact {acc[1]/args.log:.3f} lookup {acc[2]/args.log:.3f}", flush=True)
             acc[:], seen, t0 = 0, 0, time.time()
         if step % 50 == 0 or p >= 1:
             save("language", model=model.state_dict(), opt=opt.state_dict(), step=step, done=sched.elapsed())
@@ -360,6 +394,8 @@ def main():
     ap.add_argument("--both", action="store_true", help="continue tower and connector together (vision, with --resume)")
     ap.add_argument("--again", action="store_true", help="resume the weights but begin a new schedule (language)")
     ap.add_argument("--real", type=float, default=0.0, help="part of the clips with tokens kept by `look` (language)")
+    ap.add_argument("--extra", type=int, default=0, help="steps of exercises alone between two others (language)")
+    ap.add_argument("--lookup", type=int, default=40, help="short exercises a step (language)")
     ap.add_argument("--clips", type=int, default=8)
     ap.add_argument("--questions", type=int, default=3, help="questions a clip")
     ap.add_argument("--noise", type=float, default=0.06, help="on the ideal tokens")
