@@ -37,11 +37,12 @@ ask() { # clip, question
   printf '\n\033[36m▶ %s\033[0m\n%s\n\n' "$1" "$2"
   "$tinyllava" ask "$1" "$2" --server "$url" --color "$color"
 }
-# clip, question (\n between the options), right answer
-while IFS=$'\t' read -r clip question answer; do
+# Three lines an entry: clip, question (with \n between the options), right answer.
+fields() { sed -n 's/^ *"\(video\|question\|answer\)": "\(.*\)",\{0,1\}$/\2/p' models/nano/demo/questions.json; }
+while IFS= read -r clip && IFS= read -r question && IFS= read -r answer; do
   ask "models/nano/demo/$clip" "$(printf '%b' "$question")"
   echo "(right answer: $answer)"
-done <models/nano/demo/questions.tsv
+done < <(fields)
 
 say "4. The same over plain HTTP: server-sent events"
 request='{"model":"nano","stream":true,"max_tokens":12,"messages":[{"role":"user","content":"What happens in the video?"}]}'
