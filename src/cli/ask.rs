@@ -247,12 +247,20 @@ enum Style {
 }
 
 /// Writes text in the style of its segment.
-struct Printer<'a, W> {
+struct Printer<'a, W: Write> {
     out: &'a mut W,
     color: bool,
     /// Say nothing until the end.
     quiet: bool,
     style: Style,
+}
+
+/// A reply that breaks off must not leave the terminal dim.
+impl<W: Write> Drop for Printer<'_, W> {
+    fn drop(&mut self) {
+        // Nobody is left to tell when this fails.
+        let _ = self.set_style(Style::None);
+    }
 }
 
 impl<W: Write> Printer<'_, W> {
@@ -335,7 +343,7 @@ mod tests {
         {
             printer.print(style, text).unwrap();
         }
-        printer.set_style(Style::None).unwrap();
+        drop(printer);
         assert_eq!(String::from_utf8(out).unwrap(), "\x1b[0m\x1b[2mab\x1b[0m\x1b[1m\n\nC\x1b[0m");
     }
 
@@ -344,7 +352,7 @@ mod tests {
         let mut out = Vec::new();
         let mut printer = Printer { out: &mut out, color: false, quiet: false, style: Style::None };
         printer.print(Style::Answer, "\x1b[2Ja\tb\n\u{9b}c\r").unwrap();
-        printer.set_style(Style::None).unwrap();
+        drop(printer);
         assert_eq!(String::from_utf8(out).unwrap(), "[2Ja\tb\nc");
     }
 

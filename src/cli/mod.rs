@@ -76,6 +76,13 @@ enum BenchSubcommand {
 /// Whatever the command fails with.
 pub fn run(cli: Cli) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let outcome = run_on(&runtime, cli);
+    // Whatever still runs on the blocking pool (a model being loaded) must not hold up the end.
+    runtime.shutdown_background();
+    outcome
+}
+
+fn run_on(runtime: &tokio::runtime::Runtime, cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         Command::Serve(args) => {
             logs::init(args.log_format, "info");
@@ -101,8 +108,10 @@ async fn ask_command(command: AskCommand) -> anyhow::Result<()> {
     match &command.ask.server {
         Some(server) => ask::ask(server, &command.ask).await,
         None => {
-            serve::with_private_server(&command.model, async |server| ask::ask(&server, &command.ask).await)
-                .await
+            serve::with_private_server(&command.model, command.ask.timeout_s, async |server| {
+                ask::ask(&server, &command.ask).await
+            })
+            .await
         }
     }
 }

@@ -29,7 +29,7 @@ pub struct ModelOptions {
     #[arg(long, value_name = "N")]
     pub max_model_len: Option<usize>,
     /// The ffmpeg program [default: the one on PATH].
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", conflicts_with = "download_ffmpeg")]
     pub ffmpeg: Option<PathBuf>,
     /// Fetch ffmpeg when it is not installed.
     #[arg(long)]

@@ -156,10 +156,12 @@ pub async fn serve(args: ServeArgs) -> anyhow::Result<()> {
 /// When the model cannot be loaded, or whatever the client fails with.
 pub async fn with_private_server(
     options: &ModelOptions,
+    timeout_s: u64,
     client: impl AsyncFnOnce(Url) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
     let config = Config {
         served_model_name: options.model.to_string(),
+        request_timeout: Duration::from_secs(timeout_s),
         media: options.media(MediaConfig::default()),
         engine: options.engine(EngineConfig::default()),
         ..Config::default()
@@ -178,9 +180,9 @@ pub async fn with_private_server(
 async fn load_into(state: &AppState, options: &ModelOptions) -> anyhow::Result<EngineHandle> {
     let config = state.config();
     let observer = Box::new(EngineMetrics::new(state.metrics().clone()));
+    ensure_ffmpeg(options, &config.media).await?;
     let started = start(options, config.engine.clone(), observer, Box::new(())).await?;
     let loaded = started.into_loaded(config)?;
-    ensure_ffmpeg(options, &loaded.media).await?;
     let engine = loaded.engine.clone();
     state.set_loaded(loaded);
     Ok(engine)

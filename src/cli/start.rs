@@ -13,7 +13,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use super::options::ModelOptions;
 use crate::{
-    config::{Config, EngineConfig},
+    config::{Config, EngineConfig, MediaConfig},
     engine::{self, EngineHandle, EngineOptions, StepObserver},
     http::{Loaded, ModelCard},
     media::{MediaLoader, ffmpeg},
@@ -120,10 +120,8 @@ impl Started {
     /// When the media stage cannot be set up.
     pub fn into_loaded(self, config: &Config) -> anyhow::Result<Loaded> {
         let num_frames = self.shape.num_frames;
-        let media = MediaLoader::new(
-            crate::config::MediaConfig { num_frames, ..config.media.clone() },
-            self.shape.image_size,
-        )?;
+        let media =
+            MediaLoader::new(MediaConfig { num_frames, ..config.media.clone() }, self.shape.image_size)?;
         let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
         let model = ModelCard {
             id: config.served_model_name.clone(),
@@ -151,7 +149,9 @@ fn default_sampling(generation: &GenerationConfig, max_tokens: usize) -> Samplin
 ///
 /// # Errors
 /// When it is still missing.
-pub async fn ensure_ffmpeg(options: &ModelOptions, media: &MediaLoader) -> anyhow::Result<()> {
+pub async fn ensure_ffmpeg(options: &ModelOptions, media: &MediaConfig) -> anyhow::Result<()> {
+    // The size of the pictures does not matter here.
+    let media = MediaLoader::new(media.clone(), 1)?;
     if options.download_ffmpeg && media.check_tools().is_err() {
         let bar = progress_bar("downloading ffmpeg");
         let progress = move |received, total| {

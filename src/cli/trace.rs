@@ -12,7 +12,10 @@ use anyhow::{Context, anyhow, bail, ensure};
 use candle_core::{Device, Tensor};
 use clap::Args;
 
-use super::{options::ModelOptions, start::start};
+use super::{
+    options::ModelOptions,
+    start::{ensure_ffmpeg, start},
+};
 use crate::{
     config::{EngineConfig, MediaConfig},
     engine::{NewSequence, TokenEvent, VideoInput},
@@ -149,7 +152,9 @@ async fn decode_frames(
     num_frames: usize,
     size: usize,
 ) -> anyhow::Result<SourceFrames> {
-    let media = MediaLoader::new(options.media(MediaConfig { num_frames, ..MediaConfig::default() }), size)?;
+    let config = options.media(MediaConfig { num_frames, ..MediaConfig::default() });
+    ensure_ffmpeg(options, &config).await?;
+    let media = MediaLoader::new(config, size)?;
     let decoded = media.source_frames(file, FrameSampling::default()).await?;
     let (height, width) = (decoded.info.height, decoded.info.width);
     let mut distinct = decoded.info.sampled_indices.clone();

@@ -3,6 +3,8 @@
 //! Called by the runner. A pure function of the logits, the sequence's own tokens, its parameters and the position:
 //! the random number depends on seed and position alone, so a request gives the same text in any batch.
 
+use std::collections::HashMap;
+
 use rand_chacha::{
     ChaCha8Rng,
     rand_core::{RngCore, SeedableRng},
@@ -41,15 +43,16 @@ fn adjust(
     }
     let mut logits = logits.to_vec();
     if penalises {
-        let mut seen: Vec<TokenId> = tokens.iter().copied().filter(|&id| id != VISUAL_TOKEN).collect();
-        seen.sort_unstable();
-        seen.dedup();
-        for id in seen {
+        // Every id of the sequence, and how often it stands in the completion.
+        let mut counts: HashMap<TokenId, f32> = HashMap::new();
+        for (position, &id) in tokens.iter().enumerate().filter(|&(_, &id)| id != VISUAL_TOKEN) {
+            *counts.entry(id).or_default() += if position < num_prompt_tokens { 0.0 } else { 1.0 };
+        }
+        for (id, count) in counts {
             let Some(logit) = logits.get_mut(id as usize) else { continue };
             let factor =
                 if *logit > 0.0 { 1.0 / params.repetition_penalty } else { params.repetition_penalty };
             *logit *= factor;
-            let count = tokens[num_prompt_tokens..].iter().filter(|&&token| token == id).count() as f32;
             *logit -= count * params.frequency_penalty + count.min(1.0) * params.presence_penalty;
         }
     }

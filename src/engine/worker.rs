@@ -110,11 +110,20 @@ fn engine_limits(model: &dyn VideoLanguageModel, config: &EngineConfig) -> Engin
     let block_bytes = KvCache::block_bytes(shape, config.block_size);
     let asked = if config.max_context_tokens == 0 { shape.context } else { config.max_context_tokens };
     // More than every running sequence can hold is never used.
-    let context = asked.min(shape.context);
+    let context = asked.min(shape.context).max(1);
     let most_useful = (config.max_running_sequences * 2) * context.div_ceil(config.block_size);
+    let num_blocks = (config.kv_cache_bytes / block_bytes).min(most_useful);
+    let fits = num_blocks * config.block_size;
+    if fits < context {
+        tracing::warn!(
+            context,
+            fits,
+            "the KV cache holds less than the context; requests are limited to what fits"
+        );
+    }
     EngineLimits {
-        context,
-        num_blocks: (config.kv_cache_bytes / block_bytes).min(most_useful),
+        context: context.min(fits),
+        num_blocks,
         block_size: config.block_size,
         max_sequences: config.max_running_sequences + config.max_waiting_sequences,
         visual_tokens: shape.visual_tokens,
@@ -288,6 +297,10 @@ impl Worker {
 
     fn deliver(&mut self, plan: &StepPlan, sampled: &[TokenId]) {
         for update in self.scheduler.complete(plan, sampled) {
+            // The prompt is computed: its pixels are not needed any more.
+            if let Some(request) = self.requests.0.get_mut(&update.sequence) {
+                request.videos = Vec::new();
+            }
             if let Some(token) = update.token {
                 self.send(update.sequence, TokenEvent::Token(token));
             }

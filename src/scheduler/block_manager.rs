@@ -98,6 +98,11 @@ impl BlockManager {
         Some(PrefixMatch { blocks, num_tokens: num_blocks * self.block_size, num_blocks, last_uid })
     }
 
+    /// How many tokens of the prompt [`BlockManager::allocate`] would find.
+    pub(super) fn num_known_tokens(&self, sequence: &Sequence) -> usize {
+        self.lookup(sequence).0.len() * self.block_size
+    }
+
     /// The longest known chain of full blocks of the prompt. The last prompt token is always left to compute:
     /// its logits are wanted.
     fn lookup(&self, sequence: &Sequence) -> (Vec<BlockId>, BlockUid) {

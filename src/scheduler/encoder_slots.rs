@@ -7,6 +7,7 @@ use super::VideoDigest;
 #[derive(Debug, Default)]
 struct Slot {
     frames_done: usize,
+    num_frames: usize,
     num_holders: usize,
     last_used: u64,
 }
@@ -27,21 +28,24 @@ impl EncoderSlots {
         EncoderSlots { capacity, slots: HashMap::new(), evicted: Vec::new(), clock: 0, queries: 0, hits: 0 }
     }
 
-    /// Holds a slot for each of `videos` (digest, frames), all or none.
-    pub(super) fn acquire_all(&mut self, videos: &[(VideoDigest, usize)]) -> bool {
+    /// Whether all of `videos` (digest, frames) could be held at once, beside those that are held.
+    pub(super) fn has_room(&self, videos: &[(VideoDigest, usize)]) -> bool {
         let mut distinct: Vec<VideoDigest> = videos.iter().map(|(digest, _)| *digest).collect();
         distinct.sort_unstable();
         distinct.dedup();
         let others_held =
             self.slots.iter().filter(|(digest, slot)| slot.num_holders > 0 && !distinct.contains(digest));
-        if others_held.count() + distinct.len() > self.capacity {
-            return false;
-        }
+        others_held.count() + distinct.len() <= self.capacity
+    }
+
+    /// Holds a slot for each of `videos`, for which there must be room.
+    pub(super) fn acquire_all(&mut self, videos: &[(VideoDigest, usize)]) {
         for (digest, num_frames) in videos {
             self.clock += 1;
             self.queries += 1;
             let slot = self.slots.entry(*digest).or_default();
             self.hits += u64::from(slot.frames_done == *num_frames);
+            slot.num_frames = *num_frames;
             slot.num_holders += 1;
             slot.last_used = self.clock;
         }
@@ -52,13 +56,17 @@ impl EncoderSlots {
             self.slots.remove(&oldest);
             self.evicted.push(oldest);
         }
-        true
     }
 
     pub(super) fn release(&mut self, digest: &VideoDigest) {
         let slot = self.slots.get_mut(digest).expect("a released video has no slot: this is a bug");
         assert!(slot.num_holders > 0, "a video was released twice: this is a bug");
         slot.num_holders -= 1;
+        // Half a video is of no use to later ones, and its features are large.
+        if slot.num_holders == 0 && slot.frames_done < slot.num_frames {
+            self.slots.remove(digest);
+            self.evicted.push(*digest);
+        }
     }
 
     pub(super) fn frames_done(&self, digest: &VideoDigest) -> usize {

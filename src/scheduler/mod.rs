@@ -212,14 +212,15 @@ impl Scheduler {
         while self.running.len() < self.limits.max_running_sequences {
             let Some(&id) = self.waiting.front() else { break };
             let sequence = self.sequences.get_mut(&id).expect("a waiting sequence is unknown: this is a bug");
-            let Some(prefix) = self.blocks.allocate(sequence) else { break };
-            let needs_video = |span: &&VisualSpan| span.range.end > prefix.num_tokens;
+            let known = self.blocks.num_known_tokens(sequence);
+            let needs_video = |span: &&VisualSpan| span.range.end > known;
             let wanted: Vec<_> =
                 sequence.spans().iter().filter(needs_video).map(|s| (s.digest, s.num_frames)).collect();
-            if !self.encoder.acquire_all(&wanted) {
-                self.blocks.release(prefix.blocks);
+            if !self.encoder.has_room(&wanted) {
                 break;
             }
+            let Some(prefix) = self.blocks.allocate(sequence) else { break };
+            self.encoder.acquire_all(&wanted);
             admitted.push((id, prefix.num_tokens));
             self.blocks.count_query(sequence.num_prompt_tokens(), prefix.num_tokens);
             sequence.admit(prefix);

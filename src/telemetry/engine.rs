@@ -38,10 +38,12 @@ impl StepObserver for EngineMetrics {
             self.metrics.step(StepKind::Encode, report.encode_seconds, report.num_encoded_frames);
         }
         // Decodes and prefill run together: a mixed step counts as the longer kind.
-        if report.num_prefill_tokens > 0 {
-            self.metrics.step(StepKind::Prefill, report.compute_seconds, report.num_prefill_tokens);
-        } else if report.num_decodes > 0 {
-            self.metrics.step(StepKind::Decode, report.compute_seconds, report.num_decodes);
+        // A step that does both has a time of its own; the sizes are told apart in any case.
+        match (report.num_prefill_tokens, report.num_decodes) {
+            (0, 0) => {}
+            (prefill, 0) => self.metrics.step(StepKind::Prefill, report.compute_seconds, prefill),
+            (0, decodes) => self.metrics.step(StepKind::Decode, report.compute_seconds, decodes),
+            (prefill, decodes) => self.metrics.mixed_step(report.compute_seconds, prefill, decodes),
         }
         self.last = report.stats;
     }

@@ -203,6 +203,14 @@ impl Metrics {
         self.0.step_size.with_label_values(&[name]).observe(size as f64);
     }
 
+    /// A step that ran both prefill and decodes.
+    pub fn mixed_step(&self, seconds: f64, prefill_tokens: usize, decodes: usize) {
+        self.observe_stage("mixed_step", seconds);
+        for (name, size) in [("prefill", prefill_tokens), ("decode_step", decodes)] {
+            self.0.step_size.with_label_values(&[name]).observe(size as f64);
+        }
+    }
+
     /// What was asked of the prefix cache (tokens) and what it had.
     pub fn prefix_cache(&self, queries: u64, hits: u64) {
         self.cache("prefix", queries, hits);

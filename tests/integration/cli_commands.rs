@@ -166,3 +166,18 @@ fn a_finished_request_is_one_log_line_with_its_id_and_without_its_words() {
         (&"id-2".into(), &400.into(), &"refused".into())
     );
 }
+
+#[test]
+fn sigterm_while_the_model_loads_ends_the_process() {
+    let mut server = Command::new(env!("CARGO_BIN_EXE_tinyllava"))
+        .args(["serve", "--model", "synth:mid", "--port", "0"])
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut log = BufReader::new(server.stderr.take().unwrap()).lines().map(Result::unwrap);
+    assert!(log.any(|line| line.contains("loading the model")));
+    assert!(Command::new("kill").args(["-TERM", &server.id().to_string()]).status().unwrap().success());
+    let rest: Vec<String> = log.collect();
+    assert!(server.wait().unwrap().success());
+    assert!(!rest.iter().any(|line| line.contains("model loaded")), "it waited for the model: {rest:?}");
+}
