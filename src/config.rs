@@ -34,6 +34,8 @@ pub struct Config {
     /// Most stop strings a request, and the longest of them.
     pub max_stop_strings: usize,
     pub max_stop_string_bytes: usize,
+    /// Most values in a JSON body (lists, objects and what they hold): parsed, each takes far more memory than its text.
+    pub max_json_values: usize,
     /// Most messages a conversation.
     pub max_messages: usize,
     /// Most content parts a message.
@@ -128,6 +130,7 @@ impl Default for Config {
             default_max_tokens: 1024,
             max_stop_strings: 4,
             max_stop_string_bytes: 256,
+            max_json_values: 20_000,
             max_messages: 128,
             max_content_parts: 64,
             max_text_bytes: 128 << 10,

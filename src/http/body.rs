@@ -2,15 +2,20 @@
 //!
 //! Called by `http/chat.rs`. Every byte is counted before it is kept; an upload goes to disk as it comes.
 
-use std::{error::Error, sync::Arc};
+use std::{
+    error::Error,
+    future::poll_fn,
+    sync::{Arc, Mutex, PoisonError},
+    task::{Context, Poll},
+};
 
 use axum::{
-    body::Body,
+    body::{Body, BodyDataStream},
     extract::{FromRequest, Multipart, Request, multipart::Field},
     http::{HeaderMap, header},
 };
 use bytes::{Bytes, BytesMut};
-use futures_util::{Stream, StreamExt};
+use futures_util::{Stream, StreamExt, stream};
 use serde::de::DeserializeOwned;
 use tempfile::NamedTempFile;
 use tokio::{
@@ -22,8 +27,11 @@ use tokio::{
 use super::{error::ApiError, state::AppState};
 use crate::{config::Config, media::MediaError};
 
-/// JSON longer than this is parsed on the blocking pool (parsing runs at hundreds of MB a second).
+/// JSON longer than this is parsed and checked on the blocking pool (parsing runs at hundreds of MB a second).
 const INLINE_JSON_BYTES: usize = 64 << 10;
+/// What every request may send without a share in the bytes in flight: large uploads never shut out questions of
+/// plain text. The number of connections bounds these bytes.
+const FREE_BYTES: usize = 64 << 10;
 /// The upload is written in pieces of this size: each one is a trip to the blocking pool.
 const WRITE_BUFFER_BYTES: usize = 1 << 20;
 
@@ -33,6 +41,10 @@ pub enum BodyError {
     /// `param` is the path of the faulty field, if it got that far.
     #[error("{message}")]
     Json { param: Option<String>, message: String },
+    #[error(
+        "the JSON of the request has more than {max_json_values} values; send fewer messages, parts or fields"
+    )]
+    TooManyValues { max_json_values: usize },
     #[error("{message}")]
     Part { param: &'static str, message: String },
     #[error("the body could not be read: {0}")]
@@ -55,9 +67,9 @@ pub enum BodyError {
 
 /// A received body.
 #[derive(Debug)]
-pub struct Received<T> {
-    /// The JSON.
-    pub request: T,
+pub struct Received {
+    /// For [`check`].
+    pub json: Bytes,
     /// The file of a multipart body.
     pub upload: Option<NamedTempFile>,
     /// Counts against the bytes in flight as long as what was received is kept.
@@ -90,7 +102,8 @@ impl Budget {
             return Err(BodyError::TooLarge { max_body_bytes: self.max_bytes });
         }
         let held = self.held.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
-        let missing = self.bytes.div_ceil(1024).saturating_sub(held);
+        let counted = self.bytes.saturating_sub(FREE_BYTES);
+        let missing = counted.div_ceil(1024).saturating_sub(held);
         if missing > 0 {
             let missing = u32::try_from(missing).map_err(|_| BodyError::TooManyBytesInFlight)?;
             let permit = self
@@ -107,14 +120,11 @@ impl Budget {
     }
 }
 
-/// Receives the body of `request` and parses its JSON.
+/// Receives the body of `request`.
 ///
 /// # Errors
-/// Every fault of the transport and of the form; what the JSON says is checked by `http/validate`.
-pub async fn receive<T>(state: &AppState, request: Request) -> Result<Received<T>, ApiError>
-where
-    T: DeserializeOwned + Send + 'static,
-{
+/// Every fault of the transport and of the form; the JSON is not looked at.
+pub async fn receive(state: &AppState, request: Request) -> Result<Received, ApiError> {
     let headers = request.headers();
     if headers.get(header::CONTENT_ENCODING).is_some_and(|encoding| encoding != "identity") {
         return Err(BodyError::ContentEncoding.into());
@@ -130,8 +140,7 @@ where
         Some("multipart/form-data") => receive_parts(request, &mut budget, state.config()).await?,
         _ => return Err(BodyError::ContentType.into()),
     };
-    let request = parse(json).await?;
-    Ok(Received { request, upload, budget })
+    Ok(Received { json, upload, budget })
 }
 
 fn content_length(headers: &HeaderMap) -> Option<usize> {
@@ -159,15 +168,55 @@ async fn collect<E: Into<axum::BoxError>>(
     Ok(body.freeze())
 }
 
-async fn parse<T: DeserializeOwned + Send + 'static>(json: Bytes) -> Result<T, ApiError> {
-    if json.len() <= INLINE_JSON_BYTES {
-        return Ok(parse_now(&json)?);
+/// Runs `work` on a received body, on the blocking pool if its JSON is large. What `work` holds, and with it the
+/// budget, goes there too: a client that leaves cannot free it before the memory is free.
+///
+/// # Errors
+/// Those of `work`.
+pub async fn check<T: Send + 'static>(
+    received: Received,
+    work: impl FnOnce(Received) -> Result<T, ApiError> + Send + 'static,
+) -> Result<T, ApiError> {
+    if received.json.len() <= INLINE_JSON_BYTES {
+        return work(received);
     }
-    let parsed = spawn_blocking(move || parse_now(&json)).await;
-    Ok(parsed.map_err(|error| ApiError::Internal(format!("parsing the body: {error}")))??)
+    let checked = spawn_blocking(move || work(received)).await;
+    checked.map_err(|error| ApiError::Internal(format!("checking the body: {error}")))?
 }
 
-fn parse_now<T: DeserializeOwned>(json: &[u8]) -> Result<T, BodyError> {
+/// Refuses JSON of many values before anything is made of it. Whether it is JSON at all is for the parser to say.
+fn check_num_values(json: &[u8], max_json_values: usize) -> Result<(), BodyError> {
+    let (mut bytes, mut num_values) = (json.iter(), 1);
+    while let Some(byte) = bytes.next() {
+        match byte {
+            b'"' => skip_string(&mut bytes),
+            b',' | b':' | b'[' | b'{' => num_values += 1,
+            _ => {}
+        }
+        if num_values > max_json_values {
+            return Err(BodyError::TooManyValues { max_json_values });
+        }
+    }
+    Ok(())
+}
+
+/// Goes past the quote that ends a string.
+fn skip_string(bytes: &mut std::slice::Iter<'_, u8>) {
+    while let Some(byte) = bytes.next() {
+        match byte {
+            b'"' => return,
+            b'\\' => drop(bytes.next()),
+            _ => {}
+        }
+    }
+}
+
+/// Parses the JSON of a body.
+///
+/// # Errors
+/// More than `max_json_values` values, faults of the JSON, fields of a wrong type.
+pub fn parse<T: DeserializeOwned>(json: &[u8], max_json_values: usize) -> Result<T, BodyError> {
+    check_num_values(json, max_json_values)?;
     let mut reader = serde_json::Deserializer::from_slice(json);
     let value = serde_path_to_error::deserialize(&mut reader).map_err(|error| {
         let path = error.path().to_string();
@@ -191,7 +240,11 @@ async fn receive_parts(
     budget: &mut Budget,
     config: &Config,
 ) -> Result<(Bytes, Option<NamedTempFile>), ApiError> {
-    let mut parts = Multipart::from_request(request, &())
+    let (head, body) = request.into_parts();
+    let body = Arc::new(Mutex::new(body.into_data_stream()));
+    let reader = body.clone();
+    let read = stream::poll_fn(move |context| poll(&reader, context));
+    let mut parts = Multipart::from_request(Request::from_parts(head, Body::from_stream(read)), &())
         .await
         .map_err(|error| BodyError::Malformed(error.body_text()))?;
     let (mut json, mut upload) = (None, None);
@@ -214,9 +267,20 @@ async fn receive_parts(
             }
         }
     }
+    drop(parts);
+    // The last boundary may come before the end of the body. Only a body read to its end lets the connection see
+    // that its client has left.
+    while let Some(chunk) = poll_fn(|context| poll(&body, context)).await {
+        budget.grow(chunk.map_err(|error| transport(error.into(), config))?.len())?;
+    }
     let missing = "the part \"request\" with the JSON of the request is missing; add it";
     let json = json.ok_or(BodyError::Part { param: "request", message: missing.into() })?;
     Ok((json, upload))
+}
+
+/// The next bytes of a body that the multipart reader shares with what drains it afterwards.
+fn poll(body: &Mutex<BodyDataStream>, context: &mut Context<'_>) -> Poll<Option<Result<Bytes, axum::Error>>> {
+    body.lock().unwrap_or_else(PoisonError::into_inner).poll_next_unpin(context)
 }
 
 /// Writes an upload to a temporary file, which goes when it is dropped.
@@ -263,5 +327,41 @@ fn transport(error: axum::BoxError, config: &Config) -> BodyError {
         }
         Some(error) => BodyError::Malformed(error.body_text()),
         None => BodyError::Malformed(error.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::telemetry::Metrics;
+
+    #[test]
+    fn values_are_counted_outside_strings_only() {
+        let request = json!({"a": [1, "x,:[{", "\\\"[,,,", {"b": null}], "c": []}).to_string();
+        // Keys count as values: 1 + 3 openers + 3 colons + 4 commas + 1 opener of the empty list.
+        assert!(check_num_values(request.as_bytes(), 12).is_ok());
+        let refused = check_num_values(request.as_bytes(), 11).unwrap_err();
+        assert!(matches!(refused, BodyError::TooManyValues { max_json_values: 11 }));
+        for broken in ["\"", "\"\\", "[\"\\\"", ""] {
+            assert!(check_num_values(broken.as_bytes(), 10).is_ok(), "{broken}");
+            assert!(parse::<Value>(broken.as_bytes(), 10).is_err(), "{broken}");
+        }
+    }
+
+    #[test]
+    fn full_budgets_leave_room_for_small_requests() {
+        let limit = 256 << 10;
+        let config = Config { max_body_bytes: limit, max_inflight_body_bytes: limit, ..Config::default() };
+        let state = AppState::new(Arc::new(config), Metrics::new("m"));
+        let [mut first, mut second, mut small] = [(); 3].map(|()| Budget::new(&state));
+        first.grow(limit).unwrap();
+        second.grow(FREE_BYTES * 2).unwrap();
+        assert!(matches!(second.grow(1), Err(BodyError::TooManyBytesInFlight)));
+        small.grow(FREE_BYTES).unwrap();
+        assert!(matches!(small.grow(1), Err(BodyError::TooManyBytesInFlight)));
+        drop(first);
+        small.grow(1).unwrap();
     }
 }

@@ -30,6 +30,7 @@ use super::{
     validate::{self, Limits, Reasoning, ValidRequest, ValidSampling, ValidVideo},
 };
 use crate::{
+    config::Config,
     engine::{NewSequence, Permit, VideoInput},
     media::VideoFrames,
     model::FrameBatch,
@@ -57,6 +58,9 @@ pub async fn completions(
     let Admitted { loaded, valid, permit, budget } = match admitted.and_then(|admitted| admitted) {
         Ok(admitted) => admitted,
         Err(error) => {
+            if error.is_rejection() {
+                state.metrics().rejection(error.code());
+            }
             progress.ended_by(&error);
             return Err(error);
         }
@@ -90,16 +94,26 @@ async fn admit(state: &AppState, request: Request) -> Result<Admitted, ApiError>
     let loaded = state.ready()?;
     // Refuse before the body is read; the place itself is taken after, so that slow senders hold none.
     drop(loaded.engine.reserve()?);
-    let Received { request, upload, budget } = body::receive::<ChatRequest>(state, request).await?;
+    let received = body::receive(state, request).await?;
+    let (own_state, own_loaded) = (state.clone(), loaded.clone());
+    let (valid, budget) =
+        body::check(received, move |received| check(received, own_state.config(), &own_loaded)).await?;
+    let permit = loaded.engine.reserve()?;
+    Ok(Admitted { loaded, valid, permit, budget })
+}
+
+/// From bytes to a valid request.
+fn check(received: Received, config: &Config, loaded: &Loaded) -> Result<(ValidRequest, Budget), ApiError> {
+    let Received { json, upload, budget } = received;
+    let request: ChatRequest = body::parse(&json, config.max_json_values)?;
+    drop(json);
     let limits = Limits {
-        config: state.config(),
+        config,
         model_id: &loaded.model.id,
         default_sampling: &loaded.model.default_sampling,
         vocab_size: loaded.tokenizer.vocab_size(),
     };
-    let valid = validate::validate(request, upload, limits)?;
-    let permit = loaded.engine.reserve()?;
-    Ok(Admitted { loaded, valid, permit, budget })
+    Ok((validate::validate(request, upload, limits)?, budget))
 }
 
 /// Video, prompt, engine: everything up to the first token.

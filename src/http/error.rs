@@ -173,6 +173,7 @@ fn body_row(error: &BodyError) -> Row {
     use StatusCode as S;
     match error {
         BodyError::Json { param, .. } => Row { param: param.clone(), ..Row::bad(S::BAD_REQUEST, None) },
+        BodyError::TooManyValues { .. } => Row::bad(S::BAD_REQUEST, Some("too_many_json_values")),
         BodyError::Part { param, .. } => Row::bad(S::BAD_REQUEST, None).param(*param),
         BodyError::Malformed(_) => Row::bad(S::BAD_REQUEST, Some("malformed_body")),
         BodyError::Slow { .. } => Row::bad(S::REQUEST_TIMEOUT, Some("body_timeout")),
@@ -261,6 +262,10 @@ mod tests {
         assert_eq!(row(ApiError::MethodNotAllowed), (405, "method_not_allowed", false));
         assert_eq!(row(BodyError::Slow { seconds: 1 }), (408, "body_timeout", false));
         assert_eq!(row(BodyError::TooLarge { max_body_bytes: 1 }), (413, "body_too_large", false));
+        assert_eq!(
+            row(BodyError::TooManyValues { max_json_values: 1 }),
+            (400, "too_many_json_values", false)
+        );
         assert_eq!(row(BodyError::ContentType), (415, "unsupported_content_type", false));
     }
 

@@ -4,7 +4,7 @@
 
 use axum::{
     Json,
-    extract::{Path, State},
+    extract::{Path, State, rejection::PathRejection},
     http::header,
     response::{IntoResponse, Response},
 };
@@ -57,8 +57,10 @@ pub async fn models(State(state): State<AppState>) -> Result<Json<ModelList>, Ap
 /// 404 for another model, 503 while loading.
 pub async fn model(
     State(state): State<AppState>,
-    Path(asked): Path<String>,
+    asked: Result<Path<String>, PathRejection>,
 ) -> Result<Json<Model>, ApiError> {
+    // No route has a path that is no UTF-8.
+    let Path(asked) = asked.map_err(|_| ApiError::NoSuchRoute)?;
     let loaded = state.loaded()?;
     let served = &loaded.model.id;
     if asked != *served {

@@ -91,9 +91,15 @@ impl Progress {
         self.generation.num_frames = frames.info.sampled_indices.len();
         let timings = &frames.timings;
         self.metrics.stage(Stage::Fetch, timings.fetch_seconds);
-        self.metrics.stage(Stage::Probe, timings.probe_seconds);
-        self.metrics.stage(Stage::Decode, timings.decode_seconds);
-        self.metrics.stage(Stage::Resize, timings.resize_seconds);
+        let stages = [
+            (Stage::Probe, timings.probe_seconds),
+            (Stage::Decode, timings.decode_seconds),
+            (Stage::Resize, timings.resize_seconds),
+        ];
+        // Frames from the cache took no time in these stages, for they were not in them.
+        for (stage, seconds) in stages.into_iter().filter(|(_, seconds)| *seconds > 0.0) {
+            self.metrics.stage(stage, seconds);
+        }
         self.metrics.video(frames.info.duration, frames.info.sampled_indices.len());
     }
 
@@ -152,9 +158,6 @@ impl Progress {
         self.generation.detail = error.code();
         if let ApiError::Media(error) = error {
             self.metrics.media_error(error.reason());
-        }
-        if error.is_rejection() {
-            self.metrics.rejection(error.code());
         }
     }
 }

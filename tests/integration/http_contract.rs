@@ -120,6 +120,8 @@ async fn unknown_paths_and_methods_are_answered_in_the_same_form() {
     let server = simple_server().await;
     let (status, refused) = error(server.get("/v2/nothing").send().await.unwrap()).await;
     assert_eq!((status, &refused["code"]), (404, &json!("not_found")));
+    let (status, refused) = error(server.get("/v1/models/%FF").send().await.unwrap()).await;
+    assert_eq!((status, &refused["code"]), (404, &json!("not_found")));
     let response = server.get(CHAT).send().await.unwrap();
     assert_eq!(response.headers()["allow"], "POST");
     let (status, refused) = error(response).await;
@@ -158,6 +160,11 @@ async fn metrics_count_what_happened() {
         ("tinyllava_queue_seconds_count", 2.0),
         ("tinyllava_request_seconds_count{outcome=\"completed\"}", 2.0),
         ("tinyllava_stage_seconds_count{stage=\"prompt\"}", 2.0),
+        // The second time the frames come from the cache.
+        ("tinyllava_stage_seconds_count{stage=\"fetch\"}", 2.0),
+        ("tinyllava_stage_seconds_count{stage=\"probe\"}", 1.0),
+        ("tinyllava_stage_seconds_count{stage=\"decode\"}", 1.0),
+        ("tinyllava_stage_seconds_count{stage=\"resize\"}", 1.0),
         ("tinyllava_step_size_sum{kind=\"encode\"}", 4.0),
         ("tinyllava_video_frames_total", 8.0),
         // The second time the prefix cache has the video's blocks: its encoder output is not asked for.

@@ -75,16 +75,16 @@ async fn a_refusal_reaches_a_client_that_sends_its_whole_body_first() {
 #[tokio::test]
 async fn bodies_in_flight_share_one_limit() {
     let mut config = config();
-    config.max_body_bytes = 64 << 10;
-    config.max_inflight_body_bytes = 64 << 10;
+    config.max_body_bytes = 256 << 10;
+    config.max_inflight_body_bytes = 256 << 10;
     let server = server(config, FakeModel::saying(REPLY)).await;
     let mut slow = connect(&server).await;
     let head = format!(
-        "POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 60000\r\n\r\n"
+        "POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 250000\r\n\r\n"
     );
     slow.write_all(head.as_bytes()).await.unwrap();
-    slow.write_all(&[b' '; 50_000]).await.unwrap();
-    let big = request(json!("Hi"), json!({"metadata": {"a": "x".repeat(30_000)}}));
+    slow.write_all(&vec![b' '; 240_000]).await.unwrap();
+    let big = request(json!("Hi"), json!({"metadata": {"a": "x".repeat(160_000)}}));
     eventually("the second large body is refused", async || {
         let response = server.post(&big).send().await.unwrap();
         if response.status() == 200 {
@@ -96,9 +96,29 @@ async fn bodies_in_flight_share_one_limit() {
     })
     .await;
     server.ask(&request(json!("Hi"), json!({}))).await;
+    server.ask(&request(json!("Hi"), json!({"metadata": {"a": "x".repeat(60_000)}}))).await;
     drop(slow);
     eventually("the room is given back", async || server.post(&big).send().await.unwrap().status() == 200)
         .await;
+}
+
+#[tokio::test]
+async fn json_of_too_many_values_is_refused_whatever_its_length() {
+    let server = simple_server().await;
+    for num_parts in [10_000, 200_000] {
+        let parts = vec![json!({"type": ""}); num_parts];
+        let (status, refused) =
+            error(server.post(&request(json!(parts), json!({}))).send().await.unwrap()).await;
+        assert_eq!((status, &refused["code"]), (400, &json!("too_many_json_values")));
+        assert!(refused["message"].as_str().unwrap().contains("20000"), "{refused}");
+    }
+    // What is large but of few values is parsed and checked on another thread, with the same answers.
+    for (more, param) in [(json!({"temperature": 9}), "temperature"), (json!({"stop": 1}), "stop")] {
+        let mut body = request(json!("Hi"), more);
+        body["metadata"] = json!({"a": "x,".repeat(100_000)});
+        let (status, refused) = error(server.post(&body).send().await.unwrap()).await;
+        assert_eq!((status, &refused["param"]), (400, &json!(param)));
+    }
 }
 
 #[tokio::test]

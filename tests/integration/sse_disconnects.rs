@@ -1,6 +1,10 @@
 //! Clients that leave at any point: afterwards nothing runs, no block is held and no decoder lives.
 
-use std::{os::unix::fs::PermissionsExt, path::Path, time::Duration};
+use std::{
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use futures_util::future::join_all;
 use proptest::{
@@ -9,6 +13,7 @@ use proptest::{
 };
 use serde_json::json;
 use tinyllava::model::fake::FakeModel;
+use tokio::{io::AsyncWriteExt, net::TcpStream};
 
 use crate::http_setup::*;
 
@@ -20,6 +25,14 @@ fn own_tools(dir: &Path) {
             std::env::split_paths(&path).map(|dir| dir.join(tool)).find(|path| path.is_file()).unwrap();
         std::os::unix::fs::symlink(real, dir.join(tool)).unwrap();
     }
+}
+
+/// A decoder that never ends.
+fn hanging_tool(dir: &Path) -> PathBuf {
+    let hanging = dir.join("hanging-ffmpeg");
+    std::fs::write(&hanging, "#!/bin/bash\nexec -a \"$0\" sleep 600\n").unwrap();
+    std::fs::set_permissions(&hanging, std::fs::Permissions::from_mode(0o755)).unwrap();
+    hanging
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -67,9 +80,7 @@ async fn leaving_while_the_video_is_decoded_kills_the_decoder() {
     for stream in [false, true] {
         let tools = tempfile::tempdir().unwrap();
         own_tools(tools.path());
-        let hanging = tools.path().join("hanging-ffmpeg");
-        std::fs::write(&hanging, "#!/bin/bash\nexec -a \"$0\" sleep 600\n").unwrap();
-        std::fs::set_permissions(&hanging, std::fs::Permissions::from_mode(0o755)).unwrap();
+        let hanging = hanging_tool(tools.path());
         let mut config = config();
         config.keep_alive_interval = Duration::from_millis(50);
         config.media.ffprobe_path = Some(tools.path().join("ffprobe"));
@@ -88,6 +99,41 @@ async fn leaving_while_the_video_is_decoded_kills_the_decoder() {
         eventually("the decoder is gone", async || processes_with(&hanging) == 0).await;
         server.until_idle().await;
     }
+}
+
+#[tokio::test]
+async fn leaving_after_a_chunked_upload_kills_the_decoder() {
+    let tools = tempfile::tempdir().unwrap();
+    own_tools(tools.path());
+    let hanging = hanging_tool(tools.path());
+    let mut config = config();
+    config.media.ffprobe_path = Some(tools.path().join("ffprobe"));
+    config.media.ffmpeg_path = Some(hanging.clone());
+    let server = server(config, FakeModel::saying(REPLY)).await;
+    let mut body = format!(
+        "--b\r\ncontent-disposition: form-data; name=\"request\"\r\n\r\n{}\r\n\
+         --b\r\ncontent-disposition: form-data; name=\"video\"; filename=\"a.mp4\"\r\n\r\n",
+        request(json!("What?"), json!({}))
+    )
+    .into_bytes();
+    body.extend(clip_bytes());
+    body.extend(b"\r\n--b--\r\n");
+    let mut socket = TcpStream::connect(server.url.strip_prefix("http://").unwrap()).await.unwrap();
+    let mut sent = format!(
+        "POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: multipart/form-data; boundary=b\r\n\
+         transfer-encoding: chunked\r\n\r\n{:x}\r\n",
+        body.len()
+    )
+    .into_bytes();
+    sent.extend(body);
+    // The last boundary comes in one chunk, the end of the body in another.
+    sent.extend(b"\r\n3\r\nend\r\n0\r\n\r\n");
+    socket.write_all(&sent).await.unwrap();
+    let hanging = hanging.to_str().unwrap();
+    eventually("the decoder runs", async || processes_with(hanging) > 0).await;
+    drop(socket);
+    eventually("the decoder is gone", async || processes_with(hanging) == 0).await;
+    server.until_idle().await;
 }
 
 #[tokio::test]

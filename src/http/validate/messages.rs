@@ -97,7 +97,10 @@ impl Builder {
         let path = format!("{path}.content");
         let text = match content {
             None => return Err(InvalidRequest::field(path, "the message has no content")),
-            Some(TextOr::Text(text)) => text,
+            Some(TextOr::Text(text)) => {
+                self.count(text.len(), config)?;
+                text
+            }
             Some(TextOr::Other(parts)) if parts.len() > config.max_content_parts => {
                 let message = format!(
                     "content has {} parts, but at most {} are allowed",
@@ -109,17 +112,28 @@ impl Builder {
             Some(TextOr::Other(parts)) => {
                 let mut texts = Vec::new();
                 for (i, part) in parts.into_iter().enumerate() {
-                    texts.extend(self.part(format!("{path}[{i}]"), part)?);
+                    let text = self.part(format!("{path}[{i}]"), part)?;
+                    // One more for the newline.
+                    self.count(
+                        text.as_ref().map_or(0, |text| text.len() + usize::from(!texts.is_empty())),
+                        config,
+                    )?;
+                    texts.extend(text);
                 }
                 texts.join("\n")
             }
         };
-        self.text_bytes += text.len();
+        Ok(text)
+    }
+
+    /// Counts text before it is copied together.
+    fn count(&mut self, num_bytes: usize, config: &Config) -> Result<(), InvalidRequest> {
+        self.text_bytes += num_bytes;
         if self.text_bytes > config.max_text_bytes {
             let message = format!("the messages have more than {} bytes of text", config.max_text_bytes);
             return Err(InvalidRequest::field("messages", message));
         }
-        Ok(text)
+        Ok(())
     }
 
     /// The text of a part, if it is one of text.

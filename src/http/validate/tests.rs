@@ -181,6 +181,7 @@ fn knobs_of_two_places_complete_or_contradict_each_other() {
         part.as_object_mut().unwrap().extend(own.as_object().cloned().unwrap());
         check(request(video(part), json!({"media_io_kwargs": {"video": top}})))
     };
+    let own = "messages[0].content[1].video_url";
     let sampling = ask(json!({"fps": 2.0}), json!({"max_frames": 8})).unwrap().video.unwrap().sampling;
     assert_eq!((sampling.fps, sampling.max_frames), (Some(2.0), Some(8)));
     assert!(ask(json!({"num_frames": 8}), json!({"num_frames": 8})).is_ok());
@@ -188,9 +189,34 @@ fn knobs_of_two_places_complete_or_contradict_each_other() {
         param(ask(json!({"num_frames": 8}), json!({"num_frames": 4}))),
         "media_io_kwargs.video.num_frames"
     );
-    assert_eq!(param(ask(json!({"num_frames": 8}), json!({"fps": 1}))), "fps");
-    assert_eq!(param(ask(json!({"num_frames": 8, "max_frames": 9}), json!({}))), "max_frames");
-    assert_eq!(param(ask(json!({"end": 1.0}), json!({"start": 2.0}))), "end");
+    assert_eq!(param(ask(json!({"num_frames": 8}), json!({"fps": 1}))), "media_io_kwargs.video.fps");
+    assert_eq!(param(ask(json!({"num_frames": 8, "max_frames": 9}), json!({}))), format!("{own}.max_frames"));
+    assert_eq!(param(ask(json!({"max_frames": 9}), json!({}))), format!("{own}.max_frames"));
+    assert_eq!(param(ask(json!({}), json!({"max_frames": 9}))), "media_io_kwargs.video.max_frames");
+    assert_eq!(param(ask(json!({"end": 1.0}), json!({"start": 2.0}))), format!("{own}.end"));
+}
+
+#[test]
+fn text_is_counted_over_all_parts_and_messages() {
+    let max_text_bytes = Config::default().max_text_bytes;
+    let of = |num_bytes: usize| json!({"type": "text", "text": "x".repeat(num_bytes)});
+    let half = max_text_bytes / 2;
+    assert!(check(request(json!([of(half), of(half - 1)]), json!({}))).is_ok(), "and a newline between");
+    assert_eq!(param(check(request(json!([of(half), of(half)]), json!({})))), "messages");
+    assert!(check(request(json!("x".repeat(max_text_bytes)), json!({}))).is_ok());
+    assert_eq!(param(check(request(json!("x".repeat(max_text_bytes + 1)), json!({})))), "messages");
+}
+
+#[test]
+fn only_the_start_of_a_url_is_looked_at_for_its_scheme() {
+    for known in ["data:video/mp4;base64,", "HTTPS://a/b", "file:a", "http://a"] {
+        assert!(check(request(video(json!(known)), json!({}))).is_ok(), "{known}");
+    }
+    let long = format!("{}:", "é".repeat(1 << 20));
+    for unknown in ["", "http", "éé:", "s3://a", "https2://a", &long] {
+        let fault = param(check(request(video(json!(unknown)), json!({}))));
+        assert_eq!(fault, "messages[0].content[1].video_url.url", "{unknown:.20}");
+    }
 }
 
 #[test]

@@ -11,8 +11,12 @@ use crate::{
     media::{FrameSampling, VideoSource},
 };
 
+/// Where the knobs of the whole request are.
+const TOP_LEVEL: &str = "media_io_kwargs.video";
 /// Longest URL that is not `data:` (which the body limit bounds).
 const MAX_URL_BYTES: usize = 8 << 10;
+/// Longest scheme of a URL that is known.
+const MAX_SCHEME_BYTES: usize = 5;
 /// Longest `uuid` of a video. It is accepted, but frames are cached by their content only.
 const MAX_UUID_BYTES: usize = 256;
 /// Most frames a second that can be asked for.
@@ -29,25 +33,26 @@ pub fn validate(
         None => None,
         Some(kwargs) => {
             refuse_unknown(&kwargs.extra, "media_io_kwargs", &["video"])?;
-            kwargs.video.map(|knobs| check("media_io_kwargs.video", &knobs, &config.media)).transpose()?
+            kwargs.video.map(|knobs| check(TOP_LEVEL, &knobs, &config.media)).transpose()?
         }
     }
     .unwrap_or_default();
+    // Where the knobs of the video itself are.
+    let own_path = part.as_ref().map(|part| format!("{}.video_url", part.path)).unwrap_or_default();
     let (source, own) = match (part, upload) {
         (None, None) => return Ok(None),
         (None, Some(file)) => (VideoSource::TempFile(file), FrameSampling::default()),
         (Some(mut part), upload) => {
-            let path = format!("{}.video_url", part.path);
             let knobs = part.video.take_knobs();
             if part.video.uuid.is_some_and(|uuid| uuid.len() > MAX_UUID_BYTES) {
                 let message = format!("uuid is longer than {MAX_UUID_BYTES} bytes");
-                return Err(InvalidRequest::field(format!("{path}.uuid"), message));
+                return Err(InvalidRequest::field(format!("{own_path}.uuid"), message));
             }
-            let own = check(&path, &knobs, &config.media)?;
-            (source(&path, part.video.url, upload)?, own)
+            let own = check(&own_path, &knobs, &config.media)?;
+            (source(&own_path, part.video.url, upload)?, own)
         }
     };
-    Ok(Some(ValidVideo { source, sampling: merge(own, top_level)? }))
+    Ok(Some(ValidVideo { source, sampling: merge(&own_path, own, top_level)? }))
 }
 
 fn source(
@@ -69,7 +74,9 @@ fn source(
 
 /// Scheme and length only.
 fn check_url(param: String, url: String) -> Result<String, InvalidRequest> {
-    let scheme = url.split_once(':').map(|(scheme, _)| scheme.to_ascii_lowercase());
+    // Not `split_once`: what is sent here may be megabytes without a colon.
+    let start = &url.as_bytes()[..url.len().min(MAX_SCHEME_BYTES + 1)];
+    let scheme = start.iter().position(|byte| *byte == b':').map(|end| url[..end].to_ascii_lowercase());
     match scheme.as_deref() {
         Some("data") => Ok(url),
         Some("http" | "https" | "file") if url.len() <= MAX_URL_BYTES => Ok(url),
@@ -117,7 +124,15 @@ fn check(path: &str, knobs: &SamplingKnobs, media: &MediaConfig) -> Result<Frame
 }
 
 /// The part's knobs and the top-level ones may complete each other, never contradict.
-fn merge(own: FrameSampling, top_level: FrameSampling) -> Result<FrameSampling, InvalidRequest> {
+fn merge(
+    own_path: &str,
+    own: FrameSampling,
+    top_level: FrameSampling,
+) -> Result<FrameSampling, InvalidRequest> {
+    let fault = |name: &str, is_own: bool, message: String| {
+        let path = if is_own { own_path } else { TOP_LEVEL };
+        Err(InvalidRequest::field(format!("{path}.{name}"), message))
+    };
     let merged = FrameSampling {
         num_frames: same("num_frames", own.num_frames, top_level.num_frames)?,
         fps: same("fps", own.fps, top_level.fps)?,
@@ -126,19 +141,21 @@ fn merge(own: FrameSampling, top_level: FrameSampling) -> Result<FrameSampling, 
         end: same("end", own.end, top_level.end)?,
     };
     if merged.num_frames.is_some() && merged.fps.is_some() {
-        return Err(InvalidRequest::field(
-            "fps",
-            "num_frames and fps contradict each other; send one of them",
-        ));
+        let message = "num_frames and fps contradict each other; send one of them";
+        return fault("fps", own.fps.is_some(), message.into());
     }
     if merged.num_frames.is_some() && merged.max_frames.is_some() {
         let message = "max_frames bounds what fps gives and contradicts num_frames; send one of them";
-        return Err(InvalidRequest::field("max_frames", message));
+        return fault("max_frames", own.max_frames.is_some(), message.into());
+    }
+    if merged.max_frames.is_some() && merged.fps.is_none() {
+        let message = "max_frames bounds what fps gives; send fps with it, or num_frames instead";
+        return fault("max_frames", own.max_frames.is_some(), message.into());
     }
     if let (Some(start), Some(end)) = (merged.start, merged.end)
         && start >= end
     {
-        return Err(InvalidRequest::field("end", format!("end ({end}) must be after start ({start})")));
+        return fault("end", own.end.is_some(), format!("end ({end}) must be after start ({start})"));
     }
     Ok(merged)
 }
@@ -150,7 +167,7 @@ fn same<T: PartialEq + std::fmt::Display>(
 ) -> Result<Option<T>, InvalidRequest> {
     match (own, top_level) {
         (Some(own), Some(top)) if own != top => Err(InvalidRequest::field(
-            format!("media_io_kwargs.video.{name}"),
+            format!("{TOP_LEVEL}.{name}"),
             format!("{name} is {own} in video_url but {top} in media_io_kwargs; send one of them"),
         )),
         (own, top) => Ok(own.or(top)),
