@@ -71,7 +71,7 @@ pub struct MediaConfig {
     pub fetch_timeout: Duration,
     /// Most redirects of one download.
     pub max_redirects: usize,
-    /// Decoders running at the same time.
+    /// Decoder processes running at the same time.
     pub max_concurrent_decodes: usize,
     /// Address space of one decoder process.
     pub max_decoder_memory_bytes: usize,

@@ -18,7 +18,7 @@ use std::{
 };
 
 use futures_util::{StreamExt, stream};
-use tokio::{io::AsyncReadExt, process::ChildStdout, task::JoinHandle};
+use tokio::{io::AsyncReadExt, process::ChildStdout, sync::Semaphore, task::JoinHandle};
 
 use super::{
     MediaError,
@@ -30,6 +30,8 @@ use super::{
 
 /// How ffmpeg's `showinfo` begins its lines.
 const SHOWINFO: &str = "[Parsed_showinfo_0";
+/// Memory for source-size frames of all passes of one video; a pass holds two (one arrives, one is mapped).
+const MAX_PASS_FRAMES_BYTES: usize = 256 << 20;
 /// `eq(...)` terms of a select expression; every one is evaluated for every decoded frame.
 type Terms = Vec<String>;
 
@@ -86,6 +88,9 @@ pub struct Decoder<'a> {
     pub file: &'a Path,
     pub probe: &'a Probe,
     pub map: FrameMap,
+    /// Places for processes. The caller holds one, for the first; further ones are taken only if free, so that no
+    /// decoder ever waits while it holds a place.
+    pub places: &'a Semaphore,
 }
 
 /// One run of ffmpeg.
@@ -162,8 +167,15 @@ impl Decoder<'_> {
 
     /// Frames of all segments in order; none if any pass was not exactly as promised.
     async fn decode_segments(&self, segments: Vec<Segment>) -> Result<Option<Vec<Vec<u8>>>, MediaError> {
-        let mut parts =
-            stream::iter(segments).map(|segment| self.decode_segment(segment)).buffered(self.tools.threads);
+        let most = most_passes(self.probe.width * self.probe.height * 3).min(self.tools.threads);
+        let mut further = Vec::new();
+        while further.len() + 1 < most.min(segments.len())
+            && let Ok(place) = self.places.try_acquire()
+        {
+            further.push(place);
+        }
+        let at_once = further.len() + 1;
+        let mut parts = stream::iter(segments).map(|segment| self.decode_segment(segment)).buffered(at_once);
         let mut frames = Vec::new();
         while let Some(part) = parts.next().await {
             // Returning drops the passes still running, and so kills them.
@@ -257,6 +269,11 @@ impl Decoder<'_> {
     }
 }
 
+/// Passes that may hold frames of so many bytes at the same time, at least one.
+fn most_passes(frame_bytes: usize) -> usize {
+    (MAX_PASS_FRAMES_BYTES / (2 * frame_bytes).max(1)).max(1)
+}
+
 /// One whole frame; none at the end of the output (a started frame is dropped: the pass is then short of one).
 async fn read_frame(stdout: &mut ChildStdout, bytes: usize) -> Result<Option<Vec<u8>>, MediaError> {
     let mut frame = Vec::with_capacity(bytes);
@@ -288,6 +305,14 @@ fn overrun() -> MediaError {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn huge_frames_are_decoded_one_pass_at_a_time() {
+        assert!(most_passes(1920 * 1080 * 3) > 16);
+        assert_eq!(most_passes(3840 * 2160 * 3), 5);
+        assert_eq!(most_passes(8192 * 4320 * 3), 1);
+        assert_eq!(most_passes(usize::MAX / 2), 1);
+    }
 
     #[test]
     fn frame_times_are_read_from_the_log() {
