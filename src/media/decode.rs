@@ -24,7 +24,7 @@ use super::{
     MediaError,
     ffmpeg::{Tools, finish, pipe_failed, read_lines},
     frame_sampling::{Sampling, Timeline},
-    packet_table::Segment,
+    packet_table::{PacketTable, Segment},
     probe::{Container, Probe, file_url},
 };
 
@@ -74,7 +74,7 @@ pub enum Way {
 #[derive(Debug)]
 pub struct Decoded {
     /// Of the frames that the video has, by the decoder's or (seeking) the packets' account.
-    pub timeline: Timeline,
+    pub timeline: Arc<Timeline>,
     /// Sampled display indices, ascending, possibly repeated.
     pub indices: Vec<usize>,
     /// One mapped frame for each distinct index, in order.
@@ -115,9 +115,9 @@ struct PassOutput {
 impl Decoder<'_> {
     /// The frames that `sampling` asks for, by the cheapest way that is exact.
     pub async fn sample(&self, sampling: &Sampling) -> Result<Decoded, MediaError> {
-        let timeline = self.probe.packets.timeline();
+        let timeline = self.probe.timeline.clone();
         let indices = sampling.indices(&timeline)?;
-        if let Some(segments) = self.seek_plan(&indices) {
+        if let Some(segments) = self.seek_plan(&indices).await {
             let passes = segments.len();
             if let Some(frames) = self.decode_segments(segments).await? {
                 return Ok(Decoded { timeline, indices, frames, way: Way::Seeks { passes } });
@@ -129,7 +129,7 @@ impl Decoder<'_> {
 
     /// The same frames by decoding everything.
     pub async fn sample_whole_file(&self, sampling: &Sampling) -> Result<Decoded, MediaError> {
-        let mut timeline = self.probe.packets.timeline();
+        let mut timeline = self.probe.timeline.clone();
         // The second pass is for videos whose packets promised another number of frames than the first pass saw.
         for passes in 1..=2 {
             let indices = sampling.indices(&timeline)?;
@@ -144,10 +144,11 @@ impl Decoder<'_> {
                 })
                 .await?;
             let Some(output) = output.filter(|output| !output.decoded.is_empty()) else { break };
-            timeline = self.probe.packets.decoded_timeline(&output.decoded);
-            if output.frames.len() == wanted.len() && sampling.indices(&timeline)? == indices {
+            let PassOutput { frames, decoded } = output;
+            timeline = self.on_packets(move |packets| Arc::new(packets.decoded_timeline(&decoded))).await;
+            if frames.len() == wanted.len() && sampling.indices(&timeline)? == indices {
                 let way = Way::WholeFile { passes };
-                return Ok(Decoded { timeline, indices, frames: output.frames, way });
+                return Ok(Decoded { timeline, indices, frames, way });
             }
         }
         Err(MediaError::Undecodable(
@@ -155,14 +156,25 @@ impl Decoder<'_> {
         ))
     }
 
-    fn seek_plan(&self, indices: &[usize]) -> Option<Vec<Segment>> {
+    async fn seek_plan(&self, indices: &[usize]) -> Option<Vec<Segment>> {
         // Pictures of a GIF are patches on the one before, whatever its packets claim.
         if self.probe.container == Container::Gif {
             return None;
         }
         let indexed = self.probe.container != Container::MpegTs;
         let pixels = self.probe.width * self.probe.height;
-        self.probe.packets.seek_plan(&distinct(indices), pixels, indexed)
+        let wanted = distinct(indices);
+        self.on_packets(move |packets| packets.seek_plan(&wanted, pixels, indexed)).await
+    }
+
+    /// Does `work` on the blocking pool: there may be millions of packets.
+    async fn on_packets<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&PacketTable) -> T + Send + 'static,
+    ) -> T {
+        let packets = self.probe.packets.clone();
+        let work = tokio::task::spawn_blocking(move || work(&packets));
+        work.await.expect("reading packets does not panic: this is a bug")
     }
 
     /// Frames of all segments in order; none if any pass was not exactly as promised.

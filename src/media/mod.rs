@@ -237,7 +237,7 @@ impl MediaLoader {
         let video = self.sources.read(VideoSource::LocalFile(file.to_owned())).await?;
         self.bounded(async {
             let probe = probe::probe(&self.tools, video.path(), &self.config).await?;
-            let frames = sampling.indices(&probe.packets.timeline())?.len();
+            let frames = sampling.indices(&probe.timeline)?.len();
             if frames.saturating_mul(probe.width * probe.height * 3) > MAX_SOURCE_FRAMES_BYTES {
                 return Err(MediaError::Undecodable(
                     "the frames are too large to hold at their own size; ask for fewer".into(),
