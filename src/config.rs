@@ -69,6 +69,8 @@ pub struct MediaConfig {
     pub decode_timeout: Duration,
     /// Wall clock for downloading one video.
     pub fetch_timeout: Duration,
+    /// Downloaded videos on disk at the same time, from the first byte until they are decoded; further ones wait.
+    pub max_concurrent_fetches: usize,
     /// Most redirects of one download.
     pub max_redirects: usize,
     /// Decoder processes running at the same time.
@@ -151,6 +153,7 @@ impl Default for MediaConfig {
             max_video_packets: 2_000_000,
             decode_timeout: Duration::from_secs(60),
             fetch_timeout: Duration::from_secs(60),
+            max_concurrent_fetches: 8,
             max_redirects: 3,
             max_concurrent_decodes: 4,
             max_decoder_memory_bytes: 4 << 30,
