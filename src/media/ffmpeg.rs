@@ -182,7 +182,8 @@ fn find_tool(
     found.ok_or_else(|| {
         let place = configured.map_or("on PATH".into(), |path| format!("at {}", path.display()));
         MediaError::Internal(format!(
-            "{name} was not found {place}: install it (`apt-get install ffmpeg`) or start with `--download-ffmpeg`"
+            "{name} was not found {place}: install it (`apt-get install ffmpeg`) or start the server with \
+             `--download-ffmpeg`"
         ))
     })
 }
@@ -220,7 +221,8 @@ mod tests {
     fn a_missing_tool_says_how_to_get_it() {
         let missing = MediaConfig { ffmpeg_path: Some("/nowhere/ffmpeg".into()), ..Default::default() };
         let message = Tools::new(&missing).check().unwrap_err().to_string();
-        for part in ["/nowhere/ffmpeg", "apt-get install ffmpeg", "--download-ffmpeg"] {
+        for part in ["/nowhere/ffmpeg", "apt-get install ffmpeg", "start the server with `--download-ffmpeg`"]
+        {
             assert!(message.contains(part), "{message}");
         }
     }
