@@ -71,9 +71,11 @@ pub struct MediaConfig {
     pub decode_timeout: Duration,
     /// Wall clock for downloading one video.
     pub fetch_timeout: Duration,
+    /// Downloaded videos on disk at the same time, from the first byte until they are decoded; further ones wait.
+    pub max_concurrent_fetches: usize,
     /// Most redirects of one download.
     pub max_redirects: usize,
-    /// Decoders running at the same time.
+    /// Decoder processes running at the same time.
     pub max_concurrent_decodes: usize,
     /// Address space of one decoder process.
     pub max_decoder_memory_bytes: usize,
@@ -154,6 +156,7 @@ impl Default for MediaConfig {
             max_video_packets: 2_000_000,
             decode_timeout: Duration::from_secs(60),
             fetch_timeout: Duration::from_secs(60),
+            max_concurrent_fetches: 8,
             max_redirects: 3,
             max_concurrent_decodes: 4,
             max_decoder_memory_bytes: 4 << 30,

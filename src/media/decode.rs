@@ -18,18 +18,20 @@ use std::{
 };
 
 use futures_util::{StreamExt, stream};
-use tokio::{io::AsyncReadExt, process::ChildStdout, task::JoinHandle};
+use tokio::{io::AsyncReadExt, process::ChildStdout, sync::Semaphore, task::JoinHandle};
 
 use super::{
     MediaError,
     ffmpeg::{Tools, finish, pipe_failed, read_lines},
     frame_sampling::{Sampling, Timeline},
-    packet_table::Segment,
+    packet_table::{PacketTable, Segment},
     probe::{Container, Probe, file_url},
 };
 
 /// How ffmpeg's `showinfo` begins its lines.
 const SHOWINFO: &str = "[Parsed_showinfo_0";
+/// Memory for source-size frames of all passes of one video; a pass holds two (one arrives, one is mapped).
+const MAX_PASS_FRAMES_BYTES: usize = 256 << 20;
 /// `eq(...)` terms of a select expression; every one is evaluated for every decoded frame.
 type Terms = Vec<String>;
 
@@ -72,7 +74,7 @@ pub enum Way {
 #[derive(Debug)]
 pub struct Decoded {
     /// Of the frames that the video has, by the decoder's or (seeking) the packets' account.
-    pub timeline: Timeline,
+    pub timeline: Arc<Timeline>,
     /// Sampled display indices, ascending, possibly repeated.
     pub indices: Vec<usize>,
     /// One mapped frame for each distinct index, in order.
@@ -86,6 +88,9 @@ pub struct Decoder<'a> {
     pub file: &'a Path,
     pub probe: &'a Probe,
     pub map: FrameMap,
+    /// Places for processes. The caller holds one, for the first; further ones are taken only if free, so that no
+    /// decoder ever waits while it holds a place.
+    pub places: &'a Semaphore,
 }
 
 /// One run of ffmpeg.
@@ -110,9 +115,9 @@ struct PassOutput {
 impl Decoder<'_> {
     /// The frames that `sampling` asks for, by the cheapest way that is exact.
     pub async fn sample(&self, sampling: &Sampling) -> Result<Decoded, MediaError> {
-        let timeline = self.probe.packets.timeline();
+        let timeline = self.probe.timeline.clone();
         let indices = sampling.indices(&timeline)?;
-        if let Some(segments) = self.seek_plan(&indices) {
+        if let Some(segments) = self.seek_plan(&indices).await {
             let passes = segments.len();
             if let Some(frames) = self.decode_segments(segments).await? {
                 return Ok(Decoded { timeline, indices, frames, way: Way::Seeks { passes } });
@@ -124,7 +129,7 @@ impl Decoder<'_> {
 
     /// The same frames by decoding everything.
     pub async fn sample_whole_file(&self, sampling: &Sampling) -> Result<Decoded, MediaError> {
-        let mut timeline = self.probe.packets.timeline();
+        let mut timeline = self.probe.timeline.clone();
         // The second pass is for videos whose packets promised another number of frames than the first pass saw.
         for passes in 1..=2 {
             let indices = sampling.indices(&timeline)?;
@@ -139,10 +144,11 @@ impl Decoder<'_> {
                 })
                 .await?;
             let Some(output) = output.filter(|output| !output.decoded.is_empty()) else { break };
-            timeline = self.probe.packets.decoded_timeline(&output.decoded);
-            if output.frames.len() == wanted.len() && sampling.indices(&timeline)? == indices {
+            let PassOutput { frames, decoded } = output;
+            timeline = self.on_packets(move |packets| Arc::new(packets.decoded_timeline(&decoded))).await;
+            if frames.len() == wanted.len() && sampling.indices(&timeline)? == indices {
                 let way = Way::WholeFile { passes };
-                return Ok(Decoded { timeline, indices, frames: output.frames, way });
+                return Ok(Decoded { timeline, indices, frames, way });
             }
         }
         Err(MediaError::Undecodable(
@@ -150,20 +156,38 @@ impl Decoder<'_> {
         ))
     }
 
-    fn seek_plan(&self, indices: &[usize]) -> Option<Vec<Segment>> {
+    async fn seek_plan(&self, indices: &[usize]) -> Option<Vec<Segment>> {
         // Pictures of a GIF are patches on the one before, whatever its packets claim.
         if self.probe.container == Container::Gif {
             return None;
         }
         let indexed = self.probe.container != Container::MpegTs;
         let pixels = self.probe.width * self.probe.height;
-        self.probe.packets.seek_plan(&distinct(indices), pixels, indexed)
+        let wanted = distinct(indices);
+        self.on_packets(move |packets| packets.seek_plan(&wanted, pixels, indexed)).await
+    }
+
+    /// Does `work` on the blocking pool: there may be millions of packets.
+    async fn on_packets<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&PacketTable) -> T + Send + 'static,
+    ) -> T {
+        let packets = self.probe.packets.clone();
+        let work = tokio::task::spawn_blocking(move || work(&packets));
+        work.await.expect("reading packets does not panic: this is a bug")
     }
 
     /// Frames of all segments in order; none if any pass was not exactly as promised.
     async fn decode_segments(&self, segments: Vec<Segment>) -> Result<Option<Vec<Vec<u8>>>, MediaError> {
-        let mut parts =
-            stream::iter(segments).map(|segment| self.decode_segment(segment)).buffered(self.tools.threads);
+        let most = most_passes(self.probe.width * self.probe.height * 3).min(self.tools.threads);
+        let mut further = Vec::new();
+        while further.len() + 1 < most.min(segments.len())
+            && let Ok(place) = self.places.try_acquire()
+        {
+            further.push(place);
+        }
+        let at_once = further.len() + 1;
+        let mut parts = stream::iter(segments).map(|segment| self.decode_segment(segment)).buffered(at_once);
         let mut frames = Vec::new();
         while let Some(part) = parts.next().await {
             // Returning drops the passes still running, and so kills them.
@@ -257,6 +281,11 @@ impl Decoder<'_> {
     }
 }
 
+/// Passes that may hold frames of so many bytes at the same time, at least one.
+fn most_passes(frame_bytes: usize) -> usize {
+    (MAX_PASS_FRAMES_BYTES / (2 * frame_bytes).max(1)).max(1)
+}
+
 /// One whole frame; none at the end of the output (a started frame is dropped: the pass is then short of one).
 async fn read_frame(stdout: &mut ChildStdout, bytes: usize) -> Result<Option<Vec<u8>>, MediaError> {
     let mut frame = Vec::with_capacity(bytes);
@@ -288,6 +317,14 @@ fn overrun() -> MediaError {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn huge_frames_are_decoded_one_pass_at_a_time() {
+        assert!(most_passes(1920 * 1080 * 3) > 16);
+        assert_eq!(most_passes(3840 * 2160 * 3), 5);
+        assert_eq!(most_passes(8192 * 4320 * 3), 1);
+        assert_eq!(most_passes(usize::MAX / 2), 1);
+    }
 
     #[test]
     fn frame_times_are_read_from_the_log() {

@@ -11,9 +11,12 @@ use std::{
 
 use ffmpeg_sidecar::{
     command::FfmpegCommand,
-    download::{FfmpegDownloadProgressEvent, auto_download_with_progress},
+    download::{
+        FfmpegDownloadProgressEvent, download_ffmpeg_package_with_progress, ffmpeg_download_url,
+        unpack_ffmpeg,
+    },
     ffprobe::ffprobe_sidecar_path,
-    paths::sidecar_path,
+    paths::{sidecar_dir, sidecar_path},
 };
 use tokio::{
     io::{AsyncRead, AsyncReadExt},
@@ -179,7 +182,8 @@ fn find_tool(
     found.ok_or_else(|| {
         let place = configured.map_or("on PATH".into(), |path| format!("at {}", path.display()));
         MediaError::Internal(format!(
-            "{name} was not found {place}: install it (`apt-get install ffmpeg`) or start with `--download-ffmpeg`"
+            "{name} was not found {place}: install it (`apt-get install ffmpeg`) or start the server with \
+             `--download-ffmpeg`"
         ))
     })
 }
@@ -190,15 +194,19 @@ pub fn find_on_path(name: &str) -> Option<PathBuf> {
     std::env::split_paths(&path).map(|directory| directory.join(name)).find(|file| file.is_file())
 }
 
-/// Puts ffmpeg and ffprobe beside this executable, unless ffmpeg is installed. Blocks; `progress` gets the bytes
-/// so far and in all (0: unknown).
+/// Puts ffmpeg and ffprobe beside this executable, whatever is installed: for when [`Tools::check`] finds either
+/// missing. Blocks; `progress` gets the bytes so far and in all (0: unknown).
 pub fn download_ffmpeg(progress: impl Fn(u64, u64)) -> Result<(), MediaError> {
-    auto_download_with_progress(|event| {
-        if let FfmpegDownloadProgressEvent::Downloading { total_bytes, downloaded_bytes } = event {
-            progress(downloaded_bytes, total_bytes);
-        }
-    })
-    .map_err(|error| {
+    let download = || {
+        let directory = sidecar_dir()?;
+        let archive = download_ffmpeg_package_with_progress(ffmpeg_download_url()?, &directory, |event| {
+            if let FfmpegDownloadProgressEvent::Downloading { total_bytes, downloaded_bytes } = event {
+                progress(downloaded_bytes, total_bytes);
+            }
+        })?;
+        unpack_ffmpeg(&archive, &directory)
+    };
+    download().map_err(|error| {
         MediaError::Internal(format!(
             "ffmpeg could not be downloaded ({error:#}): install it with `apt-get install ffmpeg`"
         ))
@@ -213,7 +221,8 @@ mod tests {
     fn a_missing_tool_says_how_to_get_it() {
         let missing = MediaConfig { ffmpeg_path: Some("/nowhere/ffmpeg".into()), ..Default::default() };
         let message = Tools::new(&missing).check().unwrap_err().to_string();
-        for part in ["/nowhere/ffmpeg", "apt-get install ffmpeg", "--download-ffmpeg"] {
+        for part in ["/nowhere/ffmpeg", "apt-get install ffmpeg", "start the server with `--download-ffmpeg`"]
+        {
             assert!(message.contains(part), "{message}");
         }
     }

@@ -23,7 +23,7 @@ use std::{
 use bytes::Bytes;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, SemaphorePermit};
 
 use self::{
     decode::{Decoded, Decoder, FrameMap},
@@ -180,7 +180,8 @@ pub struct MediaLoader {
     tools: Tools,
     sources: SourceReader,
     cache: FrameCache,
-    decodes: Arc<Semaphore>,
+    /// One for each decoder process.
+    places: Arc<Semaphore>,
 }
 
 impl MediaLoader {
@@ -192,7 +193,7 @@ impl MediaLoader {
             tools: Tools::new(&config),
             sources: SourceReader::new(&config)?,
             cache: FrameCache::new(config.frame_cache_bytes),
-            decodes: Arc::new(Semaphore::new(config.max_concurrent_decodes.max(1))),
+            places: Arc::new(Semaphore::new(config.max_concurrent_decodes.max(1))),
             config: Arc::new(config),
         })
     }
@@ -236,14 +237,14 @@ impl MediaLoader {
         let video = self.sources.read(VideoSource::LocalFile(file.to_owned())).await?;
         self.bounded(async {
             let probe = probe::probe(&self.tools, video.path(), &self.config).await?;
-            let frames = sampling.indices(&probe.packets.timeline())?.len();
+            let frames = sampling.indices(&probe.timeline)?.len();
             if frames.saturating_mul(probe.width * probe.height * 3) > MAX_SOURCE_FRAMES_BYTES {
                 return Err(MediaError::Undecodable(
                     "the frames are too large to hold at their own size; ask for fewer".into(),
                 ));
             }
             let map = FrameMap::new(|frame| frame);
-            let decoder = Decoder { tools: &self.tools, file: video.path(), probe: &probe, map };
+            let decoder = self.decoder(&video, &probe, map);
             let decoded = decoder.sample(&sampling).await?;
             let info = video_info(&probe, &decoded);
             Ok(SourceFrames { rgb: decoded.frames.concat(), info })
@@ -259,11 +260,11 @@ impl MediaLoader {
     ) -> Result<SamplingBenchmark, MediaError> {
         let sampling = Sampling::resolve(sampling, &self.config)?;
         let video = self.sources.read(VideoSource::LocalFile(file.to_owned())).await?;
+        let _place = self.place().await;
         let started = Instant::now();
         let probe = probe::probe(&self.tools, video.path(), &self.config).await?;
         let probed = started.elapsed();
-        let decoder =
-            Decoder { tools: &self.tools, file: video.path(), probe: &probe, map: self.resizing(&probe) };
+        let decoder = self.decoder(&video, &probe, self.resizing(&probe));
         let started = Instant::now();
         let Decoded { way, timeline, frames, .. } = decoder.sample(&sampling).await?;
         let chosen = started.elapsed();
@@ -289,7 +290,7 @@ impl MediaLoader {
             let probe = probe::probe(&self.tools, video.path(), &self.config).await?;
             let probe_seconds = started.elapsed().as_secs_f64();
             let map = self.resizing(&probe);
-            let decoder = Decoder { tools: &self.tools, file: video.path(), probe: &probe, map: map.clone() };
+            let decoder = self.decoder(video, &probe, map.clone());
             let started = Instant::now();
             let decoded = decoder.sample(sampling).await?;
             let timings = MediaTimings {
@@ -305,9 +306,19 @@ impl MediaLoader {
         .await
     }
 
+    /// The right to run one process at a time.
+    async fn place(&self) -> SemaphorePermit<'_> {
+        self.places.acquire().await.expect("the semaphore is never closed: this is a bug")
+    }
+
+    /// To be used by who has a place.
+    fn decoder<'a>(&'a self, video: &'a LocalVideo, probe: &'a Probe, map: FrameMap) -> Decoder<'a> {
+        Decoder { tools: &self.tools, file: video.path(), probe, map, places: &self.places }
+    }
+
     /// Waits for a place among the decoders, then gives `work` its time.
     async fn bounded<T>(&self, work: impl Future<Output = Result<T, MediaError>>) -> Result<T, MediaError> {
-        let _place = self.decodes.acquire().await.expect("the semaphore is never closed: this is a bug");
+        let _place = self.place().await;
         let timeout = self.config.decode_timeout;
         tokio::time::timeout(timeout, work)
             .await

@@ -3,11 +3,12 @@
 //! Called by `mod.rs`. Must never let ffmpeg guess the container (its guess would include playlists): the file's
 //! first bytes choose the demuxer, and a file that begins like none of them is refused without starting a process.
 
-use std::{fs::File, io::Read, path::Path};
+use std::{fs::File, io::Read, path::Path, sync::Arc};
 
 use super::{
     MediaError,
     ffmpeg::{ALLOWED_CODECS, Tools, finish, read_lines},
+    frame_sampling::Timeline,
     packet_table::{Packet, PacketTable},
 };
 use crate::config::MediaConfig;
@@ -114,7 +115,10 @@ pub struct Probe {
     pub width: usize,
     pub height: usize,
     pub orientation: Orientation,
-    pub packets: PacketTable,
+    /// Shared with the blocking pool: anything that walks through it takes long.
+    pub packets: Arc<PacketTable>,
+    /// As the packets tell it.
+    pub timeline: Arc<Timeline>,
 }
 
 /// Probes `file`. The errors are the client's: not a video, not allowed, damaged, too long or too large.
@@ -140,7 +144,10 @@ pub async fn probe(tools: &Tools, file: &Path, config: &MediaConfig) -> Result<P
     if !status.success() {
         return Err(damaged());
     }
-    report.check(container, config)
+    let config = config.clone();
+    // Sorting a long video's packets takes up to 100 ms.
+    let check = tokio::task::spawn_blocking(move || report.check(container, &config));
+    check.await.expect("checking a report does not panic: this is a bug")
 }
 
 /// An input name that ffmpeg cannot take for an option or another protocol.
@@ -314,7 +321,8 @@ impl Report {
         // The average is what players count by; files without one have a base rate at least.
         let rate = self.frame_rates.iter().copied().find(|rate| (0.01..1000.0).contains(rate));
         let packets = PacketTable::new(self.packets, time_base, rate.unwrap_or(25.0), self.has_b_frames);
-        let seconds = packets.timeline().duration.max(self.duration.unwrap_or(0.0));
+        let timeline = packets.timeline();
+        let seconds = timeline.duration.max(self.duration.unwrap_or(0.0));
         if seconds > config.max_video_seconds {
             return Err(MediaError::Undecodable(format!(
                 "the video lasts {seconds:.0} s; at most {:.0} s are accepted",
@@ -326,7 +334,8 @@ impl Report {
         if orientation.swaps_sides {
             (width, height) = (height, width);
         }
-        Ok(Probe { container, codec, width, height, orientation, packets })
+        let (packets, timeline) = (Arc::new(packets), Arc::new(timeline));
+        Ok(Probe { container, codec, width, height, orientation, packets, timeline })
     }
 }
 

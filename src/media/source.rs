@@ -7,6 +7,7 @@ use std::{
     fs::File,
     io::{Read, Write},
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use base64::{
@@ -15,6 +16,7 @@ use base64::{
 };
 use sha2::{Digest, Sha256};
 use tempfile::NamedTempFile;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use url::Url;
 
 use super::{MediaError, VideoSource, fetch::Fetcher};
@@ -34,6 +36,8 @@ pub struct LocalVideo {
     /// SHA-256 of the file's bytes.
     pub content_hash: [u8; 32],
     _temporary: Option<NamedTempFile>,
+    /// Of a download: its share of the disk, given back after the file is removed.
+    _fetch_place: Option<OwnedSemaphorePermit>,
 }
 
 impl LocalVideo {
@@ -46,6 +50,8 @@ impl LocalVideo {
 #[derive(Debug, Clone)]
 pub struct SourceReader {
     fetcher: Fetcher,
+    /// One for each download that is running or waits on disk to be decoded.
+    fetch_places: Arc<Semaphore>,
     max_video_bytes: usize,
     allowed_media_dir: Option<PathBuf>,
 }
@@ -54,6 +60,7 @@ impl SourceReader {
     pub fn new(config: &MediaConfig) -> Result<Self, MediaError> {
         Ok(SourceReader {
             fetcher: Fetcher::new(config)?,
+            fetch_places: Arc::new(Semaphore::new(config.max_concurrent_fetches.max(1))),
             max_video_bytes: config.max_video_bytes,
             allowed_media_dir: config.allowed_media_dir.clone(),
         })
@@ -81,9 +88,12 @@ impl SourceReader {
         let this = self.clone();
         match url.scheme() {
             "http" | "https" => {
+                let place = self.fetch_places.clone().acquire_owned().await;
+                let place = place.expect("the semaphore is never closed: this is a bug");
                 let file = blocking(|| NamedTempFile::new().map_err(|error| disk_failed(&error))).await?;
                 self.fetcher.fetch(url, file.path()).await?;
-                blocking(move || this.temporary(file)).await
+                let video = blocking(move || this.temporary(file)).await?;
+                Ok(LocalVideo { _fetch_place: Some(place), ..video })
             }
             "file" => blocking(move || this.clients_file(&url)).await,
             scheme => Err(refused(format!(
@@ -175,7 +185,12 @@ impl SourceReader {
             }
             hash.update(&chunk[..read]);
         }
-        Ok(LocalVideo { path, content_hash: hash.finalize().into(), _temporary: temporary })
+        Ok(LocalVideo {
+            path,
+            content_hash: hash.finalize().into(),
+            _temporary: temporary,
+            _fetch_place: None,
+        })
     }
 
     fn too_large(&self) -> MediaError {

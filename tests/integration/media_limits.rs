@@ -8,7 +8,7 @@ use std::{
 
 use tinyllava::{
     config::MediaConfig,
-    media::{FrameSampling, MediaError, VideoFrames, VideoSource},
+    media::{FrameSampling, MediaError, VideoFrames, VideoSource, Way},
 };
 
 use crate::media_clips::{Clip, loader, loader_with, numbers, remux};
@@ -226,6 +226,45 @@ async fn many_dropped_requests_leave_nothing_and_block_nobody() {
     assert_no_process_stays(&path).await;
     let frames = loader.load(VideoSource::LocalFile(path), FrameSampling::default()).await.unwrap();
     assert_eq!(numbers(&frames), frames.info.sampled_indices);
+}
+
+/// An ffmpeg that leaves a file `seen-N` for every number N of itself that it saw running.
+fn counting_tool(directory: &Path) -> PathBuf {
+    use std::os::unix::fs::PermissionsExt;
+    let (path, running) = (directory.join("ffmpeg"), directory.join("running"));
+    std::fs::create_dir(&running).unwrap();
+    let script = format!(
+        "#!/bin/sh\nmkdir {running}/$$\n: > {seen}-$(ls {running} | wc -l)\nffmpeg \"$@\"\ncode=$?\n\
+         rmdir {running}/$$\nexit $code\n",
+        running = running.display(),
+        seen = directory.join("seen").display(),
+    );
+    std::fs::write(&path, script).unwrap();
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+    path
+}
+
+#[tokio::test]
+async fn passes_of_all_videos_together_keep_to_the_decoder_limit() {
+    let directory = tempfile::tempdir().unwrap();
+    let clip = Clip { frames: 1600, ..Clip::default() };
+    let path = clip.encode(directory.path(), "long.mp4", H264);
+    let loader = loader_with(MediaConfig {
+        max_concurrent_decodes: 2,
+        ffmpeg_path: Some(counting_tool(directory.path())),
+        ..MediaConfig::default()
+    });
+    let few = FrameSampling { num_frames: Some(3), ..FrameSampling::default() };
+    let benchmark = loader.benchmark(&path, few).await.unwrap();
+    assert!(matches!(benchmark.way, Way::Seeks { passes: 2.. }), "{:?}", benchmark.way);
+    let requests = (0..6).map(|n| {
+        let sampling = FrameSampling { start: Some(f64::from(n) / 10.0), ..few };
+        loader.load(VideoSource::LocalFile(path.clone()), sampling)
+    });
+    futures_util::future::try_join_all(requests).await.unwrap();
+    let seen = |processes: usize| directory.path().join(format!("seen-{processes}")).exists();
+    assert!(seen(1) || seen(2));
+    assert!((3..30).all(|processes| !seen(processes)));
 }
 
 #[tokio::test]

@@ -164,6 +164,26 @@ async fn the_size_limit_holds_while_streaming() {
 }
 
 #[tokio::test]
+async fn downloads_wait_for_their_place_and_dropped_ones_give_it_back() {
+    let directory = tempfile::tempdir().unwrap();
+    let address = serve(clip(directory.path())).await;
+    let loader = loader_with(MediaConfig { max_concurrent_fetches: 1, ..open_network() });
+    let request = |path: &str| {
+        let url = VideoSource::Url(format!("http://{address}/{path}"));
+        loader.load(url, FrameSampling::default())
+    };
+    let (mut first, mut second) = (Box::pin(request("slow")), Box::pin(request("clip")));
+    assert!(futures_util::poll!(&mut first).is_pending());
+    let both = async { tokio::join!(&mut first, &mut second) };
+    let waited = tokio::time::timeout(Duration::from_millis(300), both).await;
+    assert!(waited.is_err(), "the slow download holds the only place");
+    assert!(futures_util::poll!(&mut second).is_pending());
+    drop(first);
+    assert_eq!(second.await.unwrap().info.source_frames, 97);
+    assert!(request("clip").await.is_ok(), "a decoded video gives its place back");
+}
+
+#[tokio::test]
 async fn failing_servers_are_fetch_errors() {
     let address = serve(Vec::new()).await;
     let config = MediaConfig { fetch_timeout: Duration::from_millis(500), ..open_network() };
