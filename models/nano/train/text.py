@@ -209,9 +209,9 @@ def reply(scene, q):
     """Describe, go through the options, look again, conclude."""
     text = describe(scene) + f" The question is about {TOPIC[q['type']]}: {q['fact']}."
     for i, o in enumerate(q["options"]):
-        text += f" {'ABCD'[i]} says {o}, {'ABCD'[i]}."
+        text += f" {'ABCD'[i]} says {o}, {'yes' if i == q['answer'] else 'no'}."
     letter = "ABCD"[q["answer"]]
-    text += f" Looking again, the answer is: {q['options'][q['answer']]}, {letter}."
+    text += f" Looking again, {q['fact']}, so {letter} fits."
     return f" <think> {text} </think> <answer>{letter}</answer>{EOS}"
 
 
@@ -260,25 +260,6 @@ def other_pair(rng, scene):
                    f"Looking again, no option fits, so I guess A. </think> <answer>A</answer>{EOS}")
     return q, (f" <think> {describe(scene)} The question is about something else. "
                f"Looking again, I do not know. </think> <answer>I do not know.</answer>{EOS}")
-
-
-def lookup_pair(rng):
-    """Only the last part of a reply, without a video: options, then each of them with its letter.
-    -> the text before, and (option, letter) pairs of which only the letter is to be learned."""
-    form = rng.choice(["{}", "{}", "the {}", "it {}", "a {}", "it moves {}", "the {} {}", "the {} {}", "it gets {}"])
-    words = COLOURS + SHAPES + DIRECTIONS + NUMBERS + ["grows", "shrinks", "bigger", "smaller", "stays still", "1", "2", "3", "4",
-                                                       "stays the same", "moves up", "moves down", "moves left", "moves right"]
-    opts = set()
-    while len(opts) < rng.choice([2, 3, 4]):
-        opts.add(form.format(rng.choice(COLOURS), rng.choice(SHAPES)) if form.count("{}") == 2 else
-                 form.format(rng.choice(words) if rng.random() < 0.9 else _noise_word(rng)))
-    opts = list(opts)
-    rng.shuffle(opts)
-    text = "".join(f" {a} says {o}, {a}." for a, o in zip("ABCD", opts)) + " Looking again, the answer is:"
-    if rng.random() < 0.2:  # with the question's own lines in front
-        text = "".join(f"\n{a}. {o}" for a, o in zip("ABCD", opts)) + " ASSISTANT:" + text
-    order = rng.choices(list(zip("ABCD", opts)), k=5)  # several, to learn more from each row
-    return text, [(f" {o},", f" {a}.") for a, o in order]
 
 
 def two_turns(first, second):

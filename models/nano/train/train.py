@@ -252,24 +252,24 @@ def chat_loss(model, tok, rng):
     return F.cross_entropy(model.logits(h).flatten(0, 1), labels[:, 1:].flatten())
 
 
-def lookup_loss(model, tok, rng, n=40):
-    """Finding the letter of an option is the slowest thing to learn, and needs no video: short exercises."""
+def exercise_loss(model, tok, rng, n):
+    """Judging the options is the slowest thing to learn, and needs no video: short exercises made of the last part of
+    a reply (fact, options, conclusion), with the loss only on each yes or no and on the letter."""
+    yes, no, so = (tok.encode(x).ids[0] for x in (" yes", " no", " so"))
     rows = []
-    for _ in range(n):
-        text, pairs = T.lookup_pair(rng)
-        ids = tok.encode(text).ids
-        labels = [-100] * len(ids)
-        for option, letter in pairs:
-            o, a = tok.encode(option).ids, tok.encode(letter).ids
-            ids, labels = ids + o + a, labels + [-100] * len(o) + a[:1] + [-100] * (len(a) - 1)
-        rows.append((ids, labels))
-    m = max(len(i) for i, _ in rows)
-    ids = torch.tensor([i + [0] * (m - len(i)) for i, _ in rows])
-    labels = torch.tensor([x + [-100] * (m - len(x)) for _, x in rows])[:, 1:]
-    h, _ = model.llm(model.llm.embed_tokens(ids[:, :-1]))
-    on = labels != -100
+    while len(rows) < n:
+        scene = data.make_scene(rng)
+        q = T.make_question(rng, scene)
+        if q:
+            s = T.reply(scene, q)
+            rows.append(tok.encode(s[s.index(" The question"):s.index(" fits")]).ids)
+    m = max(map(len, rows))
+    ids = torch.tensor([r + [0] * (m - len(r)) for r in rows])
+    goal, prev = ids[:, 1:], ids[:, :-1]
+    h, _ = model.llm(model.llm.embed_tokens(prev))
+    on = (goal == yes) | (goal == no) | (prev == so)
     logits = model.logits(h[on])
-    return F.cross_entropy(logits, labels[on]), (logits.argmax(-1) == labels[on]).float().mean().item()
+    return F.cross_entropy(logits, goal[on]), (logits.argmax(-1) == goal[on]).float().mean().item()
 
 
 def language(args, model):
@@ -289,13 +289,13 @@ def language(args, model):
         p = sched.step(step)
         for k in range(args.extra):  # cheap steps of exercises alone
             opt.zero_grad()
-            ll, e = lookup_loss(model, tok, random.Random(args.seed * 100003 + step * 100 + k + 50), args.lookup)
+            ll, e = exercise_loss(model, tok, random.Random(args.seed * 100003 + step * 100 + k + 50), args.exercises)
             ll.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             opt.step()
             acc[2] += e / args.extra
             if k % 10 == 9:
-                print(f"  exercise {ll.item():.3f} {e:.3f}", flush=True)
+                print(f"  exercise {ll.item():.3f} {e:.3f} {sched.elapsed()/60:.1f}m", flush=True)
         vis = ideal_tokens(slots, model.c.dim, args.noise).flatten(1, 2)
         if real is not None:  # what the connector really puts out, errors included
             vis = torch.where((which >= 0)[:, None, None], real[which], vis)
@@ -305,8 +305,8 @@ def language(args, model):
         if step % 10 == 0:  # a little conversation without any video
             loss = loss + 0.1 * chat_loss(model, tok, random.Random(step))
         look = 0.0
-        if args.lookup and not args.extra:
-            ll, look = lookup_loss(model, tok, random.Random(args.seed * 100003 + step), args.lookup)
+        if args.exercises and not args.extra:
+            ll, look = exercise_loss(model, tok, random.Random(args.seed * 100003 + step), args.exercises)
             loss = loss + 0.5 * ll
         opt.zero_grad()
         loss.backward()
@@ -317,7 +317,7 @@ def language(args, model):
         if step % args.log == 0:
             print(f"{sched.elapsed()/60:6.1f}m step {step} {seen/(time.time()-t0):.0f}/s loss {acc[0]/args.log:.4f} exact {acc[1]/args.log:.3f} lookup {acc[2]/args.log:.3f}", flush=True)
             acc[:], seen, t0 = 0, 0, time.time()
-        if step % 50 == 0 or p >= 1:
+        if step % 10 == 0 or p >= 1:
             save("language", model=model.state_dict(), opt=opt.state_dict(), step=step, done=sched.elapsed())
         if p >= 1:
             break
@@ -395,7 +395,7 @@ def main():
     ap.add_argument("--again", action="store_true", help="resume the weights but begin a new schedule (language)")
     ap.add_argument("--real", type=float, default=0.0, help="part of the clips with tokens kept by `look` (language)")
     ap.add_argument("--extra", type=int, default=0, help="steps of exercises alone between two others (language)")
-    ap.add_argument("--lookup", type=int, default=40, help="short exercises a step (language)")
+    ap.add_argument("--exercises", type=int, default=40, help="short exercises a step (language)")
     ap.add_argument("--clips", type=int, default=8)
     ap.add_argument("--questions", type=int, default=3, help="questions a clip")
     ap.add_argument("--noise", type=float, default=0.06, help="on the ideal tokens")
