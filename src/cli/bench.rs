@@ -94,7 +94,7 @@ pub async fn bench(args: &BenchArgs) -> anyhow::Result<()> {
     bench_into(args, &mut std::io::stdout()).await
 }
 
-/// [`bench`], printing to `out`.
+/// [`bench()`], printing to `out`.
 pub async fn bench_into(args: &BenchArgs, out: &mut impl std::io::Write) -> anyhow::Result<()> {
     let client = ChatClient::new(&args.url, args.api_key.clone(), Duration::from_secs(args.timeout_s))?;
     let model = match &args.model_name {

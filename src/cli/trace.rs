@@ -40,7 +40,7 @@ pub struct TraceArgs {
     /// Frames instead of a video: a safetensors file with `frames_u8` [T, H, W, 3].
     #[arg(long, value_name = "FILE")]
     pub frames: Option<PathBuf>,
-    /// The question; or, when it has an "<image>" and ends with "ASSISTANT:", the whole prompt.
+    /// The question; or, when it has an `<image>` and ends with "ASSISTANT:", the whole prompt.
     #[arg(long, value_name = "TEXT")]
     pub prompt: String,
     /// Tokens to generate, greedily.

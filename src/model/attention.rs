@@ -1,6 +1,6 @@
 //! Attention of the networks: over a whole sequence at once (tower, connector) and over the paged cache (decoder).
 //!
-//! Cuts the work into tiles of queries and runs them on all threads; the arithmetic is in [`super::kernels`].
+//! Cuts the work into tiles of queries and runs them on all threads; the arithmetic is in `kernels/`.
 
 use rayon::prelude::*;
 

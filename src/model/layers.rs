@@ -1,6 +1,6 @@
 //! The building blocks of the networks, each with its `load` from a checkpoint.
 //!
-//! Called by the networks of [`crate::model`]. On a CPU they run the kernels of [`super::kernels`] on f32 activations,
+//! Called by the networks of [`crate::model`]. On a CPU they run the kernels of `kernels/` on f32 activations,
 //! with weights in the dtype they are stored in.
 
 use candle_core::{CpuStorage, Device, Storage};
