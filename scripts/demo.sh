@@ -3,7 +3,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
+bold="" cyan="" plain="" color=never
+if [ -t 1 ]; then bold=$'\033[1m' cyan=$'\033[36m' plain=$'\033[0m' color=always; fi
+say() { printf '\n%s\n' "$bold$*$plain"; }
 
 scripts/need-ffmpeg.sh
 if ! command -v cargo >/dev/null; then
@@ -31,10 +33,8 @@ done
 echo "$tinyllava serve  →  $url"
 
 say "3. Asking about real videos (thinking first, then the answer)"
-color=never
-[ -t 1 ] && color=always
 ask() { # clip, question
-  printf '\n\033[36m▶ %s\033[0m\n%s\n\n' "$1" "$2"
+  printf '\n%s\n%s\n\n' "$cyan▶ $1$plain" "$2"
   "$tinyllava" ask "$1" "$2" --server "$url" --color "$color"
 }
 # Three lines an entry: clip, question (with \n between the options), right answer.
@@ -49,7 +49,7 @@ request='{"model":"nano","stream":true,"max_tokens":12,"messages":[{"role":"user
 clip=$(ls models/nano/demo/*.mp4 | head -n 1)
 echo "curl -N -F 'request=$request' -F video=@$clip $url/v1/chat/completions"
 echo
-curl -sS -N -F "request=$request" -F "video=@$clip" "$url/v1/chat/completions" | grep -v '^$' | cut -c1-150
+curl -sS -N -F "request=$request" -F "video=@$clip" "$url/v1/chat/completions" | sed -n 's/^data: {.*"delta":\({[^}]*}\).*/data: {… "delta":\1 …}/p; /DONE/p'
 
 say "5. Stopping it gracefully"
 kill -TERM "$server"
