@@ -9,9 +9,14 @@ use rayon::{
 
 use super::{encoder_cache::EncoderCache, handle::VideoInput, sampler};
 use crate::{
-    model::{KvCache, ModelError, Result, SequenceInput, StepInput, Tap, VideoLanguageModel, VisualRows},
-    scheduler::{ComputeWork, EncodeWork, SamplingParams, Scheduler, SequenceId, TokenId, VideoDigest},
+    model::{
+        self, KvCache, ModelError, Result, SequenceInput, StepInput, Tap, VideoLanguageModel, VisualRows,
+    },
+    scheduler::{self, ComputeWork, EncodeWork, SamplingParams, Scheduler, SequenceId, TokenId, VideoDigest},
 };
+
+// The scheduler imports nothing and the model not the scheduler: here both names of the placeholder meet.
+const _: () = assert!(model::VISUAL_TOKEN == scheduler::VISUAL_TOKEN);
 
 /// Where the runner finds what a request brought along.
 pub trait Requests: Sync {
@@ -38,21 +43,15 @@ impl std::fmt::Debug for Runner {
 }
 
 impl Runner {
-    /// `num_token_ids`: ids the tokenizer knows; higher ones are never sampled.
+    /// `num_token_ids`: ids the tokenizer knows; higher ones are never sampled. `tap` sees intermediate tensors.
     pub fn new(
         model: Box<dyn VideoLanguageModel>,
-        num_blocks: usize,
-        block_size: usize,
+        cache: KvCache,
         num_token_ids: usize,
+        tap: Box<dyn Tap>,
     ) -> Self {
-        let cache = KvCache::new(model.shape(), num_blocks, block_size);
         let num_token_ids = num_token_ids.min(model.shape().vocab_size);
-        Runner { model, cache, encoder: EncoderCache::default(), num_token_ids, tap: Box::new(()) }
-    }
-
-    /// Lets `tap` see intermediate tensors from now on.
-    pub fn set_tap(&mut self, tap: Box<dyn Tap>) {
-        self.tap = tap;
+        Runner { model, cache, encoder: EncoderCache::default(), num_token_ids, tap }
     }
 
     /// Forgets a video's encoded tokens.

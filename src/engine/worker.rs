@@ -189,8 +189,8 @@ impl Worker {
             prefix_cache: config.prefix_cache,
             end_token_ids: options.end_token_ids,
         });
-        let mut runner = Runner::new(model, limits.num_blocks, limits.block_size, options.num_token_ids);
-        runner.set_tap(options.tap);
+        let cache = KvCache::new(model.shape(), limits.num_blocks, limits.block_size);
+        let runner = Runner::new(model, cache, options.num_token_ids, options.tap);
         let requests = RequestTable(HashMap::new());
         Worker { scheduler, runner, requests, observer: options.observer, num_blocks: limits.num_blocks }
     }
@@ -237,9 +237,6 @@ impl Worker {
         for id in cancelled {
             self.scheduler.abort(id);
             self.requests.0.remove(&id);
-        }
-        if !self.scheduler.has_work() {
-            self.report(StepReport::default());
         }
     }
 

@@ -52,11 +52,6 @@ impl<'a> Loader<'a> {
             StoredDType::F16 => PackedMatrix::pack::<f16>(&tensor.to_f16(), n, k),
         })
     }
-
-    /// Whether a tensor exists.
-    pub fn contains(&self, name: &str) -> bool {
-        self.weights.contains(&self.pp(name).path)
-    }
 }
 
 /// The elements of a contiguous f32 tensor in host memory.
@@ -89,11 +84,6 @@ impl Linear {
     pub fn load(loader: &Loader<'_>, has_bias: bool) -> Result<Self> {
         let bias = has_bias.then(|| loader.vector("bias")).transpose()?;
         Ok(Linear { weight: loader.matrix("weight")?, bias })
-    }
-
-    /// A matrix shared with another layer.
-    pub fn new(weight: PackedMatrix, bias: Option<Vec<f32>>) -> Self {
-        Linear { weight, bias }
     }
 
     /// `[rows, in]` to `[rows, out]`.

@@ -9,9 +9,7 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 use thiserror::Error;
 
-use super::{
-    config::ModelConfig, folders::Folders, layout::TensorSpec, presets::Preset, shards::Shards, synth,
-};
+use super::{config::ModelConfig, folders::Folders, layout::TensorSpec, shards::Shards, synth};
 
 /// Stored element type.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -195,11 +193,6 @@ impl Weights {
         };
         let tensors = specs.iter().map(|spec| (spec.name.clone(), entry(spec))).collect();
         Self::new(Source::Synthetic { seed }, tensors, &specs)
-    }
-
-    /// [`Weights::synthetic`] of a preset.
-    pub fn synthetic_preset(preset: Preset, seed: u64) -> Self {
-        Self::synthetic(&ModelConfig::preset(preset), seed)
     }
 
     fn new(source: Source, tensors: HashMap<String, Entry>, specs: &[TensorSpec]) -> Self {

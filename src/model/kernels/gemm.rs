@@ -18,7 +18,8 @@ const TILE_ROWS: usize = 6;
 const BLOCK_ROWS: usize = 48;
 
 /// Packed elements; arithmetic is always f32.
-enum Panels {
+#[derive(Debug)]
+pub enum Panels {
     F32(Vec<f32>),
     Bf16(Vec<bf16>),
     F16(Vec<f16>),
@@ -43,30 +44,25 @@ impl std::fmt::Debug for PackedMatrix {
 
 /// An element type weights may be stored in.
 pub trait StoredFloat: Copy + Default + Send + Sync {
-    #[doc(hidden)]
-    fn wrap(packed: Vec<Self>) -> PackedElements;
+    /// As the panels of a matrix.
+    fn wrap(packed: Vec<Self>) -> Panels;
 }
 
-/// Keeps [`Panels`] private.
-#[doc(hidden)]
-#[expect(missing_debug_implementations, reason = "never shown")]
-pub struct PackedElements(Panels);
-
 impl StoredFloat for f32 {
-    fn wrap(packed: Vec<f32>) -> PackedElements {
-        PackedElements(Panels::F32(packed))
+    fn wrap(packed: Vec<f32>) -> Panels {
+        Panels::F32(packed)
     }
 }
 
 impl StoredFloat for bf16 {
-    fn wrap(packed: Vec<bf16>) -> PackedElements {
-        PackedElements(Panels::Bf16(packed))
+    fn wrap(packed: Vec<bf16>) -> Panels {
+        Panels::Bf16(packed)
     }
 }
 
 impl StoredFloat for f16 {
-    fn wrap(packed: Vec<f16>) -> PackedElements {
-        PackedElements(Panels::F16(packed))
+    fn wrap(packed: Vec<f16>) -> Panels {
+        Panels::F16(packed)
     }
 }
 
@@ -84,17 +80,12 @@ impl PackedMatrix {
                 }
             }
         });
-        PackedMatrix { panels: T::wrap(packed).0, n, k, width }
+        PackedMatrix { panels: T::wrap(packed), n, k, width }
     }
 
     /// Outputs.
     pub fn num_outputs(&self) -> usize {
         self.n
-    }
-
-    /// Inputs.
-    pub fn num_inputs(&self) -> usize {
-        self.k
     }
 
     /// Row `index` of the matrix, `[k]` (a token's embedding, where the head is tied to the embeddings).
