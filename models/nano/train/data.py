@@ -100,10 +100,11 @@ def _clash(a, b):
     return False
 
 
-def make_scene(rng, split="seen", kind=None):
-    """A random scene of the wanted split ('seen' | 'unseen' | 'any')."""
+def make_scene(rng, split="seen", mix=(45, 20, 20, 15)):
+    """A random scene of the wanted split ('seen' | 'unseen' | 'any'). `mix`: shares of one shape, two shapes, one shape
+    with two actions, and two shapes one after the other."""
     while True:
-        k = kind or rng.choices(["one", "two", "phases", "appear"], [45, 20, 20, 15])[0]
+        k = rng.choices(["one", "two", "phases", "appear"], mix)[0]
         if k == "one":
             objs = [_object(rng, rng.choice(COLOURS), [rng.choice(ACTIONS)], 0.33)]
         elif k == "phases":

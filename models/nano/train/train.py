@@ -65,7 +65,7 @@ def worker(queue, kind, seed, args):
             for _ in range(4):
                 second = rng.random() < 0.03  # some batches continue a conversation
                 which = [rng.randrange(len(known)) if known and rng.random() < args.real else -1 for _ in range(args.clips)]
-                scenes = [known[i] if i >= 0 else data.make_scene(rng) for i in which]
+                scenes = [known[i] if i >= 0 else data.make_scene(rng, mix=args.mix) for i in which]
                 frames, slots, pairs = data.clip_batch(rng, nrng, args.clips, 2 if second else args.questions, kind == "clips", scenes)
                 if second:
                     queue.put((frames, slots, np.array(which), *pack(tok, [T.two_turns(*clip) for clip in pairs])))
@@ -122,6 +122,45 @@ def groups(modules, lr, decay):
     ps = [p for m in modules for p in m.parameters()]
     return [{"params": [p for p in ps if p.ndim >= 2], "lr": lr, "weight_decay": decay},
             {"params": [p for p in ps if p.ndim < 2], "lr": lr, "weight_decay": 0.0}]
+
+
+class Optimiser:
+    """Muon for the decoder's hidden matrices (a step's update is made orthogonal: about half the samples of AdamW for the
+    same loss), AdamW for everything else. One thing to the schedule and to checkpoints."""
+
+    def __init__(self, muon, adam_groups):
+        self.parts = [torch.optim.AdamW(adam_groups, betas=(0.9, 0.98))]
+        if muon:  # its rates are on AdamW's scale
+            ps, lr, decay = muon
+            self.parts.append(torch.optim.Muon(ps, lr=lr, weight_decay=decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"))
+
+    @property
+    def param_groups(self):
+        return [g for p in self.parts for g in p.param_groups]
+
+    def zero_grad(self):
+        for p in self.parts:
+            p.zero_grad(set_to_none=True)
+
+    def step(self):
+        for p in self.parts:
+            p.step()
+
+    def state_dict(self):
+        return [p.state_dict() for p in self.parts]
+
+    def load_state_dict(self, states):
+        for p, s in zip(self.parts, states, strict=True):
+            rates = [g["lr"] for g in p.param_groups]
+            p.load_state_dict(s)
+            for g, lr in zip(p.param_groups, rates):
+                g["lr"] = lr
+
+
+def decoder_optimiser(llm, lr, decay):
+    hidden = [p for p in llm.layers.parameters() if p.ndim == 2]
+    rest = [llm.embed_tokens.weight] + [p for p in llm.parameters() if p.ndim < 2]
+    return Optimiser((hidden, lr, decay), [{"params": rest, "lr": lr, "weight_decay": 0.0}])
 
 
 def init(model):
@@ -274,14 +313,13 @@ def exercise_loss(model, tok, rng, n):
 
 def language(args, model):
     tok = tokenizer.load()
-    opt = torch.optim.AdamW(groups([model.llm], args.lr, 0.02), betas=(0.9, 0.98))
+    opt = decoder_optimiser(model.llm, args.lr, 0.05)
     step, done = 0, 0.0
     if (WORK / "language.pt").exists() and args.resume:
         st = torch.load(WORK / "language.pt")
         model.load_state_dict(st["model"]), opt.load_state_dict(st["opt"])
         step, done = st["step"], st["done"]
     sched = Schedule(opt, args.minutes, 0.0 if args.again else done)
-    sched.base = [args.lr, args.lr]
     seen, t0, acc = 0, time.time(), np.zeros(3)
     seen_file = WORK / "seen.pt"
     real = torch.load(seen_file, weights_only=False)["tokens"].float() if args.real and seen_file.exists() else None
@@ -331,7 +369,7 @@ def look(args, model):
     scenes, tokens = [], []
     sched_end = time.time() + args.minutes * 60
     while time.time() < sched_end:
-        some = [data.make_scene(rng) for _ in range(8)]
+        some = [data.make_scene(rng, mix=args.mix) for _ in range(8)]
         frames = torch.from_numpy(np.stack([data.clip_frames(s, nrng) for s in some]))
         scenes += some
         tokens.append((model.visual_tokens(model.features(frames)) - model.resampler.table).half())
@@ -401,10 +439,13 @@ def main():
     ap.add_argument("--noise", type=float, default=0.06, help="on the ideal tokens")
     ap.add_argument("--slots", type=float, default=0.5, help="weight of the slots' loss (joint)")
     ap.add_argument("--frozen", type=float, default=0.5, help="part of the time tower and connector stay frozen (joint)")
+    ap.add_argument("--mix", type=lambda s: [float(x) for x in s.split(",")], default=[45, 20, 20, 15],
+                    help="shares of the kinds of clips, see data.make_scene")
     ap.add_argument("--threads", type=int, default=1)
     ap.add_argument("--seed", type=int, default=1000)
     ap.add_argument("--log", type=int, default=50)
     ap.add_argument("--resume", action="store_true")
+    ap.add_argument("--start", help="begin with the weights of an exported model.safetensors")
     ap.add_argument("--work", default="work")
     args = ap.parse_args()
     WORK = Path(args.work)
@@ -413,6 +454,9 @@ def main():
     torch.manual_seed(args.seed)
     model = Model(load_config(NANO / "config.json"))
     init(model)
+    if args.start:  # an exported checkpoint; optimiser and schedule begin anew
+        from safetensors.torch import load_file
+        model.load_state_dict({k: v.float() for k, v in load_file(args.start).items()})
     {"vision": vision, "look": look, "language": language, "joint": joint}[args.stage](args, model)
 
 
