@@ -36,6 +36,14 @@ pub struct ChatRequest {
     pub stop: Option<TextOr<Vec<String>>>,
     pub stop_token_ids: Option<Vec<u64>>,
     pub ignore_eos: Option<bool>,
+    pub n: Option<u64>,
+    pub best_of: Option<u64>,
+    pub logprobs: Option<bool>,
+    pub top_logprobs: Option<u64>,
+    /// Our own: the probability of each option letter where the answer begins.
+    pub answer_logprobs: Option<bool>,
+    /// Our own: the majority of the choices' answers.
+    pub vote: Option<bool>,
     pub include_reasoning: Option<bool>,
     pub reasoning_format: Option<String>,
     pub reasoning_effort: Option<String>,

@@ -10,6 +10,7 @@ mod cli_commands;
 mod engine;
 mod golden;
 mod http_chat;
+mod http_choices;
 mod http_contract;
 mod http_limits;
 mod http_setup;
