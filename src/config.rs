@@ -55,6 +55,8 @@ pub struct Config {
 pub struct MediaConfig {
     /// Frames a video is sampled to when the request does not say (the model's own number).
     pub num_frames: usize,
+    /// Frames a second instead, for models that were trained so.
+    pub default_fps: Option<f64>,
     /// Most frames a request may ask for.
     pub max_frames: usize,
     /// Largest video file.
@@ -148,6 +150,7 @@ impl Default for MediaConfig {
     fn default() -> Self {
         MediaConfig {
             num_frames: 16,
+            default_fps: None,
             max_frames: 64,
             max_video_bytes: 128 << 20,
             max_video_seconds: 3.0 * 3600.0,

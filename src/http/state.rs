@@ -30,6 +30,8 @@ pub struct ModelCard {
     pub default_sampling: SamplingParams,
     /// Frames a video is sampled to when the request does not say.
     pub num_frames: usize,
+    /// Whether a request that does not say is asked to think before it answers.
+    pub thinks: bool,
 }
 
 /// What exists once the model is loaded.

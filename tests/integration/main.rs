@@ -27,3 +27,4 @@ mod prompt_golden;
 mod server_process;
 mod sse_disconnects;
 mod sse_stream;
+mod variants;
