@@ -2,6 +2,7 @@
 //!
 //! Called by `main`. Every failure is one sentence and a non-zero exit.
 
+mod access;
 pub mod ask;
 pub mod bench;
 pub mod chat_client;

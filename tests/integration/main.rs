@@ -5,14 +5,17 @@
 mod architecture;
 mod checkpoint_damage;
 mod checkpoint_open;
+mod cli_access;
 mod cli_client;
 mod cli_commands;
 mod engine;
 mod golden;
+mod http_access;
 mod http_chat;
 mod http_contract;
 mod http_limits;
 mod http_setup;
+mod http_tls;
 mod hub_download;
 mod hub_fake;
 mod invariance;
