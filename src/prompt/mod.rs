@@ -8,7 +8,7 @@ pub mod template;
 pub mod tokenizer;
 mod tokenizer_files;
 
-pub use template::{with_instruction, with_option_only};
+pub use template::{Instruction, with_instruction};
 pub use tokenizer::Tokenizer;
 
 use crate::scheduler::VISUAL_TOKEN;

@@ -81,6 +81,7 @@ fn load_any(state: &AppState, model: Box<dyn VideoLanguageModel>, tokenizer: Tok
         media: MediaLoader::new(config.media.clone(), limits.image_size).unwrap(),
         tokenizer: Arc::new(tokenizer),
         model: ModelCard {
+            thinks: true,
             id: config.served_model_name.clone(),
             created: 1,
             max_model_len: limits.context,

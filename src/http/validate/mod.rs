@@ -9,13 +9,14 @@ mod sampling;
 mod video;
 
 pub use choices::ValidChoices;
+pub use fields::HARMLESS;
 use tempfile::NamedTempFile;
 
 use super::types::{ChatRequest, Extra};
 use crate::{
     config::Config,
     media::{FrameSampling, VideoSource},
-    prompt::Conversation,
+    prompt::{Conversation, Instruction},
     scheduler::SamplingParams,
 };
 
@@ -28,8 +29,8 @@ pub struct ValidRequest {
     pub sampling: ValidSampling,
     pub choices: ValidChoices,
     pub stop_strings: Vec<String>,
-    /// Whether the model is asked to think before it answers.
-    pub thinking: bool,
+    /// How the last question is to be answered.
+    pub instruction: Instruction,
     pub reasoning: Reasoning,
     pub stream: bool,
     /// Whether a stream ends with a chunk of usage.
@@ -75,6 +76,8 @@ pub struct Limits<'a> {
     pub default_sampling: &'a SamplingParams,
     /// Token ids are below it.
     pub vocab_size: usize,
+    /// Whether a request that does not say is asked to think.
+    pub thinks: bool,
 }
 
 /// Why a request is refused; one sentence for the client.
@@ -105,7 +108,7 @@ pub fn validate(
     check_model(request.model.as_deref(), limits.model_id)?;
     fields::check_top_level(&request.extra)?;
     let include_usage = include_usage(&request)?;
-    let thinking = thinking(&request)?;
+    let instruction = instruction(&request, limits.thinks)?;
     let reasoning = reasoning(&request)?;
     let stop_strings = sampling::stop_strings(&request, limits.config)?;
     let sampling = sampling::validate(&request, limits)?;
@@ -119,7 +122,7 @@ pub fn validate(
         sampling,
         choices,
         stop_strings,
-        thinking,
+        instruction,
         reasoning,
         stream: request.stream.unwrap_or(false),
         include_usage,
@@ -145,8 +148,8 @@ fn include_usage(request: &ChatRequest) -> Result<bool, InvalidRequest> {
     Ok(options.include_usage.unwrap_or(false))
 }
 
-/// The efforts but `none` are one and the same to this model.
-fn thinking(request: &ChatRequest) -> Result<bool, InvalidRequest> {
+/// The efforts but `none` are one and the same to this model. `thinks`: what happens when the request does not say.
+fn instruction(request: &ChatRequest, thinks: bool) -> Result<Instruction, InvalidRequest> {
     let by_effort = match request.reasoning_effort.as_deref() {
         None => None,
         Some("none") => Some(false),
@@ -168,7 +171,12 @@ fn thinking(request: &ChatRequest) -> Result<bool, InvalidRequest> {
             "chat_template_kwargs.enable_thinking",
             "enable_thinking and reasoning_effort contradict each other; send one of them",
         )),
-        (effort, template) => Ok(effort.or(template).unwrap_or(true)),
+        (effort, template) => Ok(match effort.or(template) {
+            Some(true) => Instruction::Think,
+            Some(false) => Instruction::OptionOnly,
+            None if thinks => Instruction::Think,
+            None => Instruction::AsAsked,
+        }),
     }
 }
 
