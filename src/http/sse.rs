@@ -18,10 +18,10 @@ use tokio_stream::wrappers::ReceiverStream;
 use tracing::Instrument;
 
 use super::{
-    chat::Preparing,
     error::ApiError,
     generation::{Generation, finish_reason},
-    responses::{Chunk, ChunkChoice, Delta, ReplyHead, Usage},
+    pipeline::Preparing,
+    responses::{Chunk, ChunkChoice, Delta, ReplyHead, Usage, Videos},
 };
 use crate::output::OutputEvent;
 
@@ -65,31 +65,34 @@ struct Writer {
 impl Writer {
     async fn write_all(&self, preparing: Preparing) -> Result<(), ApiError> {
         let mut generation: Generation = preparing.await?;
-        let first = Chunk { video: generation.video.as_ref(), ..self.chunk(Delta::role(), None) };
-        self.send(&first).await;
-        loop {
-            match generation.next().await? {
+        let mut videos = std::mem::take(&mut generation.videos);
+        for index in 0..generation.num_choices() {
+            let videos = std::mem::take(&mut videos).into();
+            self.send(&Chunk { videos, ..self.chunk(index, Delta::role(), None) }).await;
+        }
+        while let Some((index, event)) = generation.next().await? {
+            match event {
                 OutputEvent::Delta { segment, text } => {
-                    self.send(&self.chunk(Delta::text(segment, &text), None)).await;
+                    self.send(&self.chunk(index, Delta::text(segment, &text), None)).await;
                 }
                 OutputEvent::Finished { reason, .. } => {
-                    self.send(&self.chunk(Delta::default(), Some(finish_reason(reason)))).await;
-                    if self.include_usage {
-                        let usage: Usage = generation.counts().into();
-                        let last =
-                            Chunk { head: &self.head, choices: vec![], usage: Some(usage), video: None };
-                        self.send(&last).await;
-                    }
-                    self.push(Event::default().data("[DONE]")).await;
-                    return Ok(());
+                    self.send(&self.chunk(index, Delta::default(), Some(finish_reason(reason)))).await;
                 }
             }
         }
+        if self.include_usage {
+            let usage: Usage = generation.counts().into();
+            let last =
+                Chunk { head: &self.head, choices: vec![], usage: Some(usage), videos: Videos::default() };
+            self.send(&last).await;
+        }
+        self.push(Event::default().data("[DONE]")).await;
+        Ok(())
     }
 
-    fn chunk<'a>(&'a self, delta: Delta<'a>, finish_reason: Option<&'static str>) -> Chunk<'a> {
-        let choice = ChunkChoice { index: 0, delta, logprobs: None, finish_reason };
-        Chunk { head: &self.head, choices: vec![choice], usage: None, video: None }
+    fn chunk<'a>(&'a self, index: usize, delta: Delta<'a>, finish_reason: Option<&'static str>) -> Chunk<'a> {
+        let choice = ChunkChoice { index, delta, logprobs: None, finish_reason };
+        Chunk { head: &self.head, choices: vec![choice], usage: None, videos: Videos::default() }
     }
 
     async fn send(&self, data: &impl Serialize) {

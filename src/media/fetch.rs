@@ -70,10 +70,11 @@ impl Fetcher {
     /// of one.
     pub async fn fetch<P: AsRef<Path>>(&self, downloads: Vec<(Url, P)>) -> Result<(), MediaError> {
         let stored = AtomicUsize::new(0);
-        let all = stream::iter(downloads).map(Ok).try_for_each_concurrent(
-            MAX_CONCURRENT_PICTURES,
-            async |(url, target)| self.fetch_one(url, target.as_ref(), &stored).await,
-        );
+        let all = stream::iter(downloads)
+            .map(Ok)
+            .try_for_each_concurrent(MAX_CONCURRENT_PICTURES, async |(url, target)| {
+                self.fetch_one(url, target.as_ref(), &stored).await
+            });
         tokio::time::timeout(self.timeout, all).await.unwrap_or_else(|_| {
             let seconds = self.timeout.as_secs();
             Err(MediaError::FetchFailed(format!(

@@ -66,7 +66,9 @@ impl Selection {
             if time.is_some() {
                 return refused(
                     param,
-                    format!("a list of frames is not cut; leave `{param}` out and send the frames that count"),
+                    format!(
+                        "a list of frames is not cut; leave `{param}` out and send the frames that count"
+                    ),
                 );
             }
         }
@@ -124,7 +126,9 @@ pub fn decode(
         }
         let resizer = match &resizer {
             Some((w, h, resizer)) if (*w, *h) == (width, height) => resizer,
-            _ => &resizer.insert((width, height, Resizer::new(width as usize, height as usize, image_size))).2,
+            _ => {
+                &resizer.insert((width, height, Resizer::new(width as usize, height as usize, image_size))).2
+            }
         };
         pictures.frames.push(resizer.resize(picture.as_raw()));
         pictures.timings.resize_seconds += started.elapsed().as_secs_f64();

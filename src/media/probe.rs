@@ -5,6 +5,8 @@
 
 use std::{fs::File, io::Read, path::Path, sync::Arc};
 
+use image::ImageFormat;
+
 use super::{
     MediaError,
     ffmpeg::{ALLOWED_CODECS, Tools, finish, read_lines},

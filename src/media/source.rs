@@ -141,10 +141,13 @@ impl SourceReader {
         let place = self.fetch_places.clone().acquire_owned().await;
         let place = Arc::new(place.expect("the semaphore is never closed: this is a bug"));
         let num_files = urls.len();
-        let make = move || (0..num_files).map(|_| NamedTempFile::new().map(NamedTempFile::into_temp_path)).collect();
-        let targets: Vec<TempPath> =
-            blocking(|| make().map_err(|error: std::io::Error| disk_failed(&error))).await?;
-        self.fetcher.fetch(urls.into_iter().zip(targets.iter().map(TempPath::to_path_buf)).collect()).await?;
+        let targets: Vec<TempPath> = blocking(move || {
+            let make = || NamedTempFile::new().map(NamedTempFile::into_temp_path);
+            (0..num_files).map(|_| make().map_err(|error| disk_failed(&error))).collect()
+        })
+        .await?;
+        let downloads = urls.into_iter().zip(targets.iter().map(|target| target.to_path_buf()));
+        self.fetcher.fetch(downloads.collect()).await?;
         let this = self.clone();
         blocking(move || {
             let placed = |file| LocalFile { _fetch_place: Some(place.clone()), ..file };

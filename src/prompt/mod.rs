@@ -1,6 +1,6 @@
 //! From a conversation to token ids with the places of its visual tokens.
 //!
-//! Called by `http/chat.rs` and the commands, on the blocking pool. Knows nothing of pixels or models.
+//! Called by `http/pipeline.rs` and the commands, on the blocking pool. Knows nothing of pixels or models.
 
 use std::ops::Range;
 
@@ -20,7 +20,7 @@ use tokenizer::MAX_TEXT_BYTES;
 pub struct Turn {
     /// The user's text, without any placeholder.
     pub user: String,
-    /// How many videos stand in this turn (0 or 1 for now).
+    /// How many videos stand in this turn, before its text.
     pub num_videos: usize,
     /// The reply to it; `None` for the turn to be answered.
     pub assistant: Option<String>,
