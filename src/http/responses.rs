@@ -3,12 +3,13 @@
 //! Filled by `http/chat.rs`, `http/sse.rs` and `http/probes.rs`. Says nothing that is not in `openapi.yaml`.
 
 use serde::Serialize;
+use utoipa::ToSchema;
 
 use super::state::ModelCard;
 use crate::{media::VideoInfo, output::Segment, telemetry::metrics::TokenCounts};
 
 /// What all chunks of a reply, and the whole reply, have in common.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, ToSchema)]
 pub struct ReplyHead {
     pub id: String,
     pub object: &'static str,
@@ -17,7 +18,7 @@ pub struct ReplyHead {
 }
 
 /// The unary reply.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct ChatCompletion {
     #[serde(flatten)]
     pub head: ReplyHead,
@@ -28,7 +29,7 @@ pub struct ChatCompletion {
 }
 
 /// What was sampled: `video` of one, `videos` of several, in the order of the request.
-#[derive(Debug, Default, Serialize)]
+#[derive(Debug, Default, Serialize, ToSchema)]
 pub struct Videos {
     #[serde(skip_serializing_if = "Option::is_none")]
     video: Option<VideoInfo>,
@@ -45,7 +46,7 @@ impl From<Vec<VideoInfo>> for Videos {
     }
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct Choice {
     pub index: usize,
     pub message: ReplyMessage,
@@ -54,7 +55,7 @@ pub struct Choice {
 }
 
 /// `reasoning` and `reasoning_content` hold the same text: clients read one or the other.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct ReplyMessage {
     pub role: &'static str,
     pub content: String,
@@ -66,7 +67,7 @@ pub struct ReplyMessage {
 }
 
 /// One event of a stream.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct Chunk<'a> {
     #[serde(flatten)]
     pub head: &'a ReplyHead,
@@ -79,7 +80,7 @@ pub struct Chunk<'a> {
     pub videos: Videos,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct ChunkChoice<'a> {
     pub index: usize,
     pub delta: Delta<'a>,
@@ -88,7 +89,7 @@ pub struct ChunkChoice<'a> {
 }
 
 /// Either thinking or content, never both.
-#[derive(Debug, Default, Serialize)]
+#[derive(Debug, Default, Serialize, ToSchema)]
 pub struct Delta<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub role: Option<&'static str>,
@@ -125,7 +126,7 @@ impl<'a> Delta<'a> {
 }
 
 /// What a request cost.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ToSchema)]
 pub struct Usage {
     pub prompt_tokens: usize,
     pub completion_tokens: usize,
@@ -134,19 +135,19 @@ pub struct Usage {
     pub completion_tokens_details: CompletionTokensDetails,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ToSchema)]
 pub struct PromptTokensDetails {
     pub cached_tokens: usize,
     pub video_tokens: usize,
     pub multimodal_tokens: MultimodalTokens,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ToSchema)]
 pub struct MultimodalTokens {
     pub video: usize,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ToSchema)]
 pub struct CompletionTokensDetails {
     pub reasoning_tokens: usize,
 }
@@ -168,14 +169,14 @@ impl From<TokenCounts> for Usage {
 }
 
 /// `GET /v1/models`
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct ModelList {
     pub object: &'static str,
     pub data: [Model; 1],
 }
 
 /// `GET /v1/models/{id}`
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct Model {
     id: String,
     object: &'static str,
@@ -185,7 +186,7 @@ pub struct Model {
     architecture: Architecture,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 struct Architecture {
     input_modalities: [&'static str; 2],
     output_modalities: [&'static str; 1],

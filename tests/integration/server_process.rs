@@ -62,8 +62,18 @@ impl Server {
     }
 
     pub fn terminate(&self) {
-        let told = Command::new("kill").args(["-TERM", &self.process.id().to_string()]).status().unwrap();
+        self.signal("-TERM");
+    }
+
+    pub fn signal(&self, signal: &str) {
+        let told = Command::new("kill").args([signal, &self.process.id().to_string()]).status().unwrap();
         assert!(told.success());
+    }
+
+    /// Waits for a line with `text` in it.
+    pub fn until_logged(&mut self, text: &str) {
+        let found = self.log.by_ref().map(Result::unwrap).any(|line| line.contains(text));
+        assert!(found, "\"{text}\" was never logged");
     }
 }
 

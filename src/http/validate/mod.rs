@@ -8,6 +8,8 @@ mod parts;
 mod sampling;
 mod video;
 
+pub use fields::HARMLESS;
+
 use std::{sync::Arc, time::Duration};
 
 use tempfile::NamedTempFile;
