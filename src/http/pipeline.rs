@@ -70,7 +70,9 @@ pub async fn begin<T: Send + 'static>(
     match admitted.and_then(|admitted| admitted) {
         Ok((admitted, shape)) => {
             progress.set_stream(admitted.valid.stream);
-            admitted.valid.timeout.into_iter().for_each(|timeout| progress.set_timeout(timeout));
+            if let Some(timeout) = admitted.valid.timeout {
+                progress.set_timeout(timeout);
+            }
             let loaded = admitted.loaded.clone();
             let preparing = prepare(admitted, progress, state.config().default_max_tokens).boxed();
             Ok(Begun { loaded, preparing, shape })
