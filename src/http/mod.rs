@@ -6,6 +6,7 @@
 mod auth;
 mod body;
 mod chat;
+mod choices;
 mod compression;
 pub mod cors;
 mod error;

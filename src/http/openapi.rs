@@ -27,6 +27,7 @@ pub use responses::{NotReady, Refused};
             letters, digits and `-_.:/`, or else a new one. The same id is on the server's log lines.",
         license(name = "Apache-2.0", identifier = "Apache-2.0"),
     ),
+    security((), ("bearer" = [])),
     servers((url = "http://127.0.0.1:8000")),
     tags((name = "chat"), (name = "models"), (name = "operating")),
     paths(

@@ -26,14 +26,14 @@ use super::{
     progress::Progress,
     record::RequestRecord,
     state::{AppState, Loaded},
-    validate::{Limits, Reasoning, ValidRequest, ValidSampling, ValidVideo},
+    validate::{Limits, Reasoning, ValidChoices, ValidRequest, ValidSampling, ValidVideo},
 };
 use crate::{
     config::Config,
     engine::{NewSequence, Permit, VideoInput},
     media::{MediaError, Salt, VideoFrames},
     model::FrameBatch,
-    output::OutputAssembler,
+    output::{OutputAssembler, WatchedLetters},
     prompt::{self, Conversation, Instruction, Prompt, Tokenizer},
     scheduler::SamplingParams,
 };
@@ -43,7 +43,8 @@ pub type Preparing = BoxFuture<'static, Result<Generation, ApiError>>;
 
 /// What differs between the endpoints: from the JSON of a body, with the file of a multipart one, to what is to be
 /// generated, and `T`, what the endpoint itself has to know to shape the reply. May take long: runs where that is fine.
-pub type Check<T> = fn(&Bytes, Option<NamedTempFile>, Limits<'_>) -> Result<(ValidRequest, T), ApiError>;
+pub type Check<T> =
+    fn(&Bytes, Option<NamedTempFile>, &Config, &Loaded) -> Result<(ValidRequest, T), ApiError>;
 
 /// A request on its way.
 pub struct Begun<T> {
@@ -118,16 +119,15 @@ async fn admit<T: Send + 'static>(
     let (own_state, own_loaded) = (state.clone(), loaded.clone());
     let checked = body::check(received, move |received| {
         let Received { json, upload, budget } = received;
-        let limits = limits(own_state.config(), &own_loaded);
-        Ok((check(&json, upload, limits)?, budget))
+        Ok((check(&json, upload, own_state.config(), &own_loaded)?, budget))
     });
     let ((valid, shape), budget) = checked.await?;
-    let permit = loaded.engine.reserve()?;
+    let permit = loaded.engine.reserve_many(valid.choices.count)?;
     Ok((Admitted { loaded, valid, permit, budget }, shape))
 }
 
 /// What a request is measured against.
-fn limits<'a>(config: &'a Config, loaded: &'a Loaded) -> Limits<'a> {
+pub fn limits<'a>(config: &'a Config, loaded: &'a Loaded) -> Limits<'a> {
     Limits {
         config,
         model_id: &loaded.model.id,
@@ -144,7 +144,7 @@ async fn prepare(
     default_max_tokens: usize,
 ) -> Result<Generation, ApiError> {
     let Admitted { loaded, valid, permit, budget } = admitted;
-    let ValidRequest { conversation, videos, cache_salt, sampling, stop_strings, .. } = valid;
+    let ValidRequest { conversation, videos, cache_salt, sampling, choices, stop_strings, .. } = valid;
     let (instruction, reasoning) = (valid.instruction, valid.reasoning);
     let deadline = progress.deadline();
     let stages = async {
@@ -159,16 +159,23 @@ async fn prepare(
         let num_visual = prompt.video_spans.iter().map(ExactSizeIterator::len).sum();
         progress.prompt_built(num_prompt, num_visual, started.elapsed());
         let room = engine_limits.context.saturating_sub(num_prompt);
-        let sampling = final_sampling(sampling, default_max_tokens.min(room));
-        let tokens = permit.submit(sequence(prompt, &frames, cache_salt, sampling))?;
+        let letters = watched_letters(&choices, &loaded.tokenizer).await?;
+        let mut sampling = final_sampling(sampling, default_max_tokens.min(room));
+        sampling.watched = letters.as_ref().map(WatchedLetters::token_ids).unwrap_or_default();
+        let sequence = sequence(prompt, &frames, cache_salt, sampling);
+        let streams = permit.submit_siblings(siblings(sequence, choices.count))?;
         progress.submitted();
-        Ok((tokens, frames.iter().map(|frames| frames.info.clone()).collect()))
+        Ok((streams, letters, frames.iter().map(|frames| frames.info.clone()).collect()))
     };
     match deadline.bound(stages).await.and_then(|done| done) {
-        Ok((tokens, videos)) => {
+        Ok((streams, letters, videos)) => {
             let raw = reasoning == Reasoning::Raw;
-            let assembler = OutputAssembler::new(loaded.tokenizer.clone(), stop_strings, raw);
-            Ok(Generation::new(vec![(tokens, assembler)], reasoning, videos, progress))
+            let assembler = || {
+                OutputAssembler::new(loaded.tokenizer.clone(), stop_strings.clone(), raw)
+                    .watching(letters.clone())
+            };
+            let sequences = streams.into_iter().map(|stream| (stream, assembler())).collect();
+            Ok(Generation::new(sequences, reasoning, videos, progress))
         }
         Err(error) => {
             progress.ended_by(&error);
@@ -223,6 +230,25 @@ async fn build_prompt(
     });
     let built = built.await.map_err(|error| ApiError::Internal(format!("building the prompt: {error}")))?;
     Ok(built?)
+}
+
+/// The tokens of the options, if their probabilities are wanted; on the blocking pool.
+async fn watched_letters(
+    choices: &ValidChoices,
+    tokenizer: &Arc<Tokenizer>,
+) -> Result<Option<WatchedLetters>, ApiError> {
+    if !choices.answer_logprobs {
+        return Ok(None);
+    }
+    let (options, tokenizer) = (choices.options.clone().unwrap_or_default(), tokenizer.clone());
+    let letters = spawn_blocking(move || WatchedLetters::new(&options, &tokenizer)).await;
+    letters.map(Some).map_err(|error| ApiError::Internal(format!("looking through the vocabulary: {error}")))
+}
+
+/// `count` sequences that differ in their seeds alone.
+fn siblings(sequence: NewSequence, count: usize) -> Vec<NewSequence> {
+    let sampling = |index| sequence.sampling.for_choice(index);
+    (0..count).map(|index| NewSequence { sampling: sampling(index), ..sequence.clone() }).collect()
 }
 
 /// Decides what the request left open.

@@ -12,6 +12,7 @@ mod engine;
 mod golden;
 mod http_access;
 mod http_chat;
+mod http_choices;
 mod http_contract;
 mod http_limits;
 mod http_requests;

@@ -2,12 +2,14 @@
 //!
 //! Called by the handlers. Pure: no clock, no randomness, no input but its arguments.
 
+mod choices;
 mod fields;
 mod messages;
 mod parts;
 mod sampling;
 mod video;
 
+pub use choices::ValidChoices;
 pub use fields::HARMLESS;
 
 use std::{sync::Arc, time::Duration};
@@ -34,6 +36,7 @@ pub struct ValidRequest {
     /// From the arrival to the last token; `None`: the server's own.
     pub timeout: Option<Duration>,
     pub sampling: ValidSampling,
+    pub choices: ValidChoices,
     pub stop_strings: Vec<String>,
     /// How the last question is to be answered.
     pub instruction: Instruction,
@@ -57,7 +60,7 @@ pub struct ValidVideo {
 /// How to sample; what is `None` is decided when the request runs.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ValidSampling {
-    /// `seed` and `max_tokens` of it stand for nothing.
+    /// `seed`, `max_tokens` and `watched` of it stand for nothing.
     pub params: SamplingParams,
     /// `None`: a random one.
     pub seed: Option<u64>,
@@ -111,7 +114,7 @@ impl InvalidRequest {
 /// # Errors
 /// The first fault found, with the field it is in.
 pub fn validate(
-    request: ChatRequest,
+    mut request: ChatRequest,
     upload: Option<NamedTempFile>,
     limits: Limits<'_>,
 ) -> Result<ValidRequest, InvalidRequest> {
@@ -122,9 +125,11 @@ pub fn validate(
     let reasoning = reasoning(&request)?;
     let stop_strings = sampling::stop_strings(&request, limits.config)?;
     let sampling = sampling::validate(&request, limits)?;
-    let cache_salt = cache_salt(request.cache_salt)?;
+    let cache_salt = cache_salt(request.cache_salt.take())?;
     let timeout = timeout(request.timeout, limits.config.request_timeout)?;
-    let (conversation, parts) = messages::validate(request.messages, upload.is_some(), limits.config)?;
+    let (conversation, parts) =
+        messages::validate(std::mem::take(&mut request.messages), upload.is_some(), limits.config)?;
+    let choices = choices::validate(&request, &conversation, sampling.params.temperature, limits)?;
     let videos = video::validate(parts, upload, request.media_io_kwargs, &limits.config.media)?;
     Ok(ValidRequest {
         conversation,
@@ -132,6 +137,7 @@ pub fn validate(
         cache_salt,
         timeout,
         sampling,
+        choices,
         stop_strings,
         instruction,
         reasoning,
