@@ -90,6 +90,20 @@ pub struct MediaConfig {
     /// The ffmpeg binary; none: found on PATH (ffprobe likewise).
     pub ffmpeg_path: Option<PathBuf>,
     pub ffprobe_path: Option<PathBuf>,
+    pub files: FilesConfig,
+}
+
+/// Limits of the files that clients upload to keep.
+#[derive(Debug, Clone)]
+pub struct FilesConfig {
+    /// Where they are kept; none: in a temporary directory that goes with the server.
+    pub dir: Option<PathBuf>,
+    /// Bytes of all of them (of one: `max_video_bytes`).
+    pub max_bytes: u64,
+    /// Most files.
+    pub max_files: usize,
+    /// How long a file is kept.
+    pub max_age: Duration,
 }
 
 /// Limits of the engine.
@@ -166,6 +180,18 @@ impl Default for MediaConfig {
             allow_private_addresses: false,
             ffmpeg_path: None,
             ffprobe_path: None,
+            files: FilesConfig::default(),
+        }
+    }
+}
+
+impl Default for FilesConfig {
+    fn default() -> Self {
+        FilesConfig {
+            dir: None,
+            max_bytes: 4 << 30,
+            max_files: 1000,
+            max_age: Duration::from_secs(24 * 3600),
         }
     }
 }

@@ -107,13 +107,7 @@ fn check(received: Received, config: &Config, loaded: &Loaded) -> Result<(ValidR
     let Received { json, upload, budget } = received;
     let request: ChatRequest = body::parse(&json, config.max_json_values)?;
     drop(json);
-    let limits = Limits {
-        config,
-        model_id: &loaded.model.id,
-        default_sampling: &loaded.model.default_sampling,
-        vocab_size: loaded.tokenizer.vocab_size(),
-    };
-    Ok((validate::validate(request, upload, limits)?, budget))
+    Ok((validate::validate(request, upload, Limits::new(config, loaded))?, budget))
 }
 
 /// Video, prompt, engine: everything up to the first token.
@@ -169,17 +163,13 @@ async fn load_video(
 
 /// Renders and tokenises on the blocking pool; the last turn gets the instruction the model was trained with.
 async fn build_prompt(
-    mut conversation: Conversation,
+    conversation: Conversation,
     thinking: bool,
     tokenizer: Arc<Tokenizer>,
     num_visual_tokens: usize,
 ) -> Result<Prompt, ApiError> {
     let built = spawn_blocking(move || {
-        if let Some(last) = conversation.turns.last_mut() {
-            let instruct = if thinking { prompt::with_instruction } else { prompt::with_option_only };
-            last.user = instruct(&last.user);
-        }
-        prompt::build(&conversation, &tokenizer, num_visual_tokens)
+        prompt::build(&prompt::instructed(conversation, thinking), &tokenizer, num_visual_tokens)
     });
     let built = built.await.map_err(|error| ApiError::Internal(format!("building the prompt: {error}")))?;
     Ok(built?)

@@ -15,7 +15,7 @@ use serde::Serialize;
 use super::{body::BodyError, validate::InvalidRequest};
 use crate::{
     engine::{ReserveError, SubmitError},
-    media::MediaError,
+    media::{FileStoreError, MediaError},
     prompt::PromptError,
 };
 
@@ -28,6 +28,8 @@ pub enum ApiError {
     Body(#[from] BodyError),
     #[error(transparent)]
     Media(#[from] MediaError),
+    #[error(transparent)]
+    Files(#[from] FileStoreError),
     #[error(transparent)]
     Prompt(#[from] PromptError),
     #[error(transparent)]
@@ -108,6 +110,7 @@ impl ApiError {
             }
             ApiError::Body(error) => body_row(error),
             ApiError::Media(error) => media_row(error),
+            ApiError::Files(error) => files_row(error),
             ApiError::Prompt(error) => match error {
                 PromptError::Empty | PromptError::MissingReply | PromptError::TextTooLong { .. } => {
                     Row::bad(S::BAD_REQUEST, None).param("messages")
@@ -178,7 +181,7 @@ fn body_row(error: &BodyError) -> Row {
         BodyError::Malformed(_) => Row::bad(S::BAD_REQUEST, Some("malformed_body")),
         BodyError::Slow { .. } => Row::bad(S::REQUEST_TIMEOUT, Some("body_timeout")),
         BodyError::TooLarge { .. } => Row::bad(S::PAYLOAD_TOO_LARGE, Some("body_too_large")),
-        BodyError::ContentType | BodyError::ContentEncoding => {
+        BodyError::ContentType { .. } | BodyError::ContentEncoding => {
             Row::bad(S::UNSUPPORTED_MEDIA_TYPE, Some("unsupported_content_type"))
         }
         BodyError::TooManyBytesInFlight => {
@@ -198,6 +201,23 @@ fn media_row(error: &MediaError) -> Row {
         MediaError::Undecodable(_) => Row::bad(S::UNPROCESSABLE_ENTITY, Some("video_undecodable")),
         MediaError::DecodeTimeout { .. } => Row::bad(S::UNPROCESSABLE_ENTITY, Some("video_decode_timeout")),
         MediaError::Internal(_) => Row::internal(),
+    }
+}
+
+fn files_row(error: &FileStoreError) -> Row {
+    use StatusCode as S;
+    match error {
+        FileStoreError::NotFound { .. } => Row::bad(S::NOT_FOUND, Some("file_not_found")).param("id"),
+        FileStoreError::TooLarge { .. } => {
+            Row::bad(S::PAYLOAD_TOO_LARGE, Some("file_too_large")).param("file")
+        }
+        FileStoreError::Full { .. } | FileStoreError::TooMany { .. } => {
+            Row::bad(S::PAYLOAD_TOO_LARGE, Some("files_full")).param("file")
+        }
+        FileStoreError::LifetimeTooLong { .. } => {
+            Row::bad(S::BAD_REQUEST, None).param("expires_after[seconds]")
+        }
+        FileStoreError::InUse(_) | FileStoreError::Disk { .. } => Row::internal(),
     }
 }
 
@@ -266,7 +286,10 @@ mod tests {
             row(BodyError::TooManyValues { max_json_values: 1 }),
             (400, "too_many_json_values", false)
         );
-        assert_eq!(row(BodyError::ContentType), (415, "unsupported_content_type", false));
+        assert_eq!(
+            row(BodyError::ContentType { expected: "application/json" }),
+            (415, "unsupported_content_type", false)
+        );
     }
 
     #[test]
@@ -278,6 +301,15 @@ mod tests {
         assert_eq!(row(MediaError::FetchFailed(text())), (422, "video_fetch_failed", false));
         assert_eq!(row(MediaError::Undecodable(text())), (422, "video_undecodable", false));
         assert_eq!(row(MediaError::DecodeTimeout { seconds: 1 }), (422, "video_decode_timeout", false));
+    }
+
+    #[test]
+    fn faults_of_stored_files_are_4xx() {
+        assert_eq!(row(FileStoreError::NotFound { id: text() }), (404, "file_not_found", false));
+        assert_eq!(row(FileStoreError::TooLarge { max_file_bytes: 1 }), (413, "file_too_large", false));
+        assert_eq!(row(FileStoreError::Full { max_bytes: 1 }), (413, "files_full", false));
+        assert_eq!(row(FileStoreError::TooMany { max_files: 1 }), (413, "files_full", false));
+        assert_eq!(row(FileStoreError::LifetimeTooLong { max_seconds: 1 }), (400, "", false));
     }
 
     #[test]
@@ -295,13 +327,15 @@ mod tests {
 
     #[test]
     fn what_only_the_log_may_know_is_withheld() {
-        let errors: [ApiError; 6] = [
+        let errors: [ApiError; 8] = [
             ApiError::Internal("secret".into()),
             MediaError::Internal("secret".into()).into(),
             PromptError::Tokenizer("secret".into()).into(),
             PromptError::Load("secret".into()).into(),
             SubmitError::Invalid("secret".into()).into(),
             BodyError::Disk(std::io::Error::other("secret")).into(),
+            FileStoreError::InUse("/secret".into()).into(),
+            FileStoreError::Disk { what: text(), cause: std::io::Error::other("secret") }.into(),
         ];
         for error in errors {
             let wire = serde_json::to_string(&error.to_wire()).unwrap();

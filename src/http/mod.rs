@@ -6,7 +6,9 @@
 mod body;
 mod chat;
 mod error;
+mod files;
 mod generation;
+mod multipart;
 pub mod openapi;
 mod probes;
 mod progress;
@@ -15,6 +17,7 @@ mod responses;
 mod server;
 mod sse;
 mod state;
+mod tokenize;
 mod types;
 mod validate;
 
@@ -25,7 +28,7 @@ use axum::{
     http::Method,
     middleware,
     response::{IntoResponse, Response},
-    routing::{MethodRouter, get, post},
+    routing::{MethodRouter, delete, get, post},
 };
 use tower_http::{catch_panic::CatchPanicLayer, timeout::RequestBodyTimeoutLayer};
 
@@ -40,6 +43,13 @@ const CHAT_COMPLETIONS: &str = "/v1/chat/completions";
 fn routes() -> Vec<(Method, &'static str, MethodRouter<AppState>)> {
     vec![
         (Method::POST, CHAT_COMPLETIONS, post(chat::completions)),
+        (Method::POST, "/v1/files", post(files::create)),
+        (Method::GET, "/v1/files", get(files::list)),
+        (Method::GET, "/v1/files/{id}", get(files::get)),
+        (Method::DELETE, "/v1/files/{id}", delete(files::delete)),
+        (Method::GET, "/v1/files/{id}/content", get(files::content)),
+        (Method::POST, "/tokenize", post(tokenize::tokenize)),
+        (Method::POST, "/detokenize", post(tokenize::detokenize)),
         (Method::GET, "/v1/models", get(probes::models)),
         (Method::GET, "/v1/models/{*id}", get(probes::model)),
         (Method::GET, "/health", get(probes::health)),

@@ -23,7 +23,7 @@ use tokio_io_timeout::TimeoutWriter;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tower::ServiceExt;
 
-use super::{router, state::AppState};
+use super::{files, router, state::AppState};
 use crate::config::Config;
 
 /// How long a connection may take to exchange its last bytes when no request is left.
@@ -54,6 +54,7 @@ pub async fn run(
     tokio::select! {
         () = server.accept_all(&listener) => {}
         () = server.drain_after(shutdown) => {}
+        () = files::sweep(server.state.clone()) => {}
     }
     drop(listener);
     server.close_all().await;

@@ -15,7 +15,7 @@ use serde_json::{Map, Number, Value};
 pub type Extra = Map<String, Value>;
 
 /// Body of `POST /v1/chat/completions`.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Default, Deserialize)]
 pub struct ChatRequest {
     pub model: Option<String>,
     pub messages: Vec<Message>,

@@ -15,11 +15,11 @@ use base64::{
     engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig},
 };
 use sha2::{Digest, Sha256};
-use tempfile::NamedTempFile;
+use tempfile::{NamedTempFile, TempPath};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use url::Url;
 
-use super::{MediaError, VideoSource, fetch::Fetcher};
+use super::{FileStore, FileStoreError, MediaError, VideoSource, fetch::Fetcher};
 use crate::config::MediaConfig;
 
 /// Clients disagree about `=` at the end.
@@ -35,7 +35,7 @@ pub struct LocalVideo {
     path: PathBuf,
     /// SHA-256 of the file's bytes.
     pub content_hash: [u8; 32],
-    _temporary: Option<NamedTempFile>,
+    _temporary: Option<TempPath>,
     /// Of a download: its share of the disk, given back after the file is removed.
     _fetch_place: Option<OwnedSemaphorePermit>,
 }
@@ -50,6 +50,7 @@ impl LocalVideo {
 #[derive(Debug, Clone)]
 pub struct SourceReader {
     fetcher: Fetcher,
+    files: Arc<FileStore>,
     /// One for each download that is running or waits on disk to be decoded.
     fetch_places: Arc<Semaphore>,
     max_video_bytes: usize,
@@ -57,9 +58,10 @@ pub struct SourceReader {
 }
 
 impl SourceReader {
-    pub fn new(config: &MediaConfig) -> Result<Self, MediaError> {
+    pub fn new(config: &MediaConfig, files: Arc<FileStore>) -> Result<Self, MediaError> {
         Ok(SourceReader {
             fetcher: Fetcher::new(config)?,
+            files,
             fetch_places: Arc::new(Semaphore::new(config.max_concurrent_fetches.max(1))),
             max_video_bytes: config.max_video_bytes,
             allowed_media_dir: config.allowed_media_dir.clone(),
@@ -78,6 +80,7 @@ impl SourceReader {
             VideoSource::Url(url) => self.read_url(&url).await,
             VideoSource::Bytes(bytes) => blocking(move || this.store(&bytes)).await,
             VideoSource::TempFile(file) => blocking(move || this.temporary(file)).await,
+            VideoSource::FileId(id) => blocking(move || this.stored_file(&id)).await,
             VideoSource::LocalFile(path) => blocking(move || this.operators_file(&path)).await,
         }
     }
@@ -155,6 +158,25 @@ impl SourceReader {
         self.hashed(canonical, None)
     }
 
+    /// A file of the store: neither copied nor hashed again.
+    fn stored_file(&self, id: &str) -> Result<LocalVideo, MediaError> {
+        let (record, link) = self.files.borrow(id).map_err(|error| match error {
+            FileStoreError::NotFound { .. } => {
+                MediaError::Refused { param: "file_id", message: error.to_string() }
+            }
+            other => {
+                tracing::error!(error = %other, "a stored file could not be read");
+                MediaError::Internal("the file could not be read; try again later".into())
+            }
+        })?;
+        Ok(LocalVideo {
+            path: link.to_path_buf(),
+            content_hash: record.content_hash,
+            _temporary: Some(link),
+            _fetch_place: None,
+        })
+    }
+
     fn store(&self, bytes: &[u8]) -> Result<LocalVideo, MediaError> {
         if bytes.len() > self.max_video_bytes {
             return Err(self.too_large());
@@ -188,7 +210,7 @@ impl SourceReader {
         Ok(LocalVideo {
             path,
             content_hash: hash.finalize().into(),
-            _temporary: temporary,
+            _temporary: temporary.map(NamedTempFile::into_temp_path),
             _fetch_place: None,
         })
     }
@@ -219,7 +241,8 @@ mod tests {
     use super::*;
 
     fn reader(max_video_bytes: usize) -> SourceReader {
-        SourceReader::new(&MediaConfig { max_video_bytes, ..MediaConfig::default() }).unwrap()
+        let config = MediaConfig { max_video_bytes, ..MediaConfig::default() };
+        SourceReader::new(&config, FileStore::open(&config).unwrap()).unwrap()
     }
 
     async fn read(max_video_bytes: usize, url: &str) -> Result<Vec<u8>, MediaError> {

@@ -58,6 +58,16 @@ pub enum PromptError {
     Load(String),
 }
 
+/// `conversation` with the instruction the model was trained with at the end of its last turn: to think first, or to
+/// name the option alone.
+pub fn instructed(mut conversation: Conversation, thinking: bool) -> Conversation {
+    if let Some(last) = conversation.turns.last_mut() {
+        let instruct = if thinking { with_instruction } else { with_option_only };
+        last.user = instruct(&last.user);
+    }
+    conversation
+}
+
 /// Renders and tokenises `conversation` by the template `qwen2_base`, with `num_visual_tokens` a video.
 ///
 /// # Errors

@@ -50,6 +50,9 @@ pub(super) const NOT_YET: [&str; 25] = [
 ];
 
 /// Refuses what is unknown or not built yet.
+///
+/// # Errors
+/// The first such field.
 pub fn check_top_level(extra: &Extra) -> Result<(), InvalidRequest> {
     for (name, value) in extra {
         if HARMLESS.contains(&name.as_str()) || value.is_null() {

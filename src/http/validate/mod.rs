@@ -9,7 +9,12 @@ mod video;
 
 use tempfile::NamedTempFile;
 
-use super::types::{ChatRequest, Extra};
+pub use fields::check_top_level;
+
+use super::{
+    state::Loaded,
+    types::{ChatRequest, Extra},
+};
 use crate::{
     config::Config,
     media::{FrameSampling, VideoSource},
@@ -74,6 +79,18 @@ pub struct Limits<'a> {
     pub vocab_size: usize,
 }
 
+impl<'a> Limits<'a> {
+    /// Of a server with this model.
+    pub fn new(config: &'a Config, loaded: &'a Loaded) -> Self {
+        Limits {
+            config,
+            model_id: &loaded.model.id,
+            default_sampling: &loaded.model.default_sampling,
+            vocab_size: loaded.tokenizer.vocab_size(),
+        }
+    }
+}
+
 /// Why a request is refused; one sentence for the client.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum InvalidRequest {
@@ -100,7 +117,7 @@ pub fn validate(
     limits: Limits<'_>,
 ) -> Result<ValidRequest, InvalidRequest> {
     check_model(request.model.as_deref(), limits.model_id)?;
-    fields::check_top_level(&request.extra)?;
+    check_top_level(&request.extra)?;
     let include_usage = include_usage(&request)?;
     let thinking = thinking(&request)?;
     let reasoning = reasoning(&request)?;
@@ -121,7 +138,10 @@ pub fn validate(
 }
 
 /// No model means the one there is.
-fn check_model(asked: Option<&str>, served: &str) -> Result<(), InvalidRequest> {
+///
+/// # Errors
+/// When another one is asked for.
+pub fn check_model(asked: Option<&str>, served: &str) -> Result<(), InvalidRequest> {
     match asked {
         Some(asked) if asked != served => {
             Err(InvalidRequest::UnknownModel { asked: shorten(asked), served: served.into() })
