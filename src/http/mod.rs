@@ -1,7 +1,7 @@
 //! The HTTP side: router, limits and handlers.
 //!
-//! Called by `cli/serve.rs` and tests. `chat.rs` is the only file that knows the whole way of a request; wire types
-//! stay in this module, and so do status codes (`error.rs`).
+//! Called by `cli/serve.rs` and tests. `pipeline.rs` is the only file that knows the whole way of a request; wire
+//! types stay in this module, and so do status codes (`error.rs`).
 
 mod body;
 mod chat;
@@ -10,6 +10,7 @@ mod files;
 mod generation;
 mod multipart;
 pub mod openapi;
+mod pipeline;
 mod probes;
 mod progress;
 mod record;

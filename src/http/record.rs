@@ -1,6 +1,6 @@
 //! One request on the log: its id, and one line when it is over. Never says what was asked or answered.
 //!
-//! [`observe`] is the outermost middleware; `http/chat.rs` fills in what only it knows.
+//! [`observe`] is the outermost middleware; `http/pipeline.rs` fills in what only it knows.
 
 use std::{
     sync::{

@@ -1,6 +1,6 @@
 //! From the wire form of a request to a [`ValidRequest`], which nobody checks again.
 //!
-//! Called by `http/chat.rs`. Pure: no clock, no randomness, no input but its arguments.
+//! Called by the handlers. Pure: no clock, no randomness, no input but its arguments.
 
 mod fields;
 mod messages;
