@@ -21,11 +21,13 @@ use futures_util::StreamExt;
 use serde::{Deserialize, Serialize};
 use tokio::task::spawn_blocking;
 use tokio_util::io::ReaderStream;
+use utoipa::ToSchema;
 
 use super::{
     body::{BodyError, Budget, MULTIPART, WRITE_BUFFER_BYTES, media_type},
     error::ApiError,
     multipart::{self, Parts},
+    openapi::{NotReady, Refused},
     progress::Deadline,
     state::AppState,
     validate::InvalidRequest,
@@ -47,7 +49,7 @@ const MAX_PAGE: usize = 10_000;
 const SWEEP_INTERVAL: Duration = Duration::from_secs(60);
 
 /// A file as clients see it.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct FileObject {
     id: String,
     object: &'static str,
@@ -76,7 +78,7 @@ impl From<FileRecord> for FileObject {
 }
 
 /// A page of files.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct FileList {
     object: &'static str,
     data: Vec<FileObject>,
@@ -86,7 +88,7 @@ pub struct FileList {
 }
 
 /// The answer to a deletion.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct FileDeleted {
     id: String,
     object: &'static str,
@@ -103,7 +105,24 @@ pub struct ListQuery {
     after: Option<String>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+/// An upload; read part by part, this is its description.
+#[derive(Debug, ToSchema)]
+#[expect(dead_code, reason = "for the document only")]
+pub struct FileForm {
+    /// The file.
+    #[schema(value_type = String, format = Binary)]
+    file: (),
+    /// assistants, batch, evals, fine-tune, user_data or vision; it makes no difference.
+    purpose: String,
+    /// created_at
+    #[schema(rename = "expires_after[anchor]")]
+    anchor: Option<String>,
+    /// How long to keep the file; at most, and by default, as long as the server keeps files.
+    #[schema(rename = "expires_after[seconds]", minimum = 1)]
+    seconds: Option<u64>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 enum Order {
     Asc,
@@ -114,6 +133,10 @@ enum Order {
 ///
 /// # Errors
 /// Faults of the transport and of the form; a file that is too large; a full store.
+#[utoipa::path(post, path = "/v1/files", tag = "files", operation_id = "createFile",
+    summary = "Upload a file that later requests name by its id",
+    request_body(content = FileForm, content_type = "multipart/form-data"),
+    responses((status = 200, description = "The file.", body = FileObject), Refused))]
 pub async fn create(State(state): State<AppState>, request: Request) -> Result<Json<FileObject>, ApiError> {
     let _work = state.begin_work()?;
     let loaded = state.ready()?;
@@ -126,6 +149,13 @@ pub async fn create(State(state): State<AppState>, request: Request) -> Result<J
 ///
 /// # Errors
 /// Faults of the query.
+#[utoipa::path(get, path = "/v1/files", tag = "files", operation_id = "listFiles", summary = "The files there are, newest first",
+    params(
+        ("purpose" = Option<String>, Query),
+        ("limit" = Option<usize>, Query, minimum = 1, maximum = 10_000),
+        ("order" = inline(Option<Order>), Query, description = "By the time of the upload; desc if left out."),
+        ("after" = Option<String>, Query, description = "Begin after the file with this id.")),
+    responses((status = 200, description = "A page of files.", body = FileList), Refused))]
 pub async fn list(
     State(state): State<AppState>,
     query: Result<Query<ListQuery>, QueryRejection>,
@@ -145,6 +175,9 @@ pub async fn list(
 ///
 /// # Errors
 /// 404 when there is no such file.
+#[utoipa::path(get, path = "/v1/files/{id}", tag = "files", operation_id = "getFile", summary = "One file by its id",
+    params(("id" = String, Path)),
+    responses((status = 200, description = "The file.", body = FileObject), NotReady))]
 pub async fn get(
     State(state): State<AppState>,
     id: Result<Path<String>, PathRejection>,
@@ -158,6 +191,9 @@ pub async fn get(
 ///
 /// # Errors
 /// 404 when there is no such file.
+#[utoipa::path(delete, path = "/v1/files/{id}", tag = "files", operation_id = "deleteFile", summary = "Forget a file",
+    params(("id" = String, Path)),
+    responses((status = 200, description = "It is gone; requests that have begun to read it go on.", body = FileDeleted), NotReady))]
 pub async fn delete(
     State(state): State<AppState>,
     id: Result<Path<String>, PathRejection>,
@@ -171,6 +207,9 @@ pub async fn delete(
 ///
 /// # Errors
 /// 404 when there is no such file.
+#[utoipa::path(get, path = "/v1/files/{id}/content", tag = "files", operation_id = "getFileContent",
+    summary = "The bytes of a file", params(("id" = String, Path)),
+    responses((status = 200, description = "The bytes.", content_type = "application/octet-stream"), NotReady))]
 pub async fn content(
     State(state): State<AppState>,
     id: Result<Path<String>, PathRejection>,

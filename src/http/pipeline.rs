@@ -30,7 +30,7 @@ use crate::{
     media::VideoFrames,
     model::FrameBatch,
     output::OutputAssembler,
-    prompt::{self, Conversation, Prompt, Tokenizer},
+    prompt::{self, Conversation, Instruction, Prompt, Tokenizer},
     scheduler::SamplingParams,
 };
 
@@ -126,7 +126,7 @@ async fn prepare(
     default_max_tokens: usize,
 ) -> Result<Generation, ApiError> {
     let Admitted { loaded, valid, permit, budget } = admitted;
-    let ValidRequest { conversation, video, sampling, stop_strings, thinking, reasoning, .. } = valid;
+    let ValidRequest { conversation, video, sampling, stop_strings, instruction, reasoning, .. } = valid;
     let deadline = progress.deadline();
     let stages = async {
         let frames = load_video(&loaded, video, &mut progress).await?;
@@ -134,7 +134,7 @@ async fn prepare(
         let engine_limits = loaded.engine.limits();
         let started = Instant::now();
         let prompt =
-            build_prompt(conversation, thinking, loaded.tokenizer.clone(), engine_limits.visual_tokens)
+            build_prompt(conversation, instruction, loaded.tokenizer.clone(), engine_limits.visual_tokens)
                 .await?;
         let num_prompt = prompt.token_ids.len();
         let num_visual = prompt.video_spans.iter().map(ExactSizeIterator::len).sum();
@@ -173,12 +173,12 @@ async fn load_video(
 /// Renders and tokenises on the blocking pool; the last turn gets the instruction the model was trained with.
 async fn build_prompt(
     conversation: Conversation,
-    thinking: bool,
+    instruction: Instruction,
     tokenizer: Arc<Tokenizer>,
     num_visual_tokens: usize,
 ) -> Result<Prompt, ApiError> {
     let built = spawn_blocking(move || {
-        prompt::build(&prompt::instructed(conversation, thinking), &tokenizer, num_visual_tokens)
+        prompt::build(&prompt::instructed(conversation, instruction), &tokenizer, num_visual_tokens)
     });
     let built = built.await.map_err(|error| ApiError::Internal(format!("building the prompt: {error}")))?;
     Ok(built?)

@@ -8,10 +8,12 @@ use axum::{
 };
 use serde::{Deserialize, Serialize};
 use tokio::task::spawn_blocking;
+use utoipa::ToSchema;
 
 use super::{
     body::{self, Received},
     error::ApiError,
+    openapi::Refused,
     state::{AppState, Loaded},
     types::{ChatRequest, ChatTemplateKwargs, Extra, Message},
     validate::{self, InvalidRequest, Limits},
@@ -28,7 +30,7 @@ const WIRE_VISUAL_TOKEN: i64 = -200;
 const VISUAL_TEXT: &str = "<image>";
 
 /// Body of `POST /tokenize`: a text as it is, or a conversation in the model's template.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, ToSchema)]
 pub struct TokenizeRequest {
     model: Option<String>,
     prompt: Option<String>,
@@ -36,17 +38,21 @@ pub struct TokenizeRequest {
     /// Makes no difference: the tokenizer adds none.
     #[serde(rename = "add_special_tokens")]
     _add_special_tokens: Option<bool>,
+    /// Whether the text of each token is wanted as well.
     return_token_strs: Option<bool>,
+    /// Only true: the template always ends with the beginning of the reply.
     add_generation_prompt: Option<bool>,
+    /// Only false.
     continue_final_message: Option<bool>,
     reasoning_effort: Option<String>,
     chat_template_kwargs: Option<ChatTemplateKwargs>,
     #[serde(flatten)]
+    #[schema(ignore)]
     extra: Extra,
 }
 
 /// Answer of `POST /tokenize`.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct Tokenized {
     count: usize,
     max_model_len: usize,
@@ -57,16 +63,17 @@ pub struct Tokenized {
 }
 
 /// Body of `POST /detokenize`.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, ToSchema)]
 pub struct DetokenizeRequest {
     model: Option<String>,
     tokens: Vec<i64>,
     #[serde(flatten)]
+    #[schema(ignore)]
     extra: Extra,
 }
 
 /// Answer of `POST /detokenize`.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct Detokenized {
     prompt: String,
 }
@@ -75,6 +82,11 @@ pub struct Detokenized {
 ///
 /// # Errors
 /// Faults of the body.
+#[utoipa::path(post, path = "/tokenize", tag = "models", operation_id = "tokenize",
+    summary = "The tokens of a text, or of a conversation in the model's template",
+    request_body = TokenizeRequest,
+    responses((status = 200, description = "The tokens. A video is not fetched: it has as many as every video, all -200.",
+        body = Tokenized), Refused))]
 pub async fn tokenize(State(state): State<AppState>, request: Request) -> Result<Json<Tokenized>, ApiError> {
     answer(state, request, |received, config, loaded| {
         let request: TokenizeRequest = body::parse(&received.json, config.max_json_values)?;
@@ -94,6 +106,10 @@ pub async fn tokenize(State(state): State<AppState>, request: Request) -> Result
 ///
 /// # Errors
 /// Faults of the body; ids that the tokenizer does not have.
+#[utoipa::path(post, path = "/detokenize", tag = "models", operation_id = "detokenize", summary = "The text of tokens",
+    request_body = DetokenizeRequest,
+    responses((status = 200, description = "The text; special tokens by their names, visual ones as <image>.",
+        body = Detokenized), Refused))]
 pub async fn detokenize(
     State(state): State<AppState>,
     request: Request,
@@ -149,7 +165,7 @@ fn token_ids(request: TokenizeRequest, config: &Config, loaded: &Loaded) -> Resu
             };
             let valid = validate::validate(chat, None, Limits::new(config, loaded))?;
             let num_visual_tokens = loaded.engine.limits().visual_tokens;
-            let conversation = prompt::instructed(valid.conversation, valid.thinking);
+            let conversation = prompt::instructed(valid.conversation, valid.instruction);
             Ok(prompt::build(&conversation, &loaded.tokenizer, num_visual_tokens)?.token_ids)
         }
         _ => Err(InvalidRequest::field("prompt", "send either prompt or messages").into()),

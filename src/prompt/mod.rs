@@ -8,7 +8,7 @@ pub mod template;
 pub mod tokenizer;
 mod tokenizer_files;
 
-pub use template::{with_instruction, with_option_only};
+pub use template::{Instruction, with_instruction};
 pub use tokenizer::Tokenizer;
 
 use crate::scheduler::VISUAL_TOKEN;
@@ -58,12 +58,10 @@ pub enum PromptError {
     Load(String),
 }
 
-/// `conversation` with the instruction the model was trained with at the end of its last turn: to think first, or to
-/// name the option alone.
-pub fn instructed(mut conversation: Conversation, thinking: bool) -> Conversation {
+/// `conversation` with `instruction` at the end of its last turn.
+pub fn instructed(mut conversation: Conversation, instruction: Instruction) -> Conversation {
     if let Some(last) = conversation.turns.last_mut() {
-        let instruct = if thinking { with_instruction } else { with_option_only };
-        last.user = instruct(&last.user);
+        last.user = instruction.add_to(&last.user);
     }
     conversation
 }

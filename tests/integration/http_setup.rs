@@ -72,6 +72,7 @@ pub fn load(state: &AppState, model: FakeModel) {
         media: MediaLoader::new(config.media.clone(), limits.image_size).unwrap(),
         tokenizer: Arc::new(Tokenizer::bytes()),
         model: ModelCard {
+            thinks: true,
             id: config.served_model_name.clone(),
             created: 1,
             max_model_len: limits.context,

@@ -7,6 +7,7 @@ mod messages;
 mod sampling;
 mod video;
 
+pub use fields::HARMLESS;
 use tempfile::NamedTempFile;
 
 pub use fields::check_top_level;
@@ -18,7 +19,7 @@ use super::{
 use crate::{
     config::Config,
     media::{FrameSampling, VideoSource},
-    prompt::Conversation,
+    prompt::{Conversation, Instruction},
     scheduler::SamplingParams,
 };
 
@@ -30,8 +31,8 @@ pub struct ValidRequest {
     pub video: Option<ValidVideo>,
     pub sampling: ValidSampling,
     pub stop_strings: Vec<String>,
-    /// Whether the model is asked to think before it answers.
-    pub thinking: bool,
+    /// How the last question is to be answered.
+    pub instruction: Instruction,
     pub reasoning: Reasoning,
     pub stream: bool,
     /// Whether a stream ends with a chunk of usage.
@@ -77,6 +78,8 @@ pub struct Limits<'a> {
     pub default_sampling: &'a SamplingParams,
     /// Token ids are below it.
     pub vocab_size: usize,
+    /// Whether a request that does not say is asked to think.
+    pub thinks: bool,
 }
 
 impl<'a> Limits<'a> {
@@ -87,6 +90,7 @@ impl<'a> Limits<'a> {
             model_id: &loaded.model.id,
             default_sampling: &loaded.model.default_sampling,
             vocab_size: loaded.tokenizer.vocab_size(),
+            thinks: loaded.model.thinks,
         }
     }
 }
@@ -119,7 +123,7 @@ pub fn validate(
     check_model(request.model.as_deref(), limits.model_id)?;
     check_top_level(&request.extra)?;
     let include_usage = include_usage(&request)?;
-    let thinking = thinking(&request)?;
+    let instruction = instruction(&request, limits.thinks)?;
     let reasoning = reasoning(&request)?;
     let stop_strings = sampling::stop_strings(&request, limits.config)?;
     let sampling = sampling::validate(&request, limits)?;
@@ -130,7 +134,7 @@ pub fn validate(
         video,
         sampling,
         stop_strings,
-        thinking,
+        instruction,
         reasoning,
         stream: request.stream.unwrap_or(false),
         include_usage,
@@ -159,8 +163,8 @@ fn include_usage(request: &ChatRequest) -> Result<bool, InvalidRequest> {
     Ok(options.include_usage.unwrap_or(false))
 }
 
-/// The efforts but `none` are one and the same to this model.
-fn thinking(request: &ChatRequest) -> Result<bool, InvalidRequest> {
+/// The efforts but `none` are one and the same to this model. `thinks`: what happens when the request does not say.
+fn instruction(request: &ChatRequest, thinks: bool) -> Result<Instruction, InvalidRequest> {
     let by_effort = match request.reasoning_effort.as_deref() {
         None => None,
         Some("none") => Some(false),
@@ -182,7 +186,12 @@ fn thinking(request: &ChatRequest) -> Result<bool, InvalidRequest> {
             "chat_template_kwargs.enable_thinking",
             "enable_thinking and reasoning_effort contradict each other; send one of them",
         )),
-        (effort, template) => Ok(effort.or(template).unwrap_or(true)),
+        (effort, template) => Ok(match effort.or(template) {
+            Some(true) => Instruction::Think,
+            Some(false) => Instruction::OptionOnly,
+            None if thinks => Instruction::Think,
+            None => Instruction::AsAsked,
+        }),
     }
 }
 
