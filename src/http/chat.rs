@@ -101,7 +101,7 @@ async fn fold(mut generation: Generation, head: ReplyHead, shape: Shape) -> Resu
         head,
         choices: replies.into_iter().enumerate().map(choice).collect(),
         usage: generation.counts().into(),
-        video: generation.video.take(),
+        videos: std::mem::take(&mut generation.videos).into(),
     })
 }
 

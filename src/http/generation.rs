@@ -26,8 +26,8 @@ pub struct Generation {
     /// Assembled, not handed out yet.
     ready: VecDeque<(usize, OutputEvent)>,
     reasoning: Reasoning,
-    /// What was sampled of the video.
-    pub video: Option<VideoInfo>,
+    /// What was sampled of the videos.
+    pub videos: Vec<VideoInfo>,
     progress: Progress,
 }
 
@@ -45,12 +45,12 @@ impl Generation {
     pub fn new(
         sequences: Vec<(TokenStream, OutputAssembler)>,
         reasoning: Reasoning,
-        video: Option<VideoInfo>,
+        videos: Vec<VideoInfo>,
         progress: Progress,
     ) -> Self {
         let choice = |(tokens, assembler)| Choice { tokens: Some(tokens), assembler, last_token: None };
         let choices = sequences.into_iter().map(choice).collect();
-        Generation { choices, turn: 0, ready: VecDeque::new(), reasoning, video, progress }
+        Generation { choices, turn: 0, ready: VecDeque::new(), reasoning, videos, progress }
     }
 
     /// The next event and the index of its choice. Each choice ends with one [`OutputEvent::Finished`]; `None` follows

@@ -12,7 +12,10 @@ use std::{
 
 use axum::extract::Request;
 use bytes::Bytes;
-use futures_util::{FutureExt, future::BoxFuture};
+use futures_util::{
+    FutureExt,
+    future::{BoxFuture, try_join_all},
+};
 use tempfile::NamedTempFile;
 use tokio::task::spawn_blocking;
 
@@ -27,7 +30,7 @@ use super::{
 };
 use crate::{
     engine::{NewSequence, Permit, VideoInput},
-    media::VideoFrames,
+    media::{MediaError, Salt, VideoFrames},
     model::FrameBatch,
     output::OutputAssembler,
     prompt::{self, Conversation, Instruction, Prompt, Tokenizer},
@@ -66,6 +69,7 @@ pub async fn begin<T: Send + 'static>(
     match admitted.and_then(|admitted| admitted) {
         Ok((admitted, shape)) => {
             progress.set_stream(admitted.valid.stream);
+            admitted.valid.timeout.into_iter().for_each(|timeout| progress.set_timeout(timeout));
             let loaded = admitted.loaded.clone();
             let preparing = prepare(admitted, progress, state.config().default_max_tokens).boxed();
             Ok(Begun { loaded, preparing, shape })
@@ -126,10 +130,11 @@ async fn prepare(
     default_max_tokens: usize,
 ) -> Result<Generation, ApiError> {
     let Admitted { loaded, valid, permit, budget } = admitted;
-    let ValidRequest { conversation, video, sampling, stop_strings, instruction, reasoning, .. } = valid;
+    let ValidRequest { conversation, videos, cache_salt, sampling, stop_strings, .. } = valid;
+    let (instruction, reasoning) = (valid.instruction, valid.reasoning);
     let deadline = progress.deadline();
     let stages = async {
-        let frames = load_video(&loaded, video, &mut progress).await?;
+        let frames = load_videos(&loaded, videos, &cache_salt, &mut progress).await?;
         drop(budget);
         let engine_limits = loaded.engine.limits();
         let started = Instant::now();
@@ -141,15 +146,15 @@ async fn prepare(
         progress.prompt_built(num_prompt, num_visual, started.elapsed());
         let room = engine_limits.context.saturating_sub(num_prompt);
         let sampling = final_sampling(sampling, default_max_tokens.min(room));
-        let tokens = permit.submit(sequence(prompt, frames.as_deref(), sampling))?;
+        let tokens = permit.submit(sequence(prompt, &frames, cache_salt, sampling))?;
         progress.submitted();
-        Ok((tokens, frames.map(|frames| frames.info.clone())))
+        Ok((tokens, frames.iter().map(|frames| frames.info.clone()).collect()))
     };
     match deadline.bound(stages).await.and_then(|done| done) {
-        Ok((tokens, video)) => {
+        Ok((tokens, videos)) => {
             let raw = reasoning == Reasoning::Raw;
             let assembler = OutputAssembler::new(loaded.tokenizer.clone(), stop_strings, raw);
-            Ok(Generation::new(vec![(tokens, assembler)], reasoning, video, progress))
+            Ok(Generation::new(vec![(tokens, assembler)], reasoning, videos, progress))
         }
         Err(error) => {
             progress.ended_by(&error);
@@ -158,19 +163,38 @@ async fn prepare(
     }
 }
 
-async fn load_video(
+/// All videos of a request at the same time; the first fault ends the others.
+async fn load_videos(
     loaded: &Loaded,
-    video: Option<ValidVideo>,
+    videos: Vec<ValidVideo>,
+    salt: &Salt,
     progress: &mut Progress,
-) -> Result<Option<Arc<VideoFrames>>, ApiError> {
-    let Some(video) = video else { return Ok(None) };
+) -> Result<Vec<Arc<VideoFrames>>, ApiError> {
     let started = Instant::now();
-    let frames = loaded.media.load(video.source, video.sampling).await?;
-    progress.video_loaded(&frames, started.elapsed());
-    Ok(Some(frames))
+    let load = async |video: ValidVideo| {
+        let ValidVideo { path, knobs_path, source, sampling } = video;
+        let frames = loaded.media.load_isolated(source, sampling, salt.clone()).await;
+        frames.map_err(|error| ApiError::Video { param: at_fault(&error, path, &knobs_path), error })
+    };
+    let frames = try_join_all(videos.into_iter().map(load)).await?;
+    frames.iter().for_each(|frames| progress.video_loaded(frames, started.elapsed()));
+    Ok(frames)
 }
 
-/// Renders and tokenises on the blocking pool; the last turn gets the instruction the model was trained with.
+/// The path of the knob that is refused, or of the video.
+fn at_fault(error: &MediaError, path: String, knobs_path: &str) -> String {
+    match error {
+        MediaError::Refused {
+            param: param @ ("num_frames" | "fps" | "max_frames" | "start" | "end"),
+            ..
+        } => {
+            format!("{knobs_path}.{param}")
+        }
+        _ => path,
+    }
+}
+
+/// Renders and tokenises on the blocking pool; the last turn gets its instruction.
 async fn build_prompt(
     conversation: Conversation,
     instruction: Instruction,
@@ -194,11 +218,16 @@ fn final_sampling(valid: ValidSampling, default_max_tokens: usize) -> SamplingPa
     }
 }
 
-fn sequence(prompt: Prompt, frames: Option<&VideoFrames>, sampling: SamplingParams) -> NewSequence {
+fn sequence(
+    prompt: Prompt,
+    frames: &[Arc<VideoFrames>],
+    cache_salt: Salt,
+    sampling: SamplingParams,
+) -> NewSequence {
     let videos = prompt.video_spans.into_iter().zip(frames).map(|(span, frames)| VideoInput {
         span,
         digest: frames.digest,
         frames: FrameBatch { rgb: frames.rgb.clone(), size: frames.size },
     });
-    NewSequence { videos: videos.collect(), token_ids: prompt.token_ids, sampling }
+    NewSequence { videos: videos.collect(), token_ids: prompt.token_ids, cache_salt, sampling }
 }

@@ -21,7 +21,7 @@ use super::{
     error::ApiError,
     generation::{Generation, finish_reason},
     pipeline::Preparing,
-    responses::{Chunk, ChunkChoice, Delta, ReplyHead, Usage},
+    responses::{Chunk, ChunkChoice, Delta, ReplyHead, Usage, Videos},
 };
 use crate::output::OutputEvent;
 
@@ -65,10 +65,10 @@ struct Writer {
 impl Writer {
     async fn write_all(&self, preparing: Preparing) -> Result<(), ApiError> {
         let mut generation: Generation = preparing.await?;
+        let mut videos = std::mem::take(&mut generation.videos);
         for index in 0..generation.num_choices() {
-            let video = generation.video.as_ref().filter(|_| index == 0);
-            let first = Chunk { video, ..self.chunk(index, Delta::role(), None) };
-            self.send(&first).await;
+            let videos = std::mem::take(&mut videos).into();
+            self.send(&Chunk { videos, ..self.chunk(index, Delta::role(), None) }).await;
         }
         while let Some((index, event)) = generation.next().await? {
             match event {
@@ -82,7 +82,8 @@ impl Writer {
         }
         if self.include_usage {
             let usage: Usage = generation.counts().into();
-            let last = Chunk { head: &self.head, choices: vec![], usage: Some(usage), video: None };
+            let last =
+                Chunk { head: &self.head, choices: vec![], usage: Some(usage), videos: Videos::default() };
             self.send(&last).await;
         }
         self.push(Event::default().data("[DONE]")).await;
@@ -91,7 +92,7 @@ impl Writer {
 
     fn chunk<'a>(&'a self, index: usize, delta: Delta<'a>, finish_reason: Option<&'static str>) -> Chunk<'a> {
         let choice = ChunkChoice { index, delta, logprobs: None, finish_reason };
-        Chunk { head: &self.head, choices: vec![choice], usage: None, video: None }
+        Chunk { head: &self.head, choices: vec![choice], usage: None, videos: Videos::default() }
     }
 
     async fn send(&self, data: &impl Serialize) {

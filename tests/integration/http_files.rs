@@ -190,6 +190,29 @@ async fn a_server_on_the_same_directory_finds_the_files_again() {
 }
 
 #[tokio::test]
+async fn a_question_names_an_uploaded_video_by_its_id() {
+    let server = simple_server().await;
+    let ask = async |id: &str| {
+        let file = json!([{"type": "text", "text": "What?"}, {"type": "file", "file": {"file_id": id}}]);
+        server.post(&request(file, json!({}))).send().await.unwrap()
+    };
+    let file = upload(&server, "clip.mp4", clip_bytes()).await;
+    let id = file["id"].as_str().unwrap();
+    let reply = success(ask(id).await).await;
+    let direct = server.ask(&about(&clip_url(), json!({}))).await;
+    assert_eq!((&reply["video"], &reply["choices"]), (&direct["video"], &direct["choices"]));
+    // By its content it is the same video: decoded and encoded once.
+    assert_eq!(server.metric("tinyllava_stage_seconds_count{stage=\"decode\"}").await, 1.0);
+    assert!(direct["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap() > 0);
+    success(server.delete(&format!("{FILES}/{id}")).await).await;
+    for id in [id, "file-0", "../../etc/passwd"] {
+        let (status, refused) = error(ask(id).await).await;
+        assert_eq!(status, 400, "{refused}");
+        assert!(refused["param"].as_str().unwrap().starts_with("messages[0].content[1]"), "{refused}");
+    }
+}
+
+#[tokio::test]
 async fn a_stored_video_has_the_frames_of_the_video_itself() {
     let media = MediaLoader::new(MediaConfig { num_frames: 4, ..Config::default().media }, 28).unwrap();
     let mut upload = media.files().begin().unwrap();

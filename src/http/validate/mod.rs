@@ -4,10 +4,14 @@
 
 mod fields;
 mod messages;
+mod parts;
 mod sampling;
 mod video;
 
 pub use fields::HARMLESS;
+
+use std::{sync::Arc, time::Duration};
+
 use tempfile::NamedTempFile;
 
 pub use fields::check_top_level;
@@ -26,9 +30,14 @@ use crate::{
 /// A request that can be served, but for what only later stages can know (the video, the prompt's length).
 #[derive(Debug)]
 pub struct ValidRequest {
-    /// The video's place is in the turn that counts one.
+    /// Each video's place is in the turn that counts it.
     pub conversation: Conversation,
-    pub video: Option<ValidVideo>,
+    /// In the order of their places.
+    pub videos: Vec<ValidVideo>,
+    /// Cached work is shared with requests of the same one only.
+    pub cache_salt: Option<Arc<str>>,
+    /// From the arrival to the last token; `None`: the server's own.
+    pub timeout: Option<Duration>,
     pub sampling: ValidSampling,
     pub stop_strings: Vec<String>,
     /// How the last question is to be answered.
@@ -39,9 +48,13 @@ pub struct ValidRequest {
     pub include_usage: bool,
 }
 
-/// The one video of a request.
+/// One video of a request.
 #[derive(Debug)]
 pub struct ValidVideo {
+    /// Where it is in the request, as in `messages[0].content[1].video_url`.
+    pub path: String,
+    /// Where its knobs are.
+    pub knobs_path: String,
     pub source: VideoSource,
     pub sampling: FrameSampling,
 }
@@ -127,11 +140,15 @@ pub fn validate(
     let reasoning = reasoning(&request)?;
     let stop_strings = sampling::stop_strings(&request, limits.config)?;
     let sampling = sampling::validate(&request, limits)?;
-    let (conversation, part) = messages::validate(request.messages, upload.is_some(), limits.config)?;
-    let video = video::validate(part, upload, request.media_io_kwargs, limits.config)?;
+    let cache_salt = cache_salt(request.cache_salt)?;
+    let timeout = timeout(request.timeout, limits.config.request_timeout)?;
+    let (conversation, parts) = messages::validate(request.messages, upload.is_some(), limits.config)?;
+    let videos = video::validate(parts, upload, request.media_io_kwargs, &limits.config.media)?;
     Ok(ValidRequest {
         conversation,
-        video,
+        videos,
+        cache_salt,
+        timeout,
         sampling,
         stop_strings,
         instruction,
@@ -152,6 +169,30 @@ pub fn check_model(asked: Option<&str>, served: &str) -> Result<(), InvalidReque
         }
         _ => Ok(()),
     }
+}
+
+fn cache_salt(salt: Option<String>) -> Result<Option<Arc<str>>, InvalidRequest> {
+    const MAX_SALT_BYTES: usize = 128;
+    match salt {
+        Some(salt) if salt.is_empty() || salt.len() > MAX_SALT_BYTES => {
+            let message = format!("cache_salt must have 1 to {MAX_SALT_BYTES} bytes");
+            Err(InvalidRequest::field("cache_salt", message))
+        }
+        salt => Ok(salt.map(Into::into)),
+    }
+}
+
+/// A longer time than the server's own is refused rather than cut: nobody shall count on it.
+fn timeout(seconds: Option<f64>, longest: Duration) -> Result<Option<Duration>, InvalidRequest> {
+    let Some(seconds) = seconds else { return Ok(None) };
+    if !(seconds > 0.0 && seconds <= longest.as_secs_f64()) {
+        let message = format!(
+            "timeout is {seconds} s, but must be greater than 0 and at most {} s, the server's own limit",
+            longest.as_secs_f64()
+        );
+        return Err(InvalidRequest::field("timeout", message));
+    }
+    Ok(Some(Duration::from_secs_f64(seconds)))
 }
 
 fn include_usage(request: &ChatRequest) -> Result<bool, InvalidRequest> {
