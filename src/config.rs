@@ -52,8 +52,22 @@ pub struct Config {
     pub max_token_list: usize,
     /// Most videos a request.
     pub max_videos_per_request: usize,
+    pub responses: ResponsesConfig,
     pub media: MediaConfig,
     pub engine: EngineConfig,
+}
+
+/// Limits of the responses that are kept to be read again and continued.
+#[derive(Debug, Clone)]
+pub struct ResponsesConfig {
+    /// Most responses; the oldest go first.
+    pub max_responses: usize,
+    /// Memory of all of them.
+    pub max_bytes: usize,
+    /// Longest conversation that is kept with its response (one with a video in base64 is longer).
+    pub max_conversation_bytes: usize,
+    /// How long a response is kept.
+    pub max_age: Duration,
 }
 
 /// Limits of the media stage: what a video may cost.
@@ -162,8 +176,20 @@ impl Default for Config {
             max_text_bytes: 128 << 10,
             max_token_list: 1024,
             max_videos_per_request: 1,
+            responses: ResponsesConfig::default(),
             media: MediaConfig::default(),
             engine: EngineConfig::default(),
+        }
+    }
+}
+
+impl Default for ResponsesConfig {
+    fn default() -> Self {
+        ResponsesConfig {
+            max_responses: 1000,
+            max_bytes: 64 << 20,
+            max_conversation_bytes: 256 << 10,
+            max_age: Duration::from_secs(24 * 3600),
         }
     }
 }

@@ -13,7 +13,7 @@ use super::{
     start::{ensure_ffmpeg, start},
 };
 use crate::{
-    config::{Config, EngineConfig, FilesConfig, MediaConfig},
+    config::{Config, EngineConfig, FilesConfig, MediaConfig, ResponsesConfig},
     engine::EngineHandle,
     http::{self, Access, AppState},
     shutdown,
@@ -72,6 +72,15 @@ pub struct ServeArgs {
     /// How long uploaded files are kept, hours.
     #[arg(long, value_name = "HOURS", default_value_t = 24)]
     pub files_max_age_hours: u64,
+    /// Responses kept for previous_response_id; the oldest go first.
+    #[arg(long, value_name = "N", default_value_t = 1000)]
+    pub responses_max: usize,
+    /// Memory for kept responses, MiB.
+    #[arg(long, value_name = "MIB", default_value_t = 64)]
+    pub responses_max_mib: usize,
+    /// How long responses are kept, hours.
+    #[arg(long, value_name = "HOURS", default_value_t = 24)]
+    pub responses_max_age_hours: u64,
     /// Videos decoded at the same time.
     #[arg(long, value_name = "N", default_value_t = 4)]
     pub max_concurrent_decodes: usize,
@@ -138,7 +147,14 @@ impl ServeArgs {
             prefix_cache: !self.no_prefix_cache,
             ..defaults
         };
+        let responses = ResponsesConfig {
+            max_responses: self.responses_max,
+            max_bytes: self.responses_max_mib << 20,
+            max_age: Duration::from_secs(self.responses_max_age_hours.saturating_mul(3600)),
+            ..ResponsesConfig::default()
+        };
         Config {
+            responses,
             max_videos_per_request: self.max_videos_per_request,
             listen: SocketAddr::new(self.host, self.port),
             metrics_listen: self.metrics_port.map(|port| SocketAddr::new(self.host, port)),

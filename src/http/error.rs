@@ -50,6 +50,8 @@ pub enum ApiError {
     EngineStopped,
     #[error("the request took longer than {seconds} s; ask for fewer tokens or send a shorter video")]
     DeadlineExceeded { seconds: f64 },
+    #[error("there is no response \"{id}\"; it was not stored, was deleted, or is too old")]
+    UnknownResponse { id: String },
     #[error("there is nothing at this path; see /openapi.json for what there is")]
     NoSuchRoute,
     #[error("this path does not take this method; see the Allow header")]
@@ -146,6 +148,9 @@ impl ApiError {
             ApiError::DeadlineExceeded { .. } => {
                 Row::new(S::GATEWAY_TIMEOUT, "timeout_error", "deadline_exceeded")
             }
+            ApiError::UnknownResponse { .. } => {
+                Row::bad(S::NOT_FOUND, Some("response_not_found")).param("id")
+            }
             ApiError::NoSuchRoute => Row::bad(S::NOT_FOUND, Some("not_found")),
             ApiError::MethodNotAllowed => Row::bad(S::METHOD_NOT_ALLOWED, Some("method_not_allowed")),
             ApiError::Internal(_) => Row::internal(),
@@ -165,6 +170,11 @@ impl ApiError {
     /// Whether the server refused to take the request on at all.
     pub fn is_rejection(&self) -> bool {
         matches!(self.status(), StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE)
+    }
+
+    /// What a client reads, where that is not a response of its own; logs what is withheld.
+    pub fn code_and_message(&self) -> (&'static str, String) {
+        (self.code(), self.to_wire().error.message)
     }
 
     /// `{"error":{…}}`; logs what is withheld from the client.
@@ -293,6 +303,7 @@ mod tests {
         );
         assert_eq!(row(AuthError::Missing), (401, "invalid_api_key", false));
         assert_eq!(row(AuthError::Unknown), (401, "invalid_api_key", false));
+        assert_eq!(row(ApiError::UnknownResponse { id: text() }), (404, "response_not_found", false));
         assert_eq!(row(ApiError::NoSuchRoute), (404, "not_found", false));
         assert_eq!(row(ApiError::MethodNotAllowed), (405, "method_not_allowed", false));
         assert_eq!(row(BodyError::Slow { seconds: 1 }), (408, "body_timeout", false));

@@ -18,6 +18,7 @@ mod probes;
 mod progress;
 mod record;
 mod responses;
+mod responses_api;
 mod server;
 mod sse;
 mod state;
@@ -43,8 +44,9 @@ pub use error::ApiError;
 pub use server::{run, run_metrics};
 pub use state::{Access, AppState, Loaded, ModelCard};
 
-/// The route whose requests are logged one by one.
+/// The routes that generate; their requests are logged one by one.
 const CHAT_COMPLETIONS: &str = "/v1/chat/completions";
+const RESPONSES: &str = "/v1/responses";
 /// The route that may have a port of its own.
 const METRICS: &str = "/metrics";
 
@@ -52,6 +54,9 @@ const METRICS: &str = "/metrics";
 fn routes() -> Vec<(Method, &'static str, MethodRouter<AppState>)> {
     vec![
         (Method::POST, CHAT_COMPLETIONS, post(chat::completions)),
+        (Method::POST, RESPONSES, post(responses_api::create)),
+        (Method::GET, "/v1/responses/{id}", get(responses_api::get)),
+        (Method::DELETE, "/v1/responses/{id}", delete(responses_api::delete)),
         (Method::POST, "/v1/files", post(files::create)),
         (Method::GET, "/v1/files", get(files::list)),
         (Method::GET, "/v1/files/{id}", get(files::get)),

@@ -28,9 +28,12 @@ pub use responses::{NotReady, Refused};
         license(name = "Apache-2.0", identifier = "Apache-2.0"),
     ),
     servers((url = "http://127.0.0.1:8000")),
-    tags((name = "chat"), (name = "files"), (name = "models"), (name = "operating")),
+    tags((name = "chat"), (name = "responses"), (name = "files"), (name = "models"), (name = "operating")),
     paths(
         super::chat::completions,
+        super::responses_api::create,
+        super::responses_api::get,
+        super::responses_api::delete,
         super::files::create,
         super::files::list,
         super::files::get,

@@ -40,9 +40,8 @@ use crate::{
 /// A generation that is being prepared: the video is fetched, decoded, and so on.
 pub type Preparing = BoxFuture<'static, Result<Generation, ApiError>>;
 
-/// What differs between the endpoints: from the JSON of a body, with the file of a multipart one, to what is to be
-/// generated, and `T`, what the endpoint itself has to know to shape the reply. May take long: runs where that is fine.
-pub type Check<T> = fn(&Bytes, Option<NamedTempFile>, Limits<'_>) -> Result<(ValidRequest, T), ApiError>;
+/// What is to be generated, and what the endpoint keeps for itself.
+pub type Checked<T> = Result<(ValidRequest, T), ApiError>;
 
 /// A request on its way.
 pub struct Begun<T> {
@@ -52,7 +51,9 @@ pub struct Begun<T> {
     pub shape: T,
 }
 
-/// Admits a request and sets its stages going; its end is reported however it ends.
+/// Admits a request and sets its stages going; its end is reported however it ends. `check` is what differs between the
+/// endpoints: from the JSON of a body, with the file of a multipart one, to what is to be generated, and `T`, what the
+/// endpoint itself has to know to shape the reply. It may take long: it runs where that is fine.
 ///
 /// # Errors
 /// Everything that goes wrong before there is any need of the video.
@@ -60,7 +61,7 @@ pub async fn begin<T: Send + 'static>(
     state: &AppState,
     record: Arc<RequestRecord>,
     request: Request,
-    check: Check<T>,
+    check: impl FnOnce(&Bytes, Option<NamedTempFile>, Limits<'_>) -> Checked<T> + Send + 'static,
 ) -> Result<Begun<T>, ApiError> {
     let work = state.begin_work().inspect_err(|error| state.metrics().rejection(error.code()))?;
     let timeout = state.config().request_timeout;
@@ -106,7 +107,7 @@ struct Admitted {
 async fn admit<T: Send + 'static>(
     state: &AppState,
     request: Request,
-    check: Check<T>,
+    check: impl FnOnce(&Bytes, Option<NamedTempFile>, Limits<'_>) -> Checked<T> + Send + 'static,
 ) -> Result<(Admitted, T), ApiError> {
     let loaded = state.ready()?;
     // Refuse before the body is read; the place itself is taken after, so that slow senders hold none.

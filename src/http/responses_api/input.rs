@@ -170,7 +170,8 @@ fn one_source<const N: usize>(
 ) -> Result<(), InvalidRequest> {
     let given = names.iter().filter(|name| part.get(**name).is_some_and(|value| !value.is_null()));
     if given.count() > 1 {
-        let message = format!("there is more than one source for this part; send one of {}", names.join(", "));
+        let message =
+            format!("there is more than one source for this part; send one of {}", names.join(", "));
         return Err(InvalidRequest::field(path, message));
     }
     Ok(())

@@ -6,7 +6,7 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
-use crate::{media::VideoInfo, telemetry::metrics::TokenCounts};
+use crate::{http::responses::Videos, telemetry::metrics::TokenCounts};
 
 /// `POST /v1/responses`. Fields of OpenAI's object that can have one value only here are there for its clients.
 #[derive(Debug, Clone, Serialize, ToSchema)]
@@ -41,9 +41,8 @@ pub struct ResponseObject {
     pub truncation: &'static str,
     pub usage: Option<ResponseUsage>,
     pub user: Option<String>,
-    /// What was sampled of the video.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub video: Option<VideoInfo>,
+    #[serde(flatten)]
+    pub videos: Videos,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ToSchema)]
@@ -114,8 +113,19 @@ impl From<TokenCounts> for ResponseUsage {
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum Item {
     /// `summary` and `content` hold the same text: clients read one or the other.
-    Reasoning { id: String, status: Status, summary: Vec<Part>, content: Vec<Part>, encrypted_content: Option<()> },
-    Message { id: String, status: Status, role: &'static str, content: Vec<Part> },
+    Reasoning {
+        id: String,
+        status: Status,
+        summary: Vec<Part>,
+        content: Vec<Part>,
+        encrypted_content: Option<()>,
+    },
+    Message {
+        id: String,
+        status: Status,
+        role: &'static str,
+        content: Vec<Part>,
+    },
 }
 
 /// A text of an item.

@@ -3,17 +3,28 @@
 //! Used by `mod.rs` for streams and unary responses alike: both have the same items.
 
 use super::objects::{At, Item, Part, Payload, Status};
-use crate::output::Segment;
+use crate::{
+    output::{OutputEvent, Segment},
+    scheduler::StopReason,
+};
 
 /// Type and payload of an event that is to be numbered.
 pub type Told = (&'static str, Payload);
 
 /// The output as far as it has come.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Output {
     /// Items that are whole.
     items: Vec<Item>,
     open: Option<OpenItem>,
+    /// Why it ended; aborted as long as it has not.
+    reason: StopReason,
+}
+
+impl Default for Output {
+    fn default() -> Self {
+        Output { items: vec![], open: None, reason: StopReason::Aborted }
+    }
 }
 
 /// The item that grows.
@@ -25,8 +36,23 @@ struct OpenItem {
 }
 
 impl Output {
-    /// Takes more text.
-    pub fn push(&mut self, segment: Segment, text: &str) -> Vec<Told> {
+    /// Takes the next event; gives what there is to tell of it.
+    pub fn take(&mut self, event: OutputEvent) -> Vec<Told> {
+        match event {
+            OutputEvent::Delta { segment, text, .. } => self.push(segment, text),
+            OutputEvent::Finished { reason, .. } => {
+                self.reason = reason;
+                self.close(if reason == StopReason::Length { Status::Incomplete } else { Status::Completed })
+            }
+        }
+    }
+
+    /// Why the output ended.
+    pub fn reason(&self) -> StopReason {
+        self.reason
+    }
+
+    fn push(&mut self, segment: Segment, text: String) -> Vec<Told> {
         let thinks = segment == Segment::Think;
         let mut told = vec![];
         if self.open.as_ref().is_some_and(|open| open.thinks != thinks) {
@@ -38,15 +64,15 @@ impl Output {
             told.extend(open.begin(at));
             open
         });
-        open.text.push_str(text);
+        open.text.push_str(&text);
         let kind =
             if thinks { "response.reasoning_summary_text.delta" } else { "response.output_text.delta" };
-        told.push((kind, Payload::Delta { at: open.at(at), delta: text.into(), logprobs: open.logprobs() }));
+        told.push((kind, Payload::Delta { at: open.at(at), delta: text, logprobs: open.logprobs() }));
         told
     }
 
     /// The end of the output; the last item is as whole as `status` says.
-    pub fn close(&mut self, status: Status) -> Vec<Told> {
+    fn close(&mut self, status: Status) -> Vec<Told> {
         let Some(open) = self.open.take() else { return vec![] };
         let output_index = self.items.len();
         let (told, item) = open.end(output_index, status);
@@ -72,11 +98,7 @@ impl Output {
 impl OpenItem {
     fn new(thinks: bool) -> Self {
         let prefix = if thinks { "rs" } else { "msg" };
-        OpenItem {
-            id: format!("{prefix}_{}", uuid::Uuid::new_v4().simple()),
-            thinks,
-            text: String::new(),
-        }
+        OpenItem { id: format!("{prefix}_{}", uuid::Uuid::new_v4().simple()), thinks, text: String::new() }
     }
 
     /// Where the item's one text is.
@@ -112,11 +134,8 @@ impl OpenItem {
     }
 
     fn begin(&self, output_index: usize) -> [Told; 2] {
-        let part_added = if self.thinks {
-            "response.reasoning_summary_part.added"
-        } else {
-            "response.content_part.added"
-        };
+        let part_added =
+            if self.thinks { "response.reasoning_summary_part.added" } else { "response.content_part.added" };
         let item = self.item(None, Status::InProgress);
         [
             ("response.output_item.added", Payload::Item { output_index, item }),
@@ -153,13 +172,13 @@ mod tests {
     #[test]
     fn an_item_is_announced_grows_and_is_told_whole() {
         let mut output = Output::default();
-        let told = output.push(Segment::Think, "a");
+        let told = output.push(Segment::Think, "a".into());
         assert_eq!(
             kinds(&told),
             ["output_item.added", "reasoning_summary_part.added", "reasoning_summary_text.delta"]
         );
-        assert_eq!(kinds(&output.push(Segment::Think, "b")), ["reasoning_summary_text.delta"]);
-        let told = output.push(Segment::Answer, "C");
+        assert_eq!(kinds(&output.push(Segment::Think, "b".into())), ["reasoning_summary_text.delta"]);
+        let told = output.push(Segment::Answer, "C".into());
         let expected = [
             "reasoning_summary_text.done",
             "reasoning_summary_part.done",

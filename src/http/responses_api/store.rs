@@ -122,11 +122,19 @@ mod tests {
     use super::*;
 
     fn response(num_bytes: usize) -> KeptResponse {
-        KeptResponse { object: "x".repeat(num_bytes), conversation: KeptConversation::TooLarge { num_bytes: 9 } }
+        KeptResponse {
+            object: "x".repeat(num_bytes),
+            conversation: KeptConversation::TooLarge { num_bytes: 9 },
+        }
     }
 
     fn store(max_responses: usize, max_bytes: usize, max_age: Duration) -> ResponseStore {
-        ResponseStore::new(&ResponsesConfig { max_responses, max_bytes, max_age, ..ResponsesConfig::default() })
+        ResponseStore::new(&ResponsesConfig {
+            max_responses,
+            max_bytes,
+            max_age,
+            ..ResponsesConfig::default()
+        })
     }
 
     #[test]

@@ -257,7 +257,7 @@ fn reasoning(request: &ChatRequest) -> Result<Reasoning, InvalidRequest> {
 }
 
 /// Fields of a structure that has no place for others.
-fn refuse_unknown(extra: &Extra, path: &str, known: &[&str]) -> Result<(), InvalidRequest> {
+pub fn refuse_unknown(extra: &Extra, path: &str, known: &[&str]) -> Result<(), InvalidRequest> {
     match extra.iter().find(|(_, value)| !value.is_null()) {
         None => Ok(()),
         Some((name, _)) => {
@@ -272,7 +272,7 @@ fn refuse_unknown(extra: &Extra, path: &str, known: &[&str]) -> Result<(), Inval
 }
 
 /// Client text that is repeated in an error: long enough to recognise, never a whole body.
-fn shorten(text: &str) -> String {
+pub fn shorten(text: &str) -> String {
     const MAX_CHARS: usize = 64;
     match text.char_indices().nth(MAX_CHARS) {
         None => text.into(),
