@@ -4,6 +4,7 @@
 
 mod encoder_cache;
 pub mod handle;
+pub mod logprobs;
 pub mod runner;
 pub mod sampler;
 pub mod worker;

@@ -7,12 +7,15 @@ use rayon::{
     slice::ParallelSlice,
 };
 
-use super::{encoder_cache::EncoderCache, handle::VideoInput, sampler};
+use super::{encoder_cache::EncoderCache, handle::VideoInput, logprobs, sampler};
 use crate::{
     model::{
         self, KvCache, ModelError, Result, SequenceInput, StepInput, Tap, VideoLanguageModel, VisualRows,
     },
-    scheduler::{self, ComputeWork, EncodeWork, SamplingParams, Scheduler, SequenceId, TokenId, VideoDigest},
+    scheduler::{
+        self, ComputeWork, EncodeWork, SamplingParams, Scheduler, SequenceId, TokenId, TokenLogprobs,
+        VideoDigest,
+    },
 };
 
 // The scheduler imports nothing and the model not the scheduler: here both names of the placeholder meet.
@@ -24,6 +27,13 @@ pub trait Requests: Sync {
     fn sampling(&self, id: SequenceId) -> &SamplingParams;
     /// Videos of a sequence.
     fn videos(&self, id: SequenceId) -> &[VideoInput];
+}
+
+/// The next token of a sequence, and what its request asked to know of the choice.
+#[derive(Debug)]
+pub struct Sampled {
+    pub token: TokenId,
+    pub logprobs: Option<Box<TokenLogprobs>>,
 }
 
 /// Model, cache and encoded videos.
@@ -79,7 +89,7 @@ impl Runner {
         works: &[ComputeWork],
         scheduler: &Scheduler,
         requests: &dyn Requests,
-    ) -> Result<Vec<TokenId>> {
+    ) -> Result<Vec<Sampled>> {
         let input = self.step_input(works, scheduler, requests)?;
         let logits = self.model.forward(&input, &mut self.cache, self.tap.as_mut())?;
         if input.logit_rows.is_empty() {
@@ -96,7 +106,8 @@ impl Runner {
                 return Err(ModelError::Msg("the model produced no finite logit".into()));
             }
             let params = requests.sampling(work.sequence);
-            Ok(sampler::sample(row, params, sequence.token_ids(), sequence.num_prompt_tokens()))
+            let token = sampler::sample(row, params, sequence.token_ids(), sequence.num_prompt_tokens());
+            Ok(Sampled { token, logprobs: logprobs::report(row, params, token) })
         };
         sampling.par_iter().zip(logits.par_chunks_exact(self.model.shape().vocab_size)).map(sample).collect()
     }

@@ -6,6 +6,8 @@
 mod auth;
 mod body;
 mod chat;
+mod choices;
+mod completions;
 mod compression;
 pub mod cors;
 mod error;
@@ -46,6 +48,7 @@ pub use state::{Access, AppState, Loaded, ModelCard};
 
 /// The routes that generate; their requests are logged one by one.
 const CHAT_COMPLETIONS: &str = "/v1/chat/completions";
+const COMPLETIONS: &str = "/v1/completions";
 const RESPONSES: &str = "/v1/responses";
 /// The route that may have a port of its own.
 const METRICS: &str = "/metrics";
@@ -54,6 +57,7 @@ const METRICS: &str = "/metrics";
 fn routes() -> Vec<(Method, &'static str, MethodRouter<AppState>)> {
     vec![
         (Method::POST, CHAT_COMPLETIONS, post(chat::completions)),
+        (Method::POST, COMPLETIONS, post(completions::create)),
         (Method::POST, RESPONSES, post(responses_api::create)),
         (Method::GET, "/v1/responses/{id}", get(responses_api::get)),
         (Method::DELETE, "/v1/responses/{id}", delete(responses_api::delete)),

@@ -27,10 +27,12 @@ pub use responses::{NotReady, Refused};
             letters, digits and `-_.:/`, or else a new one. The same id is on the server's log lines.",
         license(name = "Apache-2.0", identifier = "Apache-2.0"),
     ),
+    security((), ("bearer" = [])),
     servers((url = "http://127.0.0.1:8000")),
-    tags((name = "chat"), (name = "responses"), (name = "files"), (name = "models"), (name = "operating")),
+    tags((name = "chat"), (name = "completions"), (name = "responses"), (name = "files"), (name = "models"), (name = "operating")),
     paths(
         super::chat::completions,
+        super::completions::create,
         super::responses_api::create,
         super::responses_api::get,
         super::responses_api::delete,

@@ -26,13 +26,14 @@ use super::{
     progress::Progress,
     record::RequestRecord,
     state::{AppState, Loaded},
-    validate::{Limits, Reasoning, ValidRequest, ValidSampling, ValidVideo},
+    validate::{RawPrompt, Reasoning, ValidChoices, ValidRequest, ValidSampling, ValidVideo},
 };
 use crate::{
+    config::Config,
     engine::{NewSequence, Permit, VideoInput},
     media::{MediaError, Salt, VideoFrames},
     model::FrameBatch,
-    output::OutputAssembler,
+    output::{OutputAssembler, WatchedLetters},
     prompt::{self, Conversation, Instruction, Prompt, Tokenizer},
     scheduler::SamplingParams,
 };
@@ -61,7 +62,7 @@ pub async fn begin<T: Send + 'static>(
     state: &AppState,
     record: Arc<RequestRecord>,
     request: Request,
-    check: impl FnOnce(&Bytes, Option<NamedTempFile>, Limits<'_>) -> Checked<T> + Send + 'static,
+    check: impl FnOnce(&Bytes, Option<NamedTempFile>, &Config, &Loaded) -> Checked<T> + Send + 'static,
 ) -> Result<Begun<T>, ApiError> {
     let work = state.begin_work().inspect_err(|error| state.metrics().rejection(error.code()))?;
     let timeout = state.config().request_timeout;
@@ -70,7 +71,9 @@ pub async fn begin<T: Send + 'static>(
     match admitted.and_then(|admitted| admitted) {
         Ok((admitted, shape)) => {
             progress.set_stream(admitted.valid.stream);
-            admitted.valid.timeout.into_iter().for_each(|timeout| progress.set_timeout(timeout));
+            if let Some(timeout) = admitted.valid.timeout {
+                progress.set_timeout(timeout);
+            }
             let loaded = admitted.loaded.clone();
             let preparing = prepare(admitted, progress, state.config().default_max_tokens).boxed();
             Ok(Begun { loaded, preparing, shape })
@@ -107,7 +110,7 @@ struct Admitted {
 async fn admit<T: Send + 'static>(
     state: &AppState,
     request: Request,
-    check: impl FnOnce(&Bytes, Option<NamedTempFile>, Limits<'_>) -> Checked<T> + Send + 'static,
+    check: impl FnOnce(&Bytes, Option<NamedTempFile>, &Config, &Loaded) -> Checked<T> + Send + 'static,
 ) -> Result<(Admitted, T), ApiError> {
     let loaded = state.ready()?;
     // Refuse before the body is read; the place itself is taken after, so that slow senders hold none.
@@ -116,11 +119,10 @@ async fn admit<T: Send + 'static>(
     let (own_state, own_loaded) = (state.clone(), loaded.clone());
     let checked = body::check(received, move |received| {
         let Received { json, upload, budget } = received;
-        let limits = Limits::new(own_state.config(), &own_loaded);
-        Ok((check(&json, upload, limits)?, budget))
+        Ok((check(&json, upload, own_state.config(), &own_loaded)?, budget))
     });
     let ((valid, shape), budget) = checked.await?;
-    let permit = loaded.engine.reserve()?;
+    let permit = loaded.engine.reserve_many(valid.choices.count)?;
     Ok((Admitted { loaded, valid, permit, budget }, shape))
 }
 
@@ -131,31 +133,40 @@ async fn prepare(
     default_max_tokens: usize,
 ) -> Result<Generation, ApiError> {
     let Admitted { loaded, valid, permit, budget } = admitted;
-    let ValidRequest { conversation, videos, cache_salt, sampling, stop_strings, .. } = valid;
-    let (instruction, reasoning) = (valid.instruction, valid.reasoning);
+    let ValidRequest { conversation, videos, cache_salt, sampling, choices, stop_strings, .. } = valid;
+    let (instruction, reasoning, raw_prompt) = (valid.instruction, valid.reasoning, valid.raw_prompt);
     let deadline = progress.deadline();
     let stages = async {
         let frames = load_videos(&loaded, videos, &cache_salt, &mut progress).await?;
         drop(budget);
         let engine_limits = loaded.engine.limits();
         let started = Instant::now();
-        let prompt =
-            build_prompt(conversation, instruction, loaded.tokenizer.clone(), engine_limits.visual_tokens)
-                .await?;
+        let (tokenizer, num_visual_tokens) = (loaded.tokenizer.clone(), engine_limits.visual_tokens);
+        let prompt = match raw_prompt {
+            Some(raw) => raw_tokens(raw, tokenizer).await?,
+            None => build_prompt(conversation, instruction, tokenizer, num_visual_tokens).await?,
+        };
         let num_prompt = prompt.token_ids.len();
         let num_visual = prompt.video_spans.iter().map(ExactSizeIterator::len).sum();
         progress.prompt_built(num_prompt, num_visual, started.elapsed());
         let room = engine_limits.context.saturating_sub(num_prompt);
-        let sampling = final_sampling(sampling, default_max_tokens.min(room));
-        let tokens = permit.submit(sequence(prompt, &frames, cache_salt, sampling))?;
+        let letters = watched_letters(&choices, &loaded.tokenizer).await?;
+        let mut sampling = final_sampling(sampling, default_max_tokens.min(room));
+        sampling.watched = letters.as_ref().map(WatchedLetters::token_ids).unwrap_or_default();
+        let sequence = sequence(prompt, &frames, cache_salt, sampling);
+        let streams = permit.submit_siblings(siblings(sequence, choices.count))?;
         progress.submitted();
-        Ok((tokens, frames.iter().map(|frames| frames.info.clone()).collect()))
+        Ok((streams, letters, frames.iter().map(|frames| frames.info.clone()).collect()))
     };
     match deadline.bound(stages).await.and_then(|done| done) {
-        Ok((tokens, videos)) => {
+        Ok((streams, letters, videos)) => {
             let raw = reasoning == Reasoning::Raw;
-            let assembler = OutputAssembler::new(loaded.tokenizer.clone(), stop_strings, raw);
-            Ok(Generation::new(vec![(tokens, assembler)], reasoning, videos, progress))
+            let assembler = || {
+                OutputAssembler::new(loaded.tokenizer.clone(), stop_strings.clone(), raw)
+                    .watching(letters.clone())
+            };
+            let sequences = streams.into_iter().map(|stream| (stream, assembler())).collect();
+            Ok(Generation::new(sequences, reasoning, videos, progress))
         }
         Err(error) => {
             progress.ended_by(&error);
@@ -207,6 +218,37 @@ async fn build_prompt(
     });
     let built = built.await.map_err(|error| ApiError::Internal(format!("building the prompt: {error}")))?;
     Ok(built?)
+}
+
+/// A prompt without template; on the blocking pool.
+async fn raw_tokens(raw: RawPrompt, tokenizer: Arc<Tokenizer>) -> Result<Prompt, ApiError> {
+    let token_ids = match raw {
+        RawPrompt::Tokens(ids) => ids,
+        RawPrompt::Text(text) => {
+            let encoded = spawn_blocking(move || tokenizer.encode(&text)).await;
+            encoded.map_err(|error| ApiError::Internal(format!("encoding the prompt: {error}")))??
+        }
+    };
+    Ok(Prompt { token_ids, ..Prompt::default() })
+}
+
+/// The tokens of the options, if their probabilities are wanted; on the blocking pool.
+async fn watched_letters(
+    choices: &ValidChoices,
+    tokenizer: &Arc<Tokenizer>,
+) -> Result<Option<WatchedLetters>, ApiError> {
+    if !choices.answer_logprobs {
+        return Ok(None);
+    }
+    let (options, tokenizer) = (choices.options.clone().unwrap_or_default(), tokenizer.clone());
+    let letters = spawn_blocking(move || WatchedLetters::new(&options, &tokenizer)).await;
+    letters.map(Some).map_err(|error| ApiError::Internal(format!("looking through the vocabulary: {error}")))
+}
+
+/// `count` sequences that differ in their seeds alone.
+fn siblings(sequence: NewSequence, count: usize) -> Vec<NewSequence> {
+    let sampling = |index| sequence.sampling.for_choice(index);
+    (0..count).map(|index| NewSequence { sampling: sampling(index), ..sequence.clone() }).collect()
 }
 
 /// Decides what the request left open.

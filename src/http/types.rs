@@ -57,6 +57,22 @@ pub struct ChatRequest {
     pub stop: Option<TextOr<Vec<String>>>,
     pub stop_token_ids: Option<Vec<u64>>,
     pub ignore_eos: Option<bool>,
+    /// Replies on one prompt, which is computed once. Choice 0 is the reply to the same seed alone.
+    #[schema(minimum = 1, maximum = 8)]
+    pub n: Option<u64>,
+    /// Must equal `n`: all choices are returned.
+    pub best_of: Option<u64>,
+    /// Log probabilities of all tokens of the reply, those of the thinking and the tags included unless the thinking is hidden:
+    /// of the model's own distribution, before penalties, bias and temperature.
+    pub logprobs: Option<bool>,
+    /// The most probable tokens beside each of the reply's; needs `logprobs`.
+    #[schema(minimum = 0, maximum = 20)]
+    pub top_logprobs: Option<u64>,
+    /// Tells of each choice how probable every option letter was where the answer began. The options are lines of the last
+    /// message that begin with "A.", "A:", "A)" or "(A)", or else A to D.
+    pub answer_logprobs: Option<bool>,
+    /// Takes the majority of the answers of `n` choices: by letter when the question has options, else by the text.
+    pub vote: Option<bool>,
     /// false leaves the thinking out of the reply.
     pub include_reasoning: Option<bool>,
     /// auto, parsed, deepseek: thinking in fields of its own; hidden: left out; none: text as it is, tags and all, in the content.

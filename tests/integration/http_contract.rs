@@ -69,11 +69,16 @@ async fn replies_have_the_documented_fields() {
         parts.flat_map(|part| part["properties"].as_object().unwrap().keys().cloned()).collect()
     };
     let server = simple_server().await;
-    let reply = server.ask(&about(&clip_url(), json!({}))).await;
+    let everything =
+        json!({"n": 2, "temperature": 1, "vote": true, "logprobs": true, "answer_logprobs": true});
+    let reply = server.ask(&about(&clip_url(), everything)).await;
     let model = success(server.get(&format!("/v1/models/{MODEL}")).send().await.unwrap()).await;
     for (schema, value) in [
         ("ChatCompletion", &reply),
         ("Choice", &reply["choices"][0]),
+        ("Logprobs", &reply["choices"][0]["logprobs"]),
+        ("TokenLogprob", &reply["choices"][0]["logprobs"]["content"][0]),
+        ("Vote", &reply["vote"]),
         ("ReplyMessage", &reply["choices"][0]["message"]),
         ("Usage", &reply["usage"]),
         ("VideoInfo", &reply["video"]),

@@ -12,6 +12,8 @@ mod engine;
 mod golden;
 mod http_access;
 mod http_chat;
+mod http_choices;
+mod http_completions;
 mod http_contract;
 mod http_files;
 mod http_limits;

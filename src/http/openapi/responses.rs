@@ -9,6 +9,7 @@ use utoipa::{
     openapi::{
         ContentBuilder, Header, HeaderBuilder, ObjectBuilder, OpenApi, Ref, RefOr, Response, ResponseBuilder,
         Type,
+        security::{HttpAuthScheme, HttpBuilder, SecurityScheme},
     },
 };
 
@@ -94,6 +95,11 @@ fn reference((status, name, _): &(&str, &str, &str)) -> (String, RefOr<Response>
 pub(super) fn finish(document: &mut OpenApi) {
     let components = document.components.get_or_insert_default();
     components.schemas.insert("Error".into(), WireError::schema());
+    let bearer = HttpBuilder::new()
+        .scheme(HttpAuthScheme::Bearer)
+        .description(Some("Where the operator has set keys; not for the probes, /version and this document."))
+        .build();
+    components.add_security_scheme("bearer", SecurityScheme::Http(bearer));
     for (status, name, description) in TABLE {
         let content = ContentBuilder::new().schema(Some(Ref::from_schema_name("Error"))).build();
         let mut response =

@@ -40,7 +40,7 @@ use super::{
     record::RequestRecord,
     sse::{self, EventSink},
     state::AppState,
-    validate::InvalidRequest,
+    validate::{InvalidRequest, Limits},
 };
 use crate::scheduler::StopReason;
 
@@ -63,8 +63,8 @@ pub async fn create(
     request: Request,
 ) -> Result<Response, ApiError> {
     let store = state.responses().clone();
-    let begun = pipeline::begin(&state, record, request, move |json, upload, limits| {
-        request::check(json, upload, limits, &store)
+    let begun = pipeline::begin(&state, record, request, move |json, upload, config, loaded| {
+        request::check(json, upload, Limits::new(config, loaded), &store)
     });
     let Begun { preparing, mut shape, .. } = begun.await?;
     shape.object.id = format!("resp_{}", uuid::Uuid::new_v4().simple());

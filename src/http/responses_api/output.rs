@@ -40,9 +40,10 @@ impl Output {
     pub fn take(&mut self, event: OutputEvent) -> Vec<Told> {
         match event {
             OutputEvent::Delta { segment, text, .. } => self.push(segment, text),
-            OutputEvent::Finished { reason, .. } => {
-                self.reason = reason;
-                self.close(if reason == StopReason::Length { Status::Incomplete } else { Status::Completed })
+            OutputEvent::Finished(ending) => {
+                self.reason = ending.reason;
+                let is_cut = ending.reason == StopReason::Length;
+                self.close(if is_cut { Status::Incomplete } else { Status::Completed })
             }
         }
     }
