@@ -28,7 +28,7 @@ use super::{
     sse,
     state::{AppState, Loaded},
     types::{ChatForm, ChatRequest},
-    validate::{self, ValidRequest},
+    validate::{self, Limits, ValidRequest},
 };
 use crate::{
     config::Config,
@@ -65,7 +65,8 @@ pub async fn completions(
     request: Request,
 ) -> Result<Response, ApiError> {
     let Begun { loaded, preparing, shape } = pipeline::begin(&state, record, request, check).await?;
-    let head = reply_head(&loaded, shape.stream);
+    let object = if shape.stream { "chat.completion.chunk" } else { "chat.completion" };
+    let head = reply_head(&loaded, "chatcmpl", object);
     if !shape.stream {
         return Ok(Json(fold(preparing.await?, head, &shape.view).await?).into_response());
     }
@@ -82,17 +83,18 @@ fn check(
     loaded: &Loaded,
 ) -> Result<(ValidRequest, Shape), ApiError> {
     let request: ChatRequest = body::parse(json, config.max_json_values)?;
-    let valid = validate::validate(request, upload, pipeline::limits(config, loaded))?;
+    let valid = validate::validate(request, upload, Limits::new(config, loaded))?;
     let view = ChoiceView { wanted: valid.choices.clone(), tokenizer: loaded.tokenizer.clone() };
     let shape = Shape { stream: valid.stream, include_usage: valid.include_usage, view };
     Ok((valid, shape))
 }
 
-fn reply_head(loaded: &Loaded, stream: bool) -> ReplyHead {
+/// A new reply, of now.
+pub fn reply_head(loaded: &Loaded, id_prefix: &str, object: &'static str) -> ReplyHead {
     let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
     ReplyHead {
-        id: format!("chatcmpl-{}", uuid::Uuid::new_v4().simple()),
-        object: if stream { "chat.completion.chunk" } else { "chat.completion" },
+        id: format!("{id_prefix}-{}", uuid::Uuid::new_v4().simple()),
+        object,
         created,
         model: loaded.model.id.clone(),
     }

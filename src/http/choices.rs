@@ -32,14 +32,14 @@ pub struct Logprobs {
 }
 
 /// A token of the reply.
-#[derive(Debug, Serialize, ToSchema)]
-struct TokenLogprob {
+#[derive(Debug, Clone, Serialize, ToSchema)]
+pub struct TokenLogprob {
     #[serde(flatten)]
     chosen: TokenScore,
     top_logprobs: Vec<TokenScore>,
 }
 
-#[derive(Debug, Serialize, ToSchema)]
+#[derive(Debug, Clone, Serialize, ToSchema)]
 struct TokenScore {
     /// Invalid UTF-8 is shown as U+FFFD.
     token: String,
@@ -72,12 +72,17 @@ pub struct Vote {
 impl ChoiceView {
     /// `None` when nobody asked, or there is no token to tell of.
     pub fn logprobs(&self, tokens: &[ScoredToken]) -> Option<Logprobs> {
-        let content = tokens.iter().map(|token| TokenLogprob {
+        let content = || tokens.iter().map(|token| self.token_logprob(token)).collect();
+        let shown = self.wanted.logprobs && !tokens.is_empty();
+        shown.then(|| Logprobs { content: content(), refusal: None })
+    }
+
+    /// One token, whoever asked.
+    pub fn token_logprob(&self, token: &ScoredToken) -> TokenLogprob {
+        TokenLogprob {
             chosen: self.score(token.id, token.logprobs.chosen),
             top_logprobs: token.logprobs.top.iter().map(|&(id, logprob)| self.score(id, logprob)).collect(),
-        });
-        let shown = self.wanted.logprobs && !tokens.is_empty();
-        shown.then(|| Logprobs { content: content.collect(), refusal: None })
+        }
     }
 
     /// `None` when nobody asked.
@@ -103,10 +108,7 @@ impl ChoiceView {
     }
 
     fn score(&self, id: TokenId, logprob: f32) -> TokenScore {
-        let bytes = self.tokenizer.token_bytes(id).or_else(|| {
-            let content = self.tokenizer.special_content(id);
-            content.map(str::as_bytes)
-        });
+        let bytes = self.tokenizer.bytes_or_name(id);
         TokenScore {
             token: bytes.map(String::from_utf8_lossy).unwrap_or_default().into_owned(),
             logprob: speakable(logprob),
@@ -132,7 +134,8 @@ impl Vote {
     }
 }
 
-fn speakable(logprob: f32) -> f32 {
+/// `logprob` as far as JSON can say it.
+pub fn speakable(logprob: f32) -> f32 {
     if logprob.is_finite() { logprob } else { NO_PROBABILITY }
 }
 

@@ -26,7 +26,7 @@ use super::{
     progress::Progress,
     record::RequestRecord,
     state::{AppState, Loaded},
-    validate::{Limits, Reasoning, ValidChoices, ValidRequest, ValidSampling, ValidVideo},
+    validate::{RawPrompt, Reasoning, ValidChoices, ValidRequest, ValidSampling, ValidVideo},
 };
 use crate::{
     config::Config,
@@ -41,10 +41,8 @@ use crate::{
 /// A generation that is being prepared: the video is fetched, decoded, and so on.
 pub type Preparing = BoxFuture<'static, Result<Generation, ApiError>>;
 
-/// What differs between the endpoints: from the JSON of a body, with the file of a multipart one, to what is to be
-/// generated, and `T`, what the endpoint itself has to know to shape the reply. May take long: runs where that is fine.
-pub type Check<T> =
-    fn(&Bytes, Option<NamedTempFile>, &Config, &Loaded) -> Result<(ValidRequest, T), ApiError>;
+/// What is to be generated, and what the endpoint keeps for itself.
+pub type Checked<T> = Result<(ValidRequest, T), ApiError>;
 
 /// A request on its way.
 pub struct Begun<T> {
@@ -54,7 +52,9 @@ pub struct Begun<T> {
     pub shape: T,
 }
 
-/// Admits a request and sets its stages going; its end is reported however it ends.
+/// Admits a request and sets its stages going; its end is reported however it ends. `check` is what differs between the
+/// endpoints: from the JSON of a body, with the file of a multipart one, to what is to be generated, and `T`, what the
+/// endpoint itself has to know to shape the reply. It may take long: it runs where that is fine.
 ///
 /// # Errors
 /// Everything that goes wrong before there is any need of the video.
@@ -62,7 +62,7 @@ pub async fn begin<T: Send + 'static>(
     state: &AppState,
     record: Arc<RequestRecord>,
     request: Request,
-    check: Check<T>,
+    check: impl FnOnce(&Bytes, Option<NamedTempFile>, &Config, &Loaded) -> Checked<T> + Send + 'static,
 ) -> Result<Begun<T>, ApiError> {
     let work = state.begin_work().inspect_err(|error| state.metrics().rejection(error.code()))?;
     let timeout = state.config().request_timeout;
@@ -110,7 +110,7 @@ struct Admitted {
 async fn admit<T: Send + 'static>(
     state: &AppState,
     request: Request,
-    check: Check<T>,
+    check: impl FnOnce(&Bytes, Option<NamedTempFile>, &Config, &Loaded) -> Checked<T> + Send + 'static,
 ) -> Result<(Admitted, T), ApiError> {
     let loaded = state.ready()?;
     // Refuse before the body is read; the place itself is taken after, so that slow senders hold none.
@@ -126,17 +126,6 @@ async fn admit<T: Send + 'static>(
     Ok((Admitted { loaded, valid, permit, budget }, shape))
 }
 
-/// What a request is measured against.
-pub fn limits<'a>(config: &'a Config, loaded: &'a Loaded) -> Limits<'a> {
-    Limits {
-        config,
-        model_id: &loaded.model.id,
-        default_sampling: &loaded.model.default_sampling,
-        vocab_size: loaded.tokenizer.vocab_size(),
-        thinks: loaded.model.thinks,
-    }
-}
-
 /// Video, prompt, engine: everything up to the first token.
 async fn prepare(
     admitted: Admitted,
@@ -145,16 +134,18 @@ async fn prepare(
 ) -> Result<Generation, ApiError> {
     let Admitted { loaded, valid, permit, budget } = admitted;
     let ValidRequest { conversation, videos, cache_salt, sampling, choices, stop_strings, .. } = valid;
-    let (instruction, reasoning) = (valid.instruction, valid.reasoning);
+    let (instruction, reasoning, raw_prompt) = (valid.instruction, valid.reasoning, valid.raw_prompt);
     let deadline = progress.deadline();
     let stages = async {
         let frames = load_videos(&loaded, videos, &cache_salt, &mut progress).await?;
         drop(budget);
         let engine_limits = loaded.engine.limits();
         let started = Instant::now();
-        let prompt =
-            build_prompt(conversation, instruction, loaded.tokenizer.clone(), engine_limits.visual_tokens)
-                .await?;
+        let (tokenizer, num_visual_tokens) = (loaded.tokenizer.clone(), engine_limits.visual_tokens);
+        let prompt = match raw_prompt {
+            Some(raw) => raw_tokens(raw, tokenizer).await?,
+            None => build_prompt(conversation, instruction, tokenizer, num_visual_tokens).await?,
+        };
         let num_prompt = prompt.token_ids.len();
         let num_visual = prompt.video_spans.iter().map(ExactSizeIterator::len).sum();
         progress.prompt_built(num_prompt, num_visual, started.elapsed());
@@ -217,19 +208,28 @@ fn at_fault(error: &MediaError, path: String, knobs_path: &str) -> String {
 
 /// Renders and tokenises on the blocking pool; the last turn gets its instruction.
 async fn build_prompt(
-    mut conversation: Conversation,
+    conversation: Conversation,
     instruction: Instruction,
     tokenizer: Arc<Tokenizer>,
     num_visual_tokens: usize,
 ) -> Result<Prompt, ApiError> {
     let built = spawn_blocking(move || {
-        if let Some(last) = conversation.turns.last_mut() {
-            last.user = instruction.add_to(&last.user);
-        }
-        prompt::build(&conversation, &tokenizer, num_visual_tokens)
+        prompt::build(&prompt::instructed(conversation, instruction), &tokenizer, num_visual_tokens)
     });
     let built = built.await.map_err(|error| ApiError::Internal(format!("building the prompt: {error}")))?;
     Ok(built?)
+}
+
+/// A prompt without template; on the blocking pool.
+async fn raw_tokens(raw: RawPrompt, tokenizer: Arc<Tokenizer>) -> Result<Prompt, ApiError> {
+    let token_ids = match raw {
+        RawPrompt::Tokens(ids) => ids,
+        RawPrompt::Text(text) => {
+            let encoded = spawn_blocking(move || tokenizer.encode(&text)).await;
+            encoded.map_err(|error| ApiError::Internal(format!("encoding the prompt: {error}")))??
+        }
+    };
+    Ok(Prompt { token_ids, ..Prompt::default() })
 }
 
 /// The tokens of the options, if their probabilities are wanted; on the blocking pool.

@@ -34,7 +34,7 @@ pub struct ChatCompletion {
 }
 
 /// What was sampled: `video` of one, `videos` of several, in the order of the request.
-#[derive(Debug, Default, Serialize, ToSchema)]
+#[derive(Debug, Clone, Default, Serialize, ToSchema)]
 pub struct Videos {
     #[serde(skip_serializing_if = "Option::is_none")]
     video: Option<VideoInfo>,

@@ -1,6 +1,6 @@
 //! A reply as server-sent events, in the form and order that clients of OpenAI's API expect.
 //!
-//! Called by `http/chat.rs`. The stream owns the generation: dropped, it cancels everything under it.
+//! Called by the generating endpoints. The stream owns the generation: dropped, it cancels everything under it.
 
 use std::{convert::Infallible, panic::AssertUnwindSafe, time::Duration};
 
@@ -30,11 +30,23 @@ use crate::output::{Answer, OutputEvent};
 /// Events made before the socket takes them. Tokens wait in the sequence's own channel, not here.
 const EVENTS_AHEAD: usize = 1;
 
-/// A response that streams what `preparing` becomes, with a comment whenever `interval` passes in silence.
+/// A response that streams what `preparing` becomes.
 pub fn reply(preparing: Preparing, head: ReplyHead, shape: Shape, interval: Duration) -> Response {
+    respond(interval, |events| async move {
+        let writer = Writer { events, head, view: shape.view, include_usage: shape.include_usage };
+        writer.write_all(preparing).await
+    })
+}
+
+/// A response of the events that `write` sends, with a comment whenever `interval` passes in silence. An error of
+/// `write` is the last event.
+pub fn respond<W>(interval: Duration, write: impl FnOnce(EventSink) -> W) -> Response
+where
+    W: Future<Output = Result<(), ApiError>> + Send + 'static,
+{
     let (sender, events) = mpsc::channel(EVENTS_AHEAD);
-    let writer = Writer { events: sender, head, view: shape.view, include_usage: shape.include_usage };
-    let work = write(writer, preparing).in_current_span();
+    let sink = EventSink(sender);
+    let work = write_all(write(sink.clone()), sink).in_current_span();
     // The work is polled as a part of the stream itself: it has no life of its own that could outlast the client.
     let work = stream::once(work).filter_map(|()| std::future::ready(None));
     let events = stream::select(ReceiverStream::new(events), work).map(Ok::<_, Infallible>);
@@ -47,19 +59,49 @@ pub fn reply(preparing: Preparing, head: ReplyHead, shape: Shape, interval: Dura
     (headers, Sse::new(events).keep_alive(keep_alive)).into_response()
 }
 
-async fn write(writer: Writer, preparing: Preparing) {
-    let outcome = AssertUnwindSafe(writer.write_all(preparing)).catch_unwind().await;
+async fn write_all(work: impl Future<Output = Result<(), ApiError>>, sink: EventSink) {
+    let outcome = AssertUnwindSafe(work).catch_unwind().await;
     let error = match outcome {
         Ok(Ok(())) => return,
         Ok(Err(error)) => error,
         Err(_) => ApiError::Internal("a panic while streaming".into()),
     };
-    writer.send(&error.to_wire()).await;
+    sink.send(&error.to_wire()).await;
+}
+
+/// Where the events of a stream go.
+#[derive(Debug, Clone)]
+pub struct EventSink(mpsc::Sender<Event>);
+
+impl EventSink {
+    /// An event without a name.
+    pub async fn send(&self, data: &impl Serialize) {
+        self.push(json(Event::default(), data)).await;
+    }
+
+    /// An event with a name.
+    pub async fn send_named(&self, name: &str, data: &impl Serialize) {
+        self.push(json(Event::default().event(name), data)).await;
+    }
+
+    /// What tells clients of OpenAI's older streams that they are over.
+    pub async fn send_done(&self) {
+        self.push(Event::default().data("[DONE]")).await;
+    }
+
+    async fn push(&self, event: Event) {
+        // Fails only when the stream is being dropped, and the sender with it.
+        let _ = self.0.send(event).await;
+    }
+}
+
+fn json(event: Event, data: &impl Serialize) -> Event {
+    event.json_data(data).expect("wire types are JSON without newlines: this is a bug")
 }
 
 /// Turns pieces into events.
 struct Writer {
-    events: mpsc::Sender<Event>,
+    events: EventSink,
     head: ReplyHead,
     view: ChoiceView,
     include_usage: bool,
@@ -99,7 +141,7 @@ impl Writer {
             let usage: Usage = generation.counts().into();
             self.send(&Chunk { usage: Some(usage), ..self.chunk(vec![]) }).await;
         }
-        self.push(Event::default().data("[DONE]")).await;
+        self.events.send_done().await;
         Ok(())
     }
 
@@ -108,13 +150,6 @@ impl Writer {
     }
 
     async fn send(&self, data: &impl Serialize) {
-        let event =
-            Event::default().json_data(data).expect("wire types are JSON without newlines: this is a bug");
-        self.push(event).await;
-    }
-
-    async fn push(&self, event: Event) {
-        // Fails only when the stream is being dropped, and this future with it.
-        let _ = self.events.send(event).await;
+        self.events.send(data).await;
     }
 }

@@ -18,7 +18,7 @@ use super::openapi::parts;
 pub type Extra = Map<String, Value>;
 
 /// Body of `POST /v1/chat/completions`.
-#[derive(Debug, Deserialize, ToSchema)]
+#[derive(Debug, Default, Deserialize, ToSchema)]
 pub struct ChatRequest {
     /// The served model; may be left out.
     pub model: Option<String>,

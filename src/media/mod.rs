@@ -7,6 +7,7 @@ mod decode;
 mod error;
 mod fetch;
 pub mod ffmpeg;
+mod file_store;
 mod flights;
 mod frame_cache;
 pub mod frame_sampling;
@@ -48,8 +49,9 @@ use crate::config::MediaConfig;
 pub use self::{
     decode::Way,
     error::MediaError,
+    file_store::{FileLabel, FileRecord, FileStore, FileStoreError, Upload},
     source::Salt,
-    tools::{SamplingBenchmark, SourceFrames},
+    tools::{SamplingBenchmark, SourceFrames, check_tools},
 };
 
 /// Goes into every digest: changes whenever the same video would give other pixels.
@@ -66,12 +68,12 @@ pub enum VideoSource {
     Image(String),
     /// The bytes in base64.
     Base64(String),
-    /// An uploaded file of earlier.
-    FileId(String),
     /// The bytes themselves (decoded base64, small uploads).
     Bytes(Bytes),
     /// An upload already on disk; removed when dropped.
     TempFile(tempfile::NamedTempFile),
+    /// A file of the store, by its id.
+    FileId(String),
     /// A local file named by the operator on the command line (never by a client).
     LocalFile(PathBuf),
 }
@@ -155,6 +157,7 @@ pub struct MediaLoader {
     config: Arc<MediaConfig>,
     image_size: usize,
     tools: Tools,
+    files: Arc<FileStore>,
     sources: SourceReader,
     cache: FrameCache,
     /// One for each decoder process.
@@ -162,22 +165,27 @@ pub struct MediaLoader {
 }
 
 impl MediaLoader {
-    /// A loader whose frames have `image_size` x `image_size` pixels. Does not need ffmpeg yet: see
-    /// [`MediaLoader::check_tools`].
+    /// A loader whose frames have `image_size` x `image_size` pixels. Does not need ffmpeg yet: see [`check_tools`].
+    /// Opens the file store, which takes a moment when it holds many files.
+    ///
+    /// # Errors
+    /// When the file store's directory cannot be used.
     pub fn new(config: MediaConfig, image_size: usize) -> Result<Self, MediaError> {
+        let files = FileStore::open(&config).map_err(|error| MediaError::Internal(error.to_string()))?;
         Ok(MediaLoader {
             image_size,
             tools: Tools::new(&config),
-            sources: SourceReader::new(&config)?,
+            sources: SourceReader::new(&config, files.clone())?,
+            files,
             cache: FrameCache::new(config.frame_cache_bytes),
             places: Arc::new(Semaphore::new(config.max_concurrent_decodes.max(1))),
             config: Arc::new(config),
         })
     }
 
-    /// Whether ffmpeg and ffprobe are there; the error says how to get them.
-    pub fn check_tools(&self) -> Result<(), MediaError> {
-        self.tools.check()
+    /// The files that requests may name by their ids.
+    pub fn files(&self) -> &Arc<FileStore> {
+        &self.files
     }
 
     /// Frames of one video. Dropping the future kills the download and the decoder, unless others wait for them too.

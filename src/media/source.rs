@@ -20,7 +20,7 @@ use tempfile::{NamedTempFile, TempPath};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use url::Url;
 
-use super::{MediaError, VideoSource, fetch::Fetcher, flights::Flights};
+use super::{FileStore, FileStoreError, MediaError, VideoSource, fetch::Fetcher, flights::Flights};
 use crate::config::MediaConfig;
 
 /// Clients disagree about `=` at the end.
@@ -55,6 +55,7 @@ pub type Salt = Option<Arc<str>>;
 #[derive(Debug, Clone)]
 pub struct SourceReader {
     fetcher: Fetcher,
+    files: Arc<FileStore>,
     /// Downloads that run, by salt and URLs.
     flights: Flights<(Salt, Vec<Url>), Vec<LocalFile>>,
     /// One for each download that is running or waits on disk to be decoded.
@@ -73,9 +74,10 @@ enum Origin {
 }
 
 impl SourceReader {
-    pub fn new(config: &MediaConfig) -> Result<Self, MediaError> {
+    pub fn new(config: &MediaConfig, files: Arc<FileStore>) -> Result<Self, MediaError> {
         Ok(SourceReader {
             fetcher: Fetcher::new(config)?,
+            files,
             flights: Flights::default(),
             fetch_places: Arc::new(Semaphore::new(config.max_concurrent_fetches.max(1))),
             max_video_bytes: config.max_video_bytes,
@@ -99,10 +101,7 @@ impl SourceReader {
             VideoSource::Bytes(bytes) => one(move || this.store(&bytes)).await,
             VideoSource::TempFile(file) => one(move || this.temporary(file.into_temp_path())).await,
             VideoSource::LocalFile(path) => one(move || this.operators_file(&path)).await,
-            VideoSource::FileId(id) => Err(MediaError::Refused {
-                param: "file_id",
-                message: format!("there is no file \"{id}\" here; upload it first, or send the video itself"),
-            }),
+            VideoSource::FileId(id) => one(move || this.stored_file(&id)).await,
         }
     }
 
@@ -239,6 +238,31 @@ impl SourceReader {
         self.hashed(canonical, None)
     }
 
+    /// A file of the store: neither copied nor hashed again.
+    fn stored_file(&self, id: &str) -> Result<LocalFile, MediaError> {
+        let (record, link) = self.files.borrow(id).map_err(|error| match error {
+            FileStoreError::NotFound { .. } => {
+                MediaError::Refused { param: "file_id", message: error.to_string() }
+            }
+            other => {
+                tracing::error!(error = %other, "a stored file could not be read");
+                MediaError::Internal("the file could not be read; try again later".into())
+            }
+        })?;
+        // The limit of one video may be lower than when the file was stored.
+        let num_bytes = usize::try_from(record.num_bytes).unwrap_or(usize::MAX);
+        if num_bytes > self.max_video_bytes {
+            return Err(self.too_large());
+        }
+        Ok(LocalFile {
+            path: link.to_path_buf(),
+            content_hash: record.content_hash,
+            num_bytes,
+            _temporary: Some(Arc::new(link)),
+            _fetch_place: None,
+        })
+    }
+
     fn store(&self, bytes: &[u8]) -> Result<LocalFile, MediaError> {
         if bytes.len() > self.max_video_bytes {
             return Err(self.too_large());
@@ -333,7 +357,8 @@ mod tests {
     use super::*;
 
     fn reader(max_video_bytes: usize) -> SourceReader {
-        SourceReader::new(&MediaConfig { max_video_bytes, ..MediaConfig::default() }).unwrap()
+        let config = MediaConfig { max_video_bytes, ..MediaConfig::default() };
+        SourceReader::new(&config, FileStore::open(&config).unwrap()).unwrap()
     }
 
     async fn read(max_video_bytes: usize, url: &str) -> Result<Vec<u8>, MediaError> {

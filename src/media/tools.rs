@@ -1,4 +1,4 @@
-//! Local files for the commands: frames at the source's own size, and how long sampling takes.
+//! For the commands: whether there is an ffmpeg, frames of local files at their own size, how long sampling takes.
 //!
 //! Called by `cli`, never for a request.
 
@@ -10,11 +10,13 @@ use std::{
 use super::{
     FrameSampling, MediaError, MediaLoader, VideoInfo, VideoSource, Way,
     decode::{Decoded, FrameMap},
+    ffmpeg::Tools,
     frame_sampling::Sampling,
     probe,
     source::LocalFile,
     video_info,
 };
+use crate::config::MediaConfig;
 
 /// Most memory for frames at source size.
 const MAX_SOURCE_FRAMES_BYTES: usize = 2 << 30;
@@ -39,6 +41,14 @@ pub struct SamplingBenchmark {
     pub source_frames: usize,
     /// Seconds.
     pub duration: f64,
+}
+
+/// Whether ffmpeg and ffprobe are there; the error says how to get them.
+///
+/// # Errors
+/// When one of them is missing.
+pub fn check_tools(config: &MediaConfig) -> Result<(), MediaError> {
+    Tools::new(config).check()
 }
 
 impl MediaLoader {

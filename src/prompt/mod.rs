@@ -58,6 +58,14 @@ pub enum PromptError {
     Load(String),
 }
 
+/// `conversation` with `instruction` at the end of its last turn.
+pub fn instructed(mut conversation: Conversation, instruction: Instruction) -> Conversation {
+    if let Some(last) = conversation.turns.last_mut() {
+        last.user = instruction.add_to(&last.user);
+    }
+    conversation
+}
+
 /// Renders and tokenises `conversation` by the template `qwen2_base`, with `num_visual_tokens` a video.
 ///
 /// # Errors

@@ -10,8 +10,13 @@ use utoipa::openapi::{
 use crate::{config::Config, http::validate::HARMLESS};
 
 /// Requests and what is in them: an unknown field is refused.
-const CLOSED: [&str; 11] = [
+const CLOSED: [&str; 16] = [
+    "ResponsesStreamOptions",
+    "ReasoningOptions",
+    "TextOptions",
     "ChatRequest",
+    "TokenizeRequest",
+    "DetokenizeRequest",
     "StreamOptions",
     "ChatTemplateKwargs",
     "MediaIoKwargs",

@@ -45,6 +45,9 @@ pub(super) const NOT_YET: [&str; 20] = [
 ];
 
 /// Refuses what is unknown or not built yet.
+///
+/// # Errors
+/// The first such field.
 pub fn check_top_level(extra: &Extra) -> Result<(), InvalidRequest> {
     for (name, value) in extra {
         if HARMLESS.contains(&name.as_str()) || value.is_null() {

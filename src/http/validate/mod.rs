@@ -16,17 +16,24 @@ use std::{sync::Arc, time::Duration};
 
 use tempfile::NamedTempFile;
 
-use super::types::{ChatRequest, Extra};
+pub use fields::check_top_level;
+
+use super::{
+    state::Loaded,
+    types::{ChatRequest, Extra},
+};
 use crate::{
     config::Config,
     media::{FrameSampling, VideoSource},
     prompt::{Conversation, Instruction},
-    scheduler::SamplingParams,
+    scheduler::{SamplingParams, TokenId},
 };
 
 /// A request that can be served, but for what only later stages can know (the video, the prompt's length).
 #[derive(Debug)]
 pub struct ValidRequest {
+    /// What is to be continued in place of a conversation, which is then empty.
+    pub raw_prompt: Option<RawPrompt>,
     /// Each video's place is in the turn that counts it.
     pub conversation: Conversation,
     /// In the order of their places.
@@ -44,6 +51,13 @@ pub struct ValidRequest {
     pub stream: bool,
     /// Whether a stream ends with a chunk of usage.
     pub include_usage: bool,
+}
+
+/// A prompt without template.
+#[derive(Debug)]
+pub enum RawPrompt {
+    Text(String),
+    Tokens(Vec<TokenId>),
 }
 
 /// One video of a request.
@@ -93,6 +107,19 @@ pub struct Limits<'a> {
     pub thinks: bool,
 }
 
+impl<'a> Limits<'a> {
+    /// Of a server with this model.
+    pub fn new(config: &'a Config, loaded: &'a Loaded) -> Self {
+        Limits {
+            config,
+            model_id: &loaded.model.id,
+            default_sampling: &loaded.model.default_sampling,
+            vocab_size: loaded.tokenizer.vocab_size(),
+            thinks: loaded.model.thinks,
+        }
+    }
+}
+
 /// Why a request is refused; one sentence for the client.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum InvalidRequest {
@@ -119,7 +146,7 @@ pub fn validate(
     limits: Limits<'_>,
 ) -> Result<ValidRequest, InvalidRequest> {
     check_model(request.model.as_deref(), limits.model_id)?;
-    fields::check_top_level(&request.extra)?;
+    check_top_level(&request.extra)?;
     let include_usage = include_usage(&request)?;
     let instruction = instruction(&request, limits.thinks)?;
     let reasoning = reasoning(&request)?;
@@ -132,6 +159,7 @@ pub fn validate(
     let choices = choices::validate(&request, &conversation, sampling.params.temperature, limits)?;
     let videos = video::validate(parts, upload, request.media_io_kwargs, &limits.config.media)?;
     Ok(ValidRequest {
+        raw_prompt: None,
         conversation,
         videos,
         cache_salt,
@@ -146,8 +174,39 @@ pub fn validate(
     })
 }
 
+/// As [`validate`], for a request that brings its prompt as it is: without messages, and nothing is made of tags.
+///
+/// # Errors
+/// The first fault found, with the field it is in.
+pub fn validate_raw(
+    mut request: ChatRequest,
+    prompt: RawPrompt,
+    limits: Limits<'_>,
+) -> Result<ValidRequest, InvalidRequest> {
+    check_model(request.model.as_deref(), limits.model_id)?;
+    check_top_level(&request.extra)?;
+    let (conversation, sampling) = (Conversation::default(), sampling::validate(&request, limits)?);
+    Ok(ValidRequest {
+        raw_prompt: Some(prompt),
+        videos: vec![],
+        cache_salt: cache_salt(request.cache_salt.take())?,
+        timeout: timeout(request.timeout, limits.config.request_timeout)?,
+        choices: choices::validate(&request, &conversation, sampling.params.temperature, limits)?,
+        stop_strings: sampling::stop_strings(&request, limits.config)?,
+        instruction: Instruction::AsAsked,
+        reasoning: Reasoning::Raw,
+        stream: request.stream.unwrap_or(false),
+        include_usage: include_usage(&request)?,
+        conversation,
+        sampling,
+    })
+}
+
 /// No model means the one there is.
-fn check_model(asked: Option<&str>, served: &str) -> Result<(), InvalidRequest> {
+///
+/// # Errors
+/// When another one is asked for.
+pub fn check_model(asked: Option<&str>, served: &str) -> Result<(), InvalidRequest> {
     match asked {
         Some(asked) if asked != served => {
             Err(InvalidRequest::UnknownModel { asked: shorten(asked), served: served.into() })
@@ -242,7 +301,7 @@ fn reasoning(request: &ChatRequest) -> Result<Reasoning, InvalidRequest> {
 }
 
 /// Fields of a structure that has no place for others.
-fn refuse_unknown(extra: &Extra, path: &str, known: &[&str]) -> Result<(), InvalidRequest> {
+pub fn refuse_unknown(extra: &Extra, path: &str, known: &[&str]) -> Result<(), InvalidRequest> {
     match extra.iter().find(|(_, value)| !value.is_null()) {
         None => Ok(()),
         Some((name, _)) => {
@@ -257,7 +316,7 @@ fn refuse_unknown(extra: &Extra, path: &str, known: &[&str]) -> Result<(), Inval
 }
 
 /// Client text that is repeated in an error: long enough to recognise, never a whole body.
-fn shorten(text: &str) -> String {
+pub fn shorten(text: &str) -> String {
     const MAX_CHARS: usize = 64;
     match text.char_indices().nth(MAX_CHARS) {
         None => text.into(),
