@@ -21,12 +21,13 @@ use super::{
     body::{self, Budget, Received},
     error::ApiError,
     generation::{Generation, finish_reason},
+    openapi::Refused,
     progress::Progress,
     record::RequestRecord,
-    responses::{ChatCompletion, Choice, ReplyHead, ReplyMessage},
+    responses::{ChatCompletion, Choice, Chunk, ReplyHead, ReplyMessage},
     sse,
     state::{AppState, Loaded},
-    types::ChatRequest,
+    types::{ChatForm, ChatRequest},
     validate::{self, Limits, Reasoning, ValidRequest, ValidSampling, ValidVideo},
 };
 use crate::{
@@ -46,6 +47,17 @@ pub type Preparing = BoxFuture<'static, Result<Generation, ApiError>>;
 ///
 /// # Errors
 /// Everything that goes wrong before the first byte of the reply.
+#[utoipa::path(post, path = "/v1/chat/completions", tag = "chat", operation_id = "createChatCompletion",
+    summary = "Answer a conversation, with videos in it",
+    request_body(content((ChatRequest = "application/json"), (ChatForm = "multipart/form-data"))),
+    responses(
+        (status = 200, description = "The reply. With `\"stream\": true` server-sent events: first a delta with the role, then deltas \
+            of thinking (`reasoning_content` and `reasoning`, the same text), then deltas of `content`, then a chunk with \
+            `finish_reason`, with `stream_options.include_usage` one with `usage`, and `data: [DONE]`. Comments keep the \
+            connection alive while the video is fetched and decoded. An error after the first byte is an event with \
+            `error`, and the end of the stream.",
+            content((ChatCompletion = "application/json"), (Chunk = "text/event-stream"))),
+        Refused))]
 pub async fn completions(
     State(state): State<AppState>,
     Extension(record): Extension<Arc<RequestRecord>>,

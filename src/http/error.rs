@@ -11,6 +11,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use serde::Serialize;
+use utoipa::ToSchema;
 
 use super::{auth::AuthError, body::BodyError, validate::InvalidRequest};
 use crate::{
@@ -205,12 +206,14 @@ fn media_row(error: &MediaError) -> Row {
 }
 
 /// An error as the client reads it.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Error)]
 pub struct WireError {
+    #[schema(inline)]
     error: WireErrorBody,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 struct WireErrorBody {
     message: String,
     #[serde(rename = "type")]

@@ -10,86 +10,129 @@ use serde::{
     de::{MapAccess, SeqAccess, Visitor, value},
 };
 use serde_json::{Map, Number, Value};
+use utoipa::ToSchema;
+
+use super::openapi::parts;
 
 /// Fields without a place of their own.
 pub type Extra = Map<String, Value>;
 
 /// Body of `POST /v1/chat/completions`.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, ToSchema)]
 pub struct ChatRequest {
+    /// The served model; may be left out.
     pub model: Option<String>,
+    /// system or developer (optional, first), then user and assistant in turn, user last.
+    #[schema(min_items = 1, max_items = 128)]
     pub messages: Vec<Message>,
     pub stream: Option<bool>,
     pub stream_options: Option<StreamOptions>,
+    /// 0 is greedy.
+    #[schema(minimum = 0, maximum = 2)]
     pub temperature: Option<f64>,
+    #[schema(exclusive_minimum = 0, maximum = 1)]
     pub top_p: Option<f64>,
+    /// -1 and 0 mean no limit.
+    #[schema(minimum = -1)]
     pub top_k: Option<i64>,
+    #[schema(minimum = 0, maximum = 1)]
     pub min_p: Option<f64>,
+    #[schema(minimum = 0.01, maximum = 10)]
     pub repetition_penalty: Option<f64>,
+    #[schema(minimum = -2, maximum = 2)]
     pub frequency_penalty: Option<f64>,
+    #[schema(minimum = -2, maximum = 2)]
     pub presence_penalty: Option<f64>,
     /// Token id (as text, for JSON keys are text) to bias.
     pub logit_bias: Option<BTreeMap<String, f64>>,
+    /// The same seed gives the same text.
+    #[schema(value_type = Option<i64>)]
     pub seed: Option<Number>,
+    #[schema(minimum = 1)]
     pub max_tokens: Option<u64>,
+    /// The same as `max_tokens`.
+    #[schema(minimum = 1)]
     pub max_completion_tokens: Option<u64>,
+    #[schema(schema_with = parts::stop, required = false)]
     pub stop: Option<TextOr<Vec<String>>>,
     pub stop_token_ids: Option<Vec<u64>>,
     pub ignore_eos: Option<bool>,
+    /// false leaves the thinking out of the reply.
     pub include_reasoning: Option<bool>,
+    /// auto, parsed, deepseek: thinking in fields of its own; hidden: left out; none: text as it is, tags and all, in the content.
     pub reasoning_format: Option<String>,
+    /// none asks for the answer without thinking; minimal, low, medium, high and xhigh are one and the same.
     pub reasoning_effort: Option<String>,
     pub chat_template_kwargs: Option<ChatTemplateKwargs>,
     pub media_io_kwargs: Option<MediaIoKwargs>,
     #[serde(flatten)]
+    #[schema(ignore)]
     pub extra: Extra,
 }
 
-#[derive(Debug, Deserialize)]
+/// The same request as `multipart/form-data`; read by `http/body.rs`, this is its description.
+#[derive(Debug, ToSchema)]
+#[expect(dead_code, reason = "for the document only")]
+pub struct ChatForm {
+    /// The JSON. Its video part may be left out: the video then belongs to the last message.
+    request: ChatRequest,
+    /// The video file.
+    #[schema(value_type = Option<String>, format = Binary)]
+    video: Option<Vec<u8>>,
+}
+
+#[derive(Debug, Deserialize, ToSchema)]
 pub struct StreamOptions {
     pub include_usage: Option<bool>,
     #[serde(flatten)]
+    #[schema(ignore)]
     pub extra: Extra,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, ToSchema)]
 pub struct ChatTemplateKwargs {
     pub enable_thinking: Option<bool>,
     #[serde(flatten)]
+    #[schema(ignore)]
     pub extra: Extra,
 }
 
 /// What clients of vLLM and LMDeploy send through `extra_body`.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, ToSchema)]
 pub struct MediaIoKwargs {
     pub video: Option<SamplingKnobs>,
     #[serde(flatten)]
+    #[schema(ignore)]
     pub extra: Extra,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, ToSchema)]
 pub struct Message {
     pub role: String,
+    #[schema(schema_with = parts::content, required = false)]
     pub content: Option<TextOr<Vec<ContentPart>>>,
     #[serde(flatten)]
+    #[schema(ignore)]
     pub extra: Extra,
 }
 
 /// One part of a message's content; `kind` says which of the fields must be there.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, ToSchema)]
 pub struct ContentPart {
     #[serde(rename = "type")]
     pub kind: String,
     pub text: Option<String>,
+    #[schema(schema_with = parts::video_url, required = false)]
     pub video_url: Option<TextOr<VideoUrl>>,
     pub uuid: Option<String>,
     #[serde(flatten)]
+    #[schema(ignore)]
     pub extra: Extra,
 }
 
 /// A video and, in the same object, how its frames are sampled.
 // The knobs are listed again and not flattened: a flattened structure loses the path of a fault.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, ToSchema)]
 pub struct VideoUrl {
     /// May be left out when the video comes as a part of a multipart body.
     pub url: Option<String>,
@@ -100,6 +143,7 @@ pub struct VideoUrl {
     pub start: Option<f64>,
     pub end: Option<f64>,
     #[serde(flatten)]
+    #[schema(ignore)]
     pub extra: Extra,
 }
 
@@ -118,7 +162,7 @@ impl VideoUrl {
 }
 
 /// How frames are sampled.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, ToSchema)]
 pub struct SamplingKnobs {
     pub num_frames: Option<i64>,
     pub fps: Option<f64>,
@@ -126,6 +170,7 @@ pub struct SamplingKnobs {
     pub start: Option<f64>,
     pub end: Option<f64>,
     #[serde(flatten)]
+    #[schema(ignore)]
     pub extra: Extra,
 }
 

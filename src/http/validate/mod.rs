@@ -7,6 +7,7 @@ mod messages;
 mod sampling;
 mod video;
 
+pub use fields::HARMLESS;
 use tempfile::NamedTempFile;
 
 use super::types::{ChatRequest, Extra};
