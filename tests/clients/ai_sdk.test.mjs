@@ -18,7 +18,7 @@ after(async () => {
 });
 
 const nano = (apiKey = KEY, name = 'nano') =>
-  createOpenAICompatible({ name: 'tinyllava', baseURL: `${server.url}/v1`, apiKey })(name);
+  createOpenAICompatible({ name: 'tinyllava', baseURL: `${server.url}/v1`, apiKey, includeUsage: true })(name);
 
 /** The SDK has no video part: the content that the server knows is passed on with the text. */
 function messages() {
