@@ -52,8 +52,22 @@ pub struct Config {
     pub max_token_list: usize,
     /// Most videos a request.
     pub max_videos_per_request: usize,
+    pub responses: ResponsesConfig,
     pub media: MediaConfig,
     pub engine: EngineConfig,
+}
+
+/// Limits of the responses that are kept to be read again and continued.
+#[derive(Debug, Clone)]
+pub struct ResponsesConfig {
+    /// Most responses; the oldest go first.
+    pub max_responses: usize,
+    /// Memory of all of them.
+    pub max_bytes: usize,
+    /// Longest conversation that is kept with its response (one with a video in base64 is longer).
+    pub max_conversation_bytes: usize,
+    /// How long a response is kept.
+    pub max_age: Duration,
 }
 
 /// Limits of the media stage: what a video may cost.
@@ -98,6 +112,20 @@ pub struct MediaConfig {
     /// The ffmpeg binary; none: found on PATH (ffprobe likewise).
     pub ffmpeg_path: Option<PathBuf>,
     pub ffprobe_path: Option<PathBuf>,
+    pub files: FilesConfig,
+}
+
+/// Limits of the files that clients upload to keep.
+#[derive(Debug, Clone)]
+pub struct FilesConfig {
+    /// Where they are kept; none: in a temporary directory that goes with the server.
+    pub dir: Option<PathBuf>,
+    /// Bytes of all of them (of one: `max_video_bytes`).
+    pub max_bytes: u64,
+    /// Most files.
+    pub max_files: usize,
+    /// How long a file is kept.
+    pub max_age: Duration,
 }
 
 /// Limits of the engine.
@@ -148,8 +176,20 @@ impl Default for Config {
             max_text_bytes: 128 << 10,
             max_token_list: 1024,
             max_videos_per_request: 1,
+            responses: ResponsesConfig::default(),
             media: MediaConfig::default(),
             engine: EngineConfig::default(),
+        }
+    }
+}
+
+impl Default for ResponsesConfig {
+    fn default() -> Self {
+        ResponsesConfig {
+            max_responses: 1000,
+            max_bytes: 64 << 20,
+            max_conversation_bytes: 256 << 10,
+            max_age: Duration::from_secs(24 * 3600),
         }
     }
 }
@@ -177,6 +217,18 @@ impl Default for MediaConfig {
             allow_private_addresses: false,
             ffmpeg_path: None,
             ffprobe_path: None,
+            files: FilesConfig::default(),
+        }
+    }
+}
+
+impl Default for FilesConfig {
+    fn default() -> Self {
+        FilesConfig {
+            dir: None,
+            max_bytes: 4 << 30,
+            max_files: 1000,
+            max_age: Duration::from_secs(24 * 3600),
         }
     }
 }

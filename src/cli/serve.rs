@@ -4,7 +4,7 @@ use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::{Context, bail};
 use clap::Args;
-use tokio::net::TcpListener;
+use tokio::{net::TcpListener, task::spawn_blocking};
 use url::Url;
 
 use super::{
@@ -13,7 +13,7 @@ use super::{
     start::{ensure_ffmpeg, start},
 };
 use crate::{
-    config::{Config, EngineConfig, MediaConfig},
+    config::{Config, EngineConfig, FilesConfig, MediaConfig, ResponsesConfig},
     engine::EngineHandle,
     http::{self, Access, AppState},
     shutdown,
@@ -54,12 +54,33 @@ pub struct ServeArgs {
     /// Longest video, seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 10_800.0)]
     pub max_video_seconds: f64,
-    /// Most frames a request may ask for.
+    /// Videos and pictures in one request, all messages together.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub max_videos_per_request: usize,
+    /// Most frames a video.
     #[arg(long, value_name = "N", default_value_t = 64)]
     pub max_frames: usize,
     /// Longest time for probing and decoding one video, seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 60)]
     pub decode_timeout: u64,
+    /// Directory for uploaded files, which then survive a restart [default: a temporary one that goes with the server].
+    #[arg(long, value_name = "DIR", env = "TINYLLAVA_FILES_DIR")]
+    pub files_dir: Option<PathBuf>,
+    /// Disk space for all uploaded files together, MiB.
+    #[arg(long, value_name = "MIB", default_value_t = 4096)]
+    pub files_max_mib: u64,
+    /// How long uploaded files are kept, hours.
+    #[arg(long, value_name = "HOURS", default_value_t = 24)]
+    pub files_max_age_hours: u64,
+    /// Responses kept for previous_response_id; the oldest go first.
+    #[arg(long, value_name = "N", default_value_t = 1000)]
+    pub responses_max: usize,
+    /// Memory for kept responses, MiB.
+    #[arg(long, value_name = "MIB", default_value_t = 64)]
+    pub responses_max_mib: usize,
+    /// How long responses are kept, hours.
+    #[arg(long, value_name = "HOURS", default_value_t = 24)]
+    pub responses_max_age_hours: u64,
     /// Videos decoded at the same time.
     #[arg(long, value_name = "N", default_value_t = 4)]
     pub max_concurrent_decodes: usize,
@@ -107,17 +128,34 @@ impl ServeArgs {
             max_frames: self.max_frames,
             decode_timeout: Duration::from_secs(self.decode_timeout),
             max_concurrent_decodes: self.max_concurrent_decodes,
+            files: FilesConfig {
+                dir: self.files_dir.clone(),
+                max_bytes: self.files_max_mib << 20,
+                max_age: Duration::from_secs(self.files_max_age_hours.saturating_mul(3600)),
+                ..FilesConfig::default()
+            },
             ..MediaConfig::default()
         };
+        let defaults = EngineConfig::default();
         let engine = EngineConfig {
+            // One request must find room for all of its videos.
+            max_cached_videos: defaults.max_cached_videos.max(self.max_videos_per_request),
             max_running_sequences: self.max_running.max(1),
             max_waiting_sequences: self.max_waiting,
             max_prefill_tokens: self.max_prefill_tokens.max(1),
             max_encode_frames: self.max_encode_frames.max(1),
             prefix_cache: !self.no_prefix_cache,
-            ..EngineConfig::default()
+            ..defaults
+        };
+        let responses = ResponsesConfig {
+            max_responses: self.responses_max,
+            max_bytes: self.responses_max_mib << 20,
+            max_age: Duration::from_secs(self.responses_max_age_hours.saturating_mul(3600)),
+            ..ResponsesConfig::default()
         };
         Config {
+            responses,
+            max_videos_per_request: self.max_videos_per_request,
             listen: SocketAddr::new(self.host, self.port),
             metrics_listen: self.metrics_port.map(|port| SocketAddr::new(self.host, port)),
             cors_origins: self.access.cors_origins.clone(),
@@ -223,7 +261,10 @@ async fn load_into(state: &AppState, options: &ModelOptions) -> anyhow::Result<E
     let observer = Box::new(EngineMetrics::new(state.metrics().clone()));
     ensure_ffmpeg(options, &config.media).await?;
     let started = start(options, config.engine.clone(), observer, Box::new(())).await?;
-    let loaded = started.into_loaded(config)?;
+    let config = config.clone();
+    // Opening the file store reads the disk.
+    let loaded =
+        spawn_blocking(move || started.into_loaded(&config)).await.context("opening the files")??;
     let engine = loaded.engine.clone();
     state.set_loaded(loaded);
     Ok(engine)

@@ -16,7 +16,7 @@ use crate::{
     config::{Config, EngineConfig, MediaConfig},
     engine::{self, EngineHandle, EngineOptions, StepObserver},
     http::{Loaded, ModelCard},
-    media::{MediaLoader, ffmpeg},
+    media::{self, MediaLoader, ffmpeg},
     model::{
         ModelShape, Tap,
         checkpoint::{Checkpoint, GenerationConfig, ModelSpec, TokenizerFiles},
@@ -154,9 +154,7 @@ fn default_sampling(generation: &GenerationConfig, max_tokens: usize) -> Samplin
 /// # Errors
 /// When it is still missing.
 pub async fn ensure_ffmpeg(options: &ModelOptions, media: &MediaConfig) -> anyhow::Result<()> {
-    // The size of the pictures does not matter here.
-    let media = MediaLoader::new(media.clone(), 1)?;
-    if options.download_ffmpeg && media.check_tools().is_err() {
+    if options.download_ffmpeg && media::check_tools(media).is_err() {
         let bar = progress_bar("downloading ffmpeg");
         let progress = move |received, total| {
             bar.set_length(total);
@@ -164,7 +162,7 @@ pub async fn ensure_ffmpeg(options: &ModelOptions, media: &MediaConfig) -> anyho
         };
         tokio::task::spawn_blocking(move || ffmpeg::download_ffmpeg(progress)).await??;
     }
-    Ok(media.check_tools()?)
+    Ok(media::check_tools(media)?)
 }
 
 fn progress_bar(message: &str) -> ProgressBar {

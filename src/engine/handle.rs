@@ -1,8 +1,13 @@
 //! Crossing 1 and 2: how a request enters the engine and how its tokens come back.
 //!
-//! Called by `http/chat.rs` and the commands. Never blocks.
+//! Called by `http/pipeline.rs` and the commands. Never blocks.
 
-use std::{ops::Range, sync::Arc, time::Duration};
+use std::{
+    ops::Range,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 
@@ -29,6 +34,8 @@ pub struct NewSequence {
     pub token_ids: Vec<TokenId>,
     /// Its videos, in the order of their spans.
     pub videos: Vec<VideoInput>,
+    /// Cached blocks are shared with sequences of the same one only.
+    pub cache_salt: Option<Arc<str>>,
     /// How to sample the completion.
     pub sampling: SamplingParams,
 }
@@ -56,6 +63,11 @@ impl TokenStream {
     /// The next event; `None` when the engine is gone.
     pub async fn next(&mut self) -> Option<TokenEvent> {
         self.events.recv().await
+    }
+
+    /// As [`TokenStream::next`], for who listens to several.
+    pub fn poll_next(&mut self, context: &mut Context<'_>) -> Poll<Option<TokenEvent>> {
+        self.events.poll_recv(context)
     }
 }
 
@@ -120,6 +132,8 @@ pub struct EngineLimits {
     pub max_sequences: usize,
     /// Visual tokens a video becomes.
     pub visual_tokens: usize,
+    /// Most videos a sequence.
+    pub max_videos: usize,
     /// Side of the model's square input, pixels.
     pub image_size: usize,
 }
@@ -203,6 +217,9 @@ impl EngineLimits {
         let needed = (prompt_tokens + max_tokens).div_ceil(self.block_size);
         if needed > self.num_blocks {
             return Err(SubmitError::KvCacheTooSmall { needed, total: self.num_blocks });
+        }
+        if sequence.videos.len() > self.max_videos {
+            return Err(SubmitError::Invalid("more videos than the encoder cache holds".into()));
         }
         for video in &sequence.videos {
             let span_fits = video.span.end <= prompt_tokens && video.span.len() == self.visual_tokens;

@@ -1,21 +1,15 @@
-//! Receives the body of a chat request: JSON, or multipart with the JSON in `request` and a file in `video`.
+//! Receives the body of a request: JSON, or multipart with the JSON in `request` and a file in `video`.
 //!
-//! Called by `http/chat.rs`. Every byte is counted before it is kept; an upload goes to disk as it comes.
+//! Called by the handlers. Every byte is counted before it is kept; an upload goes to disk as it comes.
 
-use std::{
-    error::Error,
-    future::poll_fn,
-    sync::{Arc, Mutex, PoisonError},
-    task::{Context, Poll},
-};
+use std::{error::Error, sync::Arc};
 
 use axum::{
-    body::{Body, BodyDataStream},
-    extract::{FromRequest, Multipart, Request, multipart::Field},
+    extract::{Request, multipart::Field},
     http::{HeaderMap, header},
 };
 use bytes::{Bytes, BytesMut};
-use futures_util::{Stream, StreamExt, stream};
+use futures_util::{Stream, StreamExt};
 use serde::de::DeserializeOwned;
 use tempfile::NamedTempFile;
 use tokio::{
@@ -24,16 +18,22 @@ use tokio::{
     task::spawn_blocking,
 };
 
-use super::{error::ApiError, state::AppState};
+use super::{
+    error::ApiError,
+    multipart::{self, Parts},
+    state::AppState,
+};
 use crate::{config::Config, media::MediaError};
 
+const JSON: &str = "application/json";
+pub const MULTIPART: &str = "multipart/form-data";
 /// JSON longer than this is parsed and checked on the blocking pool (parsing runs at hundreds of MB a second).
 const INLINE_JSON_BYTES: usize = 64 << 10;
 /// What every request may send without a share in the bytes in flight: large uploads never shut out questions of
 /// plain text. The number of connections bounds these bytes.
 const FREE_BYTES: usize = 64 << 10;
 /// The upload is written in pieces of this size: each one is a trip to the blocking pool.
-const WRITE_BUFFER_BYTES: usize = 1 << 20;
+pub const WRITE_BUFFER_BYTES: usize = 1 << 20;
 
 /// Why a body could not be received.
 #[derive(Debug, thiserror::Error)]
@@ -53,10 +53,8 @@ pub enum BodyError {
     Slow { seconds: u64 },
     #[error("the body is larger than the limit of {max_body_bytes} bytes; send a smaller video")]
     TooLarge { max_body_bytes: usize },
-    #[error(
-        "the content type must be application/json, or multipart/form-data with the parts \"request\" and \"video\""
-    )]
-    ContentType,
+    #[error("the content type must be {expected}")]
+    ContentType { expected: &'static str },
     #[error("compressed bodies are not supported; send it without content-encoding")]
     ContentEncoding,
     #[error("the server is receiving too many large requests; try again in a moment")]
@@ -86,6 +84,23 @@ pub struct Budget {
 }
 
 impl Budget {
+    /// For the request with these headers.
+    ///
+    /// # Errors
+    /// When they say that the body cannot be received.
+    pub fn open(state: &AppState, headers: &HeaderMap) -> Result<Self, BodyError> {
+        if headers.get(header::CONTENT_ENCODING).is_some_and(|encoding| encoding != "identity") {
+            return Err(BodyError::ContentEncoding);
+        }
+        let budget = Budget::new(state);
+        match content_length(headers) {
+            Some(length) if length > budget.max_bytes => {
+                Err(BodyError::TooLarge { max_body_bytes: budget.max_bytes })
+            }
+            _ => Ok(budget),
+        }
+    }
+
     fn new(state: &AppState) -> Self {
         Budget {
             kib: state.body_kib().clone(),
@@ -96,7 +111,10 @@ impl Budget {
     }
 
     /// Counts `more` bytes before they are kept.
-    fn grow(&mut self, more: usize) -> Result<(), BodyError> {
+    ///
+    /// # Errors
+    /// When this request, or all together, have too many.
+    pub fn grow(&mut self, more: usize) -> Result<(), BodyError> {
         self.bytes += more;
         if self.bytes > self.max_bytes {
             return Err(BodyError::TooLarge { max_body_bytes: self.max_bytes });
@@ -120,27 +138,40 @@ impl Budget {
     }
 }
 
-/// Receives the body of `request`.
+/// Receives the body of `request`, JSON or multipart.
 ///
 /// # Errors
 /// Every fault of the transport and of the form; the JSON is not looked at.
 pub async fn receive(state: &AppState, request: Request) -> Result<Received, ApiError> {
-    let headers = request.headers();
-    if headers.get(header::CONTENT_ENCODING).is_some_and(|encoding| encoding != "identity") {
-        return Err(BodyError::ContentEncoding.into());
-    }
-    let mut budget = Budget::new(state);
-    if content_length(headers).is_some_and(|length| length > budget.max_bytes) {
-        return Err(BodyError::TooLarge { max_body_bytes: budget.max_bytes }.into());
-    }
-    let (json, upload) = match media_type(headers).as_deref() {
-        Some("application/json") => {
-            (collect(request.into_body().into_data_stream(), &mut budget, state.config()).await?, None)
+    let mut budget = Budget::open(state, request.headers())?;
+    let (json, upload) = match media_type(request.headers()).as_deref() {
+        Some(JSON) => (collect_body(request, &mut budget, state.config()).await?, None),
+        Some(MULTIPART) => receive_parts(request, &mut budget, state.config()).await?,
+        _ => {
+            let expected =
+                "application/json, or multipart/form-data with the parts \"request\" and \"video\"";
+            return Err(BodyError::ContentType { expected }.into());
         }
-        Some("multipart/form-data") => receive_parts(request, &mut budget, state.config()).await?,
-        _ => return Err(BodyError::ContentType.into()),
     };
     Ok(Received { json, upload, budget })
+}
+
+/// Receives the body of `request`, which must be JSON.
+///
+/// # Errors
+/// As [`receive`].
+pub async fn receive_json(state: &AppState, request: Request) -> Result<Received, ApiError> {
+    let mut budget = Budget::open(state, request.headers())?;
+    if media_type(request.headers()).as_deref() != Some(JSON) {
+        return Err(BodyError::ContentType { expected: JSON }.into());
+    }
+    let json = collect_body(request, &mut budget, state.config()).await?;
+    Ok(Received { json, upload: None, budget })
+}
+
+async fn collect_body(request: Request, budget: &mut Budget, config: &Config) -> Result<Bytes, BodyError> {
+    let body = request.into_body().into_data_stream();
+    collect(body.map(|chunk| chunk.map_err(|error| transport(error.into(), config))), budget).await
 }
 
 fn content_length(headers: &HeaderMap) -> Option<usize> {
@@ -148,20 +179,23 @@ fn content_length(headers: &HeaderMap) -> Option<usize> {
 }
 
 /// The content type without its parameters.
-fn media_type(headers: &HeaderMap) -> Option<String> {
+pub fn media_type(headers: &HeaderMap) -> Option<String> {
     let value = headers.get(header::CONTENT_TYPE)?.to_str().ok()?;
     Some(value.split(';').next().unwrap_or_default().trim().to_ascii_lowercase())
 }
 
-async fn collect<E: Into<axum::BoxError>>(
-    stream: impl Stream<Item = Result<Bytes, E>>,
+/// Puts the chunks of `stream` together.
+///
+/// # Errors
+/// Those of the stream and of the budget.
+pub async fn collect(
+    stream: impl Stream<Item = Result<Bytes, BodyError>>,
     budget: &mut Budget,
-    config: &Config,
 ) -> Result<Bytes, BodyError> {
     let mut stream = std::pin::pin!(stream);
     let mut body = BytesMut::new();
     while let Some(chunk) = stream.next().await {
-        let chunk = chunk.map_err(|error| transport(error.into(), config))?;
+        let chunk = chunk?;
         budget.grow(chunk.len())?;
         body.extend_from_slice(&chunk);
     }
@@ -236,55 +270,32 @@ pub fn parse<T: DeserializeOwned>(json: &[u8], max_json_values: usize) -> Result
 }
 
 async fn receive_parts(
-    request: Request<Body>,
+    request: Request,
     budget: &mut Budget,
     config: &Config,
 ) -> Result<(Bytes, Option<NamedTempFile>), ApiError> {
-    let (head, body) = request.into_parts();
-    let body = Arc::new(Mutex::new(body.into_data_stream()));
-    let reader = body.clone();
-    let read = stream::poll_fn(move |context| poll(&reader, context));
-    let mut parts = Multipart::from_request(Request::from_parts(head, Body::from_stream(read)), &())
-        .await
-        .map_err(|error| BodyError::Malformed(error.body_text()))?;
+    let mut parts = Parts::open(request, config).await?;
     let (mut json, mut upload) = (None, None);
-    while let Some(part) = parts.next_field().await.map_err(|error| transport(error.into(), config))? {
-        let twice = |param| {
-            let message = format!("the part \"{param}\" came twice; send it once");
-            Err(BodyError::Part { param, message }.into())
-        };
+    while let Some(part) = parts.next().await? {
         match part.name() {
-            Some("request") if json.is_some() => return twice("request"),
-            Some("request") => json = Some(collect(part, budget, config).await?),
-            Some("video") if upload.is_some() => return twice("video"),
+            Some("request") if json.is_some() => return Err(multipart::twice("request").into()),
+            Some("request") => json = Some(collect(multipart::chunks(part, config), budget).await?),
+            Some("video") if upload.is_some() => return Err(multipart::twice("video").into()),
             Some("video") => upload = Some(store(part, budget, config).await?),
             name => {
-                let name: String = name.unwrap_or_default().chars().take(64).collect();
-                let message = format!(
-                    "unknown part \"{name}\"; the parts are \"request\" (JSON) and \"video\" (a file)"
-                );
-                return Err(BodyError::Part { param: "request", message }.into());
+                let known = "the parts are \"request\" (JSON) and \"video\" (a file)";
+                return Err(multipart::unknown("request", name, known).into());
             }
         }
     }
-    drop(parts);
-    // The last boundary may come before the end of the body. Only a body read to its end lets the connection see
-    // that its client has left.
-    while let Some(chunk) = poll_fn(|context| poll(&body, context)).await {
-        budget.grow(chunk.map_err(|error| transport(error.into(), config))?.len())?;
-    }
+    parts.finish(budget).await?;
     let missing = "the part \"request\" with the JSON of the request is missing; add it";
     let json = json.ok_or(BodyError::Part { param: "request", message: missing.into() })?;
     Ok((json, upload))
 }
 
-/// The next bytes of a body that the multipart reader shares with what drains it afterwards.
-fn poll(body: &Mutex<BodyDataStream>, context: &mut Context<'_>) -> Poll<Option<Result<Bytes, axum::Error>>> {
-    body.lock().unwrap_or_else(PoisonError::into_inner).poll_next_unpin(context)
-}
-
 /// Writes an upload to a temporary file, which goes when it is dropped.
-async fn store(mut part: Field<'_>, budget: &mut Budget, config: &Config) -> Result<NamedTempFile, ApiError> {
+async fn store(part: Field<'_>, budget: &mut Budget, config: &Config) -> Result<NamedTempFile, ApiError> {
     let max_video_bytes = config.media.max_video_bytes;
     let (file, copy) = spawn_blocking(|| {
         let file = NamedTempFile::new()?;
@@ -296,7 +307,8 @@ async fn store(mut part: Field<'_>, budget: &mut Budget, config: &Config) -> Res
     .map_err(BodyError::Disk)?;
     let mut writer = BufWriter::with_capacity(WRITE_BUFFER_BYTES, tokio::fs::File::from_std(copy));
     let mut num_bytes = 0;
-    while let Some(chunk) = part.chunk().await.map_err(|error| transport(error.into(), config))? {
+    let mut chunks = std::pin::pin!(multipart::chunks(part, config));
+    while let Some(chunk) = chunks.next().await.transpose()? {
         num_bytes += chunk.len();
         if num_bytes > max_video_bytes {
             return Err(MediaError::TooManyBytes { max_video_bytes }.into());
@@ -313,7 +325,7 @@ async fn store(mut part: Field<'_>, budget: &mut Budget, config: &Config) -> Res
 }
 
 /// What went wrong between the client and here.
-fn transport(error: axum::BoxError, config: &Config) -> BodyError {
+pub fn transport(error: axum::BoxError, config: &Config) -> BodyError {
     let mut cause: Option<&(dyn Error + 'static)> = Some(error.as_ref());
     while let Some(inner) = cause {
         if inner.is::<tower_http::timeout::TimeoutError>() {

@@ -16,7 +16,7 @@ use utoipa::ToSchema;
 use super::{auth::AuthError, body::BodyError, validate::InvalidRequest};
 use crate::{
     engine::{ReserveError, SubmitError},
-    media::MediaError,
+    media::{FileStoreError, MediaError},
     prompt::PromptError,
 };
 
@@ -31,6 +31,11 @@ pub enum ApiError {
     Body(#[from] BodyError),
     #[error(transparent)]
     Media(#[from] MediaError),
+    /// One of the request's videos; `param` is the path of what is at fault.
+    #[error("{error}")]
+    Video { param: String, error: MediaError },
+    #[error(transparent)]
+    Files(#[from] FileStoreError),
     #[error(transparent)]
     Prompt(#[from] PromptError),
     #[error(transparent)]
@@ -44,7 +49,9 @@ pub enum ApiError {
     #[error("the engine has stopped; the server must be restarted")]
     EngineStopped,
     #[error("the request took longer than {seconds} s; ask for fewer tokens or send a shorter video")]
-    DeadlineExceeded { seconds: u64 },
+    DeadlineExceeded { seconds: f64 },
+    #[error("there is no response \"{id}\"; it was not stored, was deleted, or is too old")]
+    UnknownResponse { id: String },
     #[error("there is nothing at this path; see /openapi.json for what there is")]
     NoSuchRoute,
     #[error("this path does not take this method; see the Allow header")]
@@ -112,6 +119,8 @@ impl ApiError {
             ApiError::Auth(_) => Row::bad(S::UNAUTHORIZED, Some("invalid_api_key")),
             ApiError::Body(error) => body_row(error),
             ApiError::Media(error) => media_row(error),
+            ApiError::Files(error) => files_row(error),
+            ApiError::Video { param, error } => media_row(error).param(param),
             ApiError::Prompt(error) => match error {
                 PromptError::Empty | PromptError::MissingReply | PromptError::TextTooLong { .. } => {
                     Row::bad(S::BAD_REQUEST, None).param("messages")
@@ -139,6 +148,9 @@ impl ApiError {
             ApiError::DeadlineExceeded { .. } => {
                 Row::new(S::GATEWAY_TIMEOUT, "timeout_error", "deadline_exceeded")
             }
+            ApiError::UnknownResponse { .. } => {
+                Row::bad(S::NOT_FOUND, Some("response_not_found")).param("id")
+            }
             ApiError::NoSuchRoute => Row::bad(S::NOT_FOUND, Some("not_found")),
             ApiError::MethodNotAllowed => Row::bad(S::METHOD_NOT_ALLOWED, Some("method_not_allowed")),
             ApiError::Internal(_) => Row::internal(),
@@ -158,6 +170,11 @@ impl ApiError {
     /// Whether the server refused to take the request on at all.
     pub fn is_rejection(&self) -> bool {
         matches!(self.status(), StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE)
+    }
+
+    /// What a client reads, where that is not a response of its own; logs what is withheld.
+    pub fn code_and_message(&self) -> (&'static str, String) {
+        (self.code(), self.to_wire().error.message)
     }
 
     /// `{"error":{…}}`; logs what is withheld from the client.
@@ -182,7 +199,7 @@ fn body_row(error: &BodyError) -> Row {
         BodyError::Malformed(_) => Row::bad(S::BAD_REQUEST, Some("malformed_body")),
         BodyError::Slow { .. } => Row::bad(S::REQUEST_TIMEOUT, Some("body_timeout")),
         BodyError::TooLarge { .. } => Row::bad(S::PAYLOAD_TOO_LARGE, Some("body_too_large")),
-        BodyError::ContentType | BodyError::ContentEncoding => {
+        BodyError::ContentType { .. } | BodyError::ContentEncoding => {
             Row::bad(S::UNSUPPORTED_MEDIA_TYPE, Some("unsupported_content_type"))
         }
         BodyError::TooManyBytesInFlight => {
@@ -202,6 +219,23 @@ fn media_row(error: &MediaError) -> Row {
         MediaError::Undecodable(_) => Row::bad(S::UNPROCESSABLE_ENTITY, Some("video_undecodable")),
         MediaError::DecodeTimeout { .. } => Row::bad(S::UNPROCESSABLE_ENTITY, Some("video_decode_timeout")),
         MediaError::Internal(_) => Row::internal(),
+    }
+}
+
+fn files_row(error: &FileStoreError) -> Row {
+    use StatusCode as S;
+    match error {
+        FileStoreError::NotFound { .. } => Row::bad(S::NOT_FOUND, Some("file_not_found")).param("id"),
+        FileStoreError::TooLarge { .. } => {
+            Row::bad(S::PAYLOAD_TOO_LARGE, Some("file_too_large")).param("file")
+        }
+        FileStoreError::Full { .. } | FileStoreError::TooMany { .. } => {
+            Row::bad(S::PAYLOAD_TOO_LARGE, Some("files_full")).param("file")
+        }
+        FileStoreError::LifetimeTooLong { .. } => {
+            Row::bad(S::BAD_REQUEST, None).param("expires_after[seconds]")
+        }
+        FileStoreError::InUse(_) | FileStoreError::Disk { .. } => Row::internal(),
     }
 }
 
@@ -269,6 +303,7 @@ mod tests {
         );
         assert_eq!(row(AuthError::Missing), (401, "invalid_api_key", false));
         assert_eq!(row(AuthError::Unknown), (401, "invalid_api_key", false));
+        assert_eq!(row(ApiError::UnknownResponse { id: text() }), (404, "response_not_found", false));
         assert_eq!(row(ApiError::NoSuchRoute), (404, "not_found", false));
         assert_eq!(row(ApiError::MethodNotAllowed), (405, "method_not_allowed", false));
         assert_eq!(row(BodyError::Slow { seconds: 1 }), (408, "body_timeout", false));
@@ -277,7 +312,10 @@ mod tests {
             row(BodyError::TooManyValues { max_json_values: 1 }),
             (400, "too_many_json_values", false)
         );
-        assert_eq!(row(BodyError::ContentType), (415, "unsupported_content_type", false));
+        assert_eq!(
+            row(BodyError::ContentType { expected: "application/json" }),
+            (415, "unsupported_content_type", false)
+        );
     }
 
     #[test]
@@ -292,6 +330,15 @@ mod tests {
     }
 
     #[test]
+    fn faults_of_stored_files_are_4xx() {
+        assert_eq!(row(FileStoreError::NotFound { id: text() }), (404, "file_not_found", false));
+        assert_eq!(row(FileStoreError::TooLarge { max_file_bytes: 1 }), (413, "file_too_large", false));
+        assert_eq!(row(FileStoreError::Full { max_bytes: 1 }), (413, "files_full", false));
+        assert_eq!(row(FileStoreError::TooMany { max_files: 1 }), (413, "files_full", false));
+        assert_eq!(row(FileStoreError::LifetimeTooLong { max_seconds: 1 }), (400, "", false));
+    }
+
+    #[test]
     fn a_server_that_cannot_now_says_when_to_try_again() {
         let full = ReserveError::QueueFull { max_sequences: 1, retry_after: RETRY_SOON };
         assert_eq!(row(full), (429, "queue_full", true));
@@ -301,18 +348,20 @@ mod tests {
         assert_eq!(row(ApiError::EngineStopped), (503, "engine_failed", true));
         assert_eq!(row(ReserveError::Stopped), (503, "engine_failed", true));
         assert_eq!(row(SubmitError::Stopped), (503, "engine_failed", true));
-        assert_eq!(row(ApiError::DeadlineExceeded { seconds: 1 }), (504, "deadline_exceeded", false));
+        assert_eq!(row(ApiError::DeadlineExceeded { seconds: 1.0 }), (504, "deadline_exceeded", false));
     }
 
     #[test]
     fn what_only_the_log_may_know_is_withheld() {
-        let errors: [ApiError; 6] = [
+        let errors: [ApiError; 8] = [
             ApiError::Internal("secret".into()),
             MediaError::Internal("secret".into()).into(),
             PromptError::Tokenizer("secret".into()).into(),
             PromptError::Load("secret".into()).into(),
             SubmitError::Invalid("secret".into()).into(),
             BodyError::Disk(std::io::Error::other("secret")).into(),
+            FileStoreError::InUse("/secret".into()).into(),
+            FileStoreError::Disk { what: text(), cause: std::io::Error::other("secret") }.into(),
         ];
         for error in errors {
             let wire = serde_json::to_string(&error.to_wire()).unwrap();

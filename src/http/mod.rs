@@ -1,7 +1,7 @@
 //! The HTTP side: router, limits and handlers.
 //!
-//! Called by `cli/serve.rs` and tests. `chat.rs` is the only file that knows the whole way of a request; wire types
-//! stay in this module, and so do status codes (`error.rs`).
+//! Called by `cli/serve.rs` and tests. `pipeline.rs` is the only file that knows the whole way of a request; wire
+//! types stay in this module, and so do status codes (`error.rs`).
 
 mod auth;
 mod body;
@@ -9,16 +9,21 @@ mod chat;
 mod compression;
 pub mod cors;
 mod error;
+mod files;
 mod generation;
+mod multipart;
 pub mod openapi;
+mod pipeline;
 mod probes;
 mod progress;
 mod record;
 mod responses;
+mod responses_api;
 mod server;
 mod sse;
 mod state;
 pub mod tls;
+mod tokenize;
 mod types;
 mod validate;
 
@@ -29,7 +34,7 @@ use axum::{
     http::Method,
     middleware,
     response::{IntoResponse, Response},
-    routing::{MethodRouter, get, post},
+    routing::{MethodRouter, delete, get, post},
 };
 use tower::util::option_layer;
 use tower_http::{catch_panic::CatchPanicLayer, timeout::RequestBodyTimeoutLayer};
@@ -39,8 +44,9 @@ pub use error::ApiError;
 pub use server::{run, run_metrics};
 pub use state::{Access, AppState, Loaded, ModelCard};
 
-/// The route whose requests are logged one by one.
+/// The routes that generate; their requests are logged one by one.
 const CHAT_COMPLETIONS: &str = "/v1/chat/completions";
+const RESPONSES: &str = "/v1/responses";
 /// The route that may have a port of its own.
 const METRICS: &str = "/metrics";
 
@@ -48,6 +54,16 @@ const METRICS: &str = "/metrics";
 fn routes() -> Vec<(Method, &'static str, MethodRouter<AppState>)> {
     vec![
         (Method::POST, CHAT_COMPLETIONS, post(chat::completions)),
+        (Method::POST, RESPONSES, post(responses_api::create)),
+        (Method::GET, "/v1/responses/{id}", get(responses_api::get)),
+        (Method::DELETE, "/v1/responses/{id}", delete(responses_api::delete)),
+        (Method::POST, "/v1/files", post(files::create)),
+        (Method::GET, "/v1/files", get(files::list)),
+        (Method::GET, "/v1/files/{id}", get(files::get)),
+        (Method::DELETE, "/v1/files/{id}", delete(files::delete)),
+        (Method::GET, "/v1/files/{id}/content", get(files::content)),
+        (Method::POST, "/tokenize", post(tokenize::tokenize)),
+        (Method::POST, "/detokenize", post(tokenize::detokenize)),
         (Method::GET, "/v1/models", get(probes::models)),
         (Method::GET, "/v1/models/{*id}", get(probes::model)),
         (Method::GET, "/health", get(probes::health)),

@@ -1,6 +1,6 @@
 //! How far a chat request got: its deadline, its times and counts. Reports them once, however it ends.
 //!
-//! Made by `http/chat.rs`, carried along by [`super::generation::Generation`]. Never decides anything.
+//! Made by [`super::pipeline`], carried along by [`super::generation::Generation`]. Never decides anything.
 
 use std::{
     future::Future,
@@ -41,7 +41,7 @@ impl Deadline {
     pub async fn bound<T>(self, work: impl Future<Output = T>) -> Result<T, ApiError> {
         tokio::time::timeout_at(self.at, work)
             .await
-            .map_err(|_| ApiError::DeadlineExceeded { seconds: self.timeout.as_secs() })
+            .map_err(|_| ApiError::DeadlineExceeded { seconds: self.timeout.as_secs_f64() })
     }
 }
 
@@ -70,6 +70,11 @@ impl Progress {
         }
     }
 
+    /// The client wants it sooner than the server's own limit.
+    pub fn set_timeout(&mut self, timeout: Duration) {
+        self.deadline = Deadline::new(self.record.arrival, timeout);
+    }
+
     /// When the request must be over.
     pub fn deadline(&self) -> Deadline {
         self.deadline
@@ -85,10 +90,10 @@ impl Progress {
         self.generation.stream = stream;
     }
 
-    /// The video was fetched and decoded (or found in the cache).
+    /// A video was fetched and decoded (or found in the cache); `took`: with the others, at the same time.
     pub fn video_loaded(&mut self, frames: &VideoFrames, took: Duration) {
         self.generation.media_seconds = Some(took.as_secs_f64());
-        self.generation.num_frames = frames.info.sampled_indices.len();
+        self.generation.num_frames += frames.info.num_frames;
         let timings = &frames.timings;
         self.metrics.stage(Stage::Fetch, timings.fetch_seconds);
         let stages = [
@@ -100,7 +105,7 @@ impl Progress {
         for (stage, seconds) in stages.into_iter().filter(|(_, seconds)| *seconds > 0.0) {
             self.metrics.stage(stage, seconds);
         }
-        self.metrics.video(frames.info.duration, frames.info.sampled_indices.len());
+        self.metrics.video(frames.info.duration.unwrap_or(0.0), frames.info.num_frames);
     }
 
     /// The prompt was rendered and tokenised.
@@ -126,37 +131,36 @@ impl Progress {
         }
     }
 
-    /// A token came; `last` is when the one before it did.
+    /// A token came; `last` is when the one before it in the same choice did.
     pub fn token(&mut self, last: Option<Instant>, now: Instant) {
         self.generation.tokens.completion += 1;
-        match last {
-            Some(last) => self.metrics.next_token(now - last),
-            None => {
-                let since_arrival = now - self.record.arrival;
-                self.generation.first_token_seconds = Some(since_arrival.as_secs_f64());
-                self.metrics.first_token(since_arrival);
-            }
+        if let Some(last) = last {
+            self.metrics.next_token(now - last);
+        } else if self.generation.first_token_seconds.is_none() {
+            let since_arrival = now - self.record.arrival;
+            self.generation.first_token_seconds = Some(since_arrival.as_secs_f64());
+            self.metrics.first_token(since_arrival);
+        }
+    }
+
+    /// One choice is whole. Of several, one that was cut off is the one to tell of.
+    pub fn choice_completed(&mut self, finish_reason: &'static str, reasoning_tokens: usize) {
+        self.generation.tokens.reasoning += reasoning_tokens;
+        if self.generation.detail.is_empty() || finish_reason == "length" {
+            self.generation.detail = finish_reason;
         }
     }
 
     /// The reply is whole.
-    pub fn completed(
-        &mut self,
-        finish_reason: &'static str,
-        completion_tokens: usize,
-        reasoning_tokens: usize,
-    ) {
+    pub fn completed(&mut self) {
         self.generation.outcome = "completed";
-        self.generation.detail = finish_reason;
-        self.generation.tokens.completion = completion_tokens;
-        self.generation.tokens.reasoning = reasoning_tokens;
     }
 
     /// The request ended with `error`.
     pub fn ended_by(&mut self, error: &ApiError) {
         self.generation.outcome = if error.status().is_server_error() { "failed" } else { "refused" };
         self.generation.detail = error.code();
-        if let ApiError::Media(error) = error {
+        if let ApiError::Media(error) | ApiError::Video { error, .. } = error {
             self.metrics.media_error(error.reason());
         }
     }

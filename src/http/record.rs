@@ -1,6 +1,6 @@
 //! One request on the log: its id, and one line when it is over. Never says what was asked or answered.
 //!
-//! [`observe`] is the outermost middleware; `http/chat.rs` fills in what only it knows.
+//! [`observe`] is the outermost middleware; `http/pipeline.rs` fills in what only it knows.
 
 use std::{
     sync::{
@@ -76,7 +76,7 @@ impl Drop for RequestRecord {
         let (method, route) = (self.method.as_str(), self.route.as_str());
         let generation = self.generation.get_mut().unwrap_or_else(std::sync::PoisonError::into_inner).take();
         self.span.in_scope(|| match generation {
-            None if route == super::CHAT_COMPLETIONS => {
+            None if [super::CHAT_COMPLETIONS, super::RESPONSES].contains(&route) => {
                 tracing::info!(method, route, status, seconds, "finished")
             }
             // Probes come every few seconds.

@@ -22,11 +22,28 @@ pub struct ReplyHead {
 pub struct ChatCompletion {
     #[serde(flatten)]
     pub head: ReplyHead,
-    pub choices: [Choice; 1],
+    pub choices: Vec<Choice>,
     pub usage: Usage,
-    /// What was sampled of the video.
+    #[serde(flatten)]
+    pub videos: Videos,
+}
+
+/// What was sampled: `video` of one, `videos` of several, in the order of the request.
+#[derive(Debug, Clone, Default, Serialize, ToSchema)]
+pub struct Videos {
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub video: Option<VideoInfo>,
+    video: Option<VideoInfo>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    videos: Vec<VideoInfo>,
+}
+
+impl From<Vec<VideoInfo>> for Videos {
+    fn from(mut videos: Vec<VideoInfo>) -> Self {
+        match videos.len() {
+            1 => Videos { video: videos.pop(), videos },
+            _ => Videos { video: None, videos },
+        }
+    }
 }
 
 #[derive(Debug, Serialize, ToSchema)]
@@ -59,8 +76,8 @@ pub struct Chunk<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub usage: Option<Usage>,
     /// In the first chunk.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub video: Option<&'a VideoInfo>,
+    #[serde(flatten)]
+    pub videos: Videos,
 }
 
 #[derive(Debug, Serialize, ToSchema)]

@@ -24,7 +24,7 @@ use tokio_io_timeout::TimeoutWriter;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tower::ServiceExt;
 
-use super::{metrics_router, router, state::AppState, tls};
+use super::{files, metrics_router, router, state::AppState, tls};
 
 /// How long a connection may take to exchange its last bytes when no request is left.
 const CLOSING_TIME: Duration = Duration::from_secs(2);
@@ -47,6 +47,7 @@ pub async fn run(
     tokio::select! {
         () = server.accept_all(&listener) => {}
         () = server.drain_after(shutdown) => {}
+        () = files::sweep(server.state.clone()) => {}
     }
     drop(listener);
     server.close_all().await;

@@ -1,6 +1,6 @@
 //! A reply as server-sent events, in the form and order that clients of OpenAI's API expect.
 //!
-//! Called by `http/chat.rs`. The stream owns the generation: dropped, it cancels everything under it.
+//! Called by the generating endpoints. The stream owns the generation: dropped, it cancels everything under it.
 
 use std::{convert::Infallible, panic::AssertUnwindSafe, time::Duration};
 
@@ -18,21 +18,33 @@ use tokio_stream::wrappers::ReceiverStream;
 use tracing::Instrument;
 
 use super::{
-    chat::Preparing,
     error::ApiError,
     generation::{Generation, finish_reason},
-    responses::{Chunk, ChunkChoice, Delta, ReplyHead, Usage},
+    pipeline::Preparing,
+    responses::{Chunk, ChunkChoice, Delta, ReplyHead, Usage, Videos},
 };
 use crate::output::OutputEvent;
 
 /// Events made before the socket takes them. Tokens wait in the sequence's own channel, not here.
 const EVENTS_AHEAD: usize = 1;
 
-/// A response that streams what `preparing` becomes, with a comment whenever `interval` passes in silence.
+/// A response that streams what `preparing` becomes.
 pub fn reply(preparing: Preparing, head: ReplyHead, include_usage: bool, interval: Duration) -> Response {
+    respond(
+        interval,
+        |events| async move { Writer { events, head, include_usage }.write_all(preparing).await },
+    )
+}
+
+/// A response of the events that `write` sends, with a comment whenever `interval` passes in silence. An error of
+/// `write` is the last event.
+pub fn respond<W>(interval: Duration, write: impl FnOnce(EventSink) -> W) -> Response
+where
+    W: Future<Output = Result<(), ApiError>> + Send + 'static,
+{
     let (sender, events) = mpsc::channel(EVENTS_AHEAD);
-    let writer = Writer { events: sender, head, include_usage };
-    let work = write(writer, preparing).in_current_span();
+    let sink = EventSink(sender);
+    let work = write_all(write(sink.clone()), sink).in_current_span();
     // The work is polled as a part of the stream itself: it has no life of its own that could outlast the client.
     let work = stream::once(work).filter_map(|()| std::future::ready(None));
     let events = stream::select(ReceiverStream::new(events), work).map(Ok::<_, Infallible>);
@@ -45,19 +57,49 @@ pub fn reply(preparing: Preparing, head: ReplyHead, include_usage: bool, interva
     (headers, Sse::new(events).keep_alive(keep_alive)).into_response()
 }
 
-async fn write(writer: Writer, preparing: Preparing) {
-    let outcome = AssertUnwindSafe(writer.write_all(preparing)).catch_unwind().await;
+async fn write_all(work: impl Future<Output = Result<(), ApiError>>, sink: EventSink) {
+    let outcome = AssertUnwindSafe(work).catch_unwind().await;
     let error = match outcome {
         Ok(Ok(())) => return,
         Ok(Err(error)) => error,
         Err(_) => ApiError::Internal("a panic while streaming".into()),
     };
-    writer.send(&error.to_wire()).await;
+    sink.send(&error.to_wire()).await;
+}
+
+/// Where the events of a stream go.
+#[derive(Debug, Clone)]
+pub struct EventSink(mpsc::Sender<Event>);
+
+impl EventSink {
+    /// An event without a name.
+    pub async fn send(&self, data: &impl Serialize) {
+        self.push(json(Event::default(), data)).await;
+    }
+
+    /// An event with a name.
+    pub async fn send_named(&self, name: &str, data: &impl Serialize) {
+        self.push(json(Event::default().event(name), data)).await;
+    }
+
+    /// What tells clients of OpenAI's older streams that they are over.
+    pub async fn send_done(&self) {
+        self.push(Event::default().data("[DONE]")).await;
+    }
+
+    async fn push(&self, event: Event) {
+        // Fails only when the stream is being dropped, and the sender with it.
+        let _ = self.0.send(event).await;
+    }
+}
+
+fn json(event: Event, data: &impl Serialize) -> Event {
+    event.json_data(data).expect("wire types are JSON without newlines: this is a bug")
 }
 
 /// Turns pieces into events.
 struct Writer {
-    events: mpsc::Sender<Event>,
+    events: EventSink,
     head: ReplyHead,
     include_usage: bool,
 }
@@ -65,41 +107,37 @@ struct Writer {
 impl Writer {
     async fn write_all(&self, preparing: Preparing) -> Result<(), ApiError> {
         let mut generation: Generation = preparing.await?;
-        let first = Chunk { video: generation.video.as_ref(), ..self.chunk(Delta::role(), None) };
-        self.send(&first).await;
-        loop {
-            match generation.next().await? {
+        let mut videos = std::mem::take(&mut generation.videos);
+        for index in 0..generation.num_choices() {
+            let videos = std::mem::take(&mut videos).into();
+            self.send(&Chunk { videos, ..self.chunk(index, Delta::role(), None) }).await;
+        }
+        while let Some((index, event)) = generation.next().await? {
+            match event {
                 OutputEvent::Delta { segment, text } => {
-                    self.send(&self.chunk(Delta::text(segment, &text), None)).await;
+                    self.send(&self.chunk(index, Delta::text(segment, &text), None)).await;
                 }
                 OutputEvent::Finished { reason, .. } => {
-                    self.send(&self.chunk(Delta::default(), Some(finish_reason(reason)))).await;
-                    if self.include_usage {
-                        let usage: Usage = generation.counts().into();
-                        let last =
-                            Chunk { head: &self.head, choices: vec![], usage: Some(usage), video: None };
-                        self.send(&last).await;
-                    }
-                    self.push(Event::default().data("[DONE]")).await;
-                    return Ok(());
+                    self.send(&self.chunk(index, Delta::default(), Some(finish_reason(reason)))).await;
                 }
             }
         }
+        if self.include_usage {
+            let usage: Usage = generation.counts().into();
+            let last =
+                Chunk { head: &self.head, choices: vec![], usage: Some(usage), videos: Videos::default() };
+            self.send(&last).await;
+        }
+        self.events.send_done().await;
+        Ok(())
     }
 
-    fn chunk<'a>(&'a self, delta: Delta<'a>, finish_reason: Option<&'static str>) -> Chunk<'a> {
-        let choice = ChunkChoice { index: 0, delta, logprobs: None, finish_reason };
-        Chunk { head: &self.head, choices: vec![choice], usage: None, video: None }
+    fn chunk<'a>(&'a self, index: usize, delta: Delta<'a>, finish_reason: Option<&'static str>) -> Chunk<'a> {
+        let choice = ChunkChoice { index, delta, logprobs: None, finish_reason };
+        Chunk { head: &self.head, choices: vec![choice], usage: None, videos: Videos::default() }
     }
 
     async fn send(&self, data: &impl Serialize) {
-        let event =
-            Event::default().json_data(data).expect("wire types are JSON without newlines: this is a bug");
-        self.push(event).await;
-    }
-
-    async fn push(&self, event: Event) {
-        // Fails only when the stream is being dropped, and this future with it.
-        let _ = self.events.send(event).await;
+        self.events.send(data).await;
     }
 }

@@ -7,7 +7,7 @@ use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 use tokio::sync::Semaphore;
 use tokio_rustls::rustls;
 
-use super::{auth::ApiKey, error::ApiError};
+use super::{auth::ApiKey, error::ApiError, responses_api::ResponseStore};
 use crate::{
     config::Config,
     engine::{EngineHandle, EngineStatus},
@@ -65,6 +65,7 @@ struct Inner {
     loaded: OnceLock<Arc<Loaded>>,
     access: RwLock<Arc<Access>>,
     body_kib: Arc<Semaphore>,
+    responses: Arc<ResponseStore>,
 }
 
 impl AppState {
@@ -74,6 +75,7 @@ impl AppState {
         let inflight_bytes = config.max_inflight_body_bytes.max(config.max_body_bytes);
         let body_kib = Semaphore::new(inflight_bytes.div_ceil(1024).min(Semaphore::MAX_PERMITS));
         AppState(Arc::new(Inner {
+            responses: Arc::new(ResponseStore::new(&config.responses)),
             config,
             metrics,
             drain: Drain::default(),
@@ -146,6 +148,11 @@ impl AppState {
     /// Who still works, and whether new work is refused.
     pub fn drain(&self) -> &Drain {
         &self.0.drain
+    }
+
+    /// Responses that may be read again and continued.
+    pub(super) fn responses(&self) -> &Arc<ResponseStore> {
+        &self.0.responses
     }
 
     /// Room for bodies that are being received, in KiB.

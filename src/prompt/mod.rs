@@ -1,6 +1,6 @@
 //! From a conversation to token ids with the places of its visual tokens.
 //!
-//! Called by `http/chat.rs` and the commands, on the blocking pool. Knows nothing of pixels or models.
+//! Called by `http/pipeline.rs` and the commands, on the blocking pool. Knows nothing of pixels or models.
 
 use std::ops::Range;
 
@@ -20,7 +20,7 @@ use tokenizer::MAX_TEXT_BYTES;
 pub struct Turn {
     /// The user's text, without any placeholder.
     pub user: String,
-    /// How many videos stand in this turn (0 or 1 for now).
+    /// How many videos stand in this turn, before its text.
     pub num_videos: usize,
     /// The reply to it; `None` for the turn to be answered.
     pub assistant: Option<String>,
@@ -56,6 +56,14 @@ pub enum PromptError {
     Tokenizer(String),
     #[error("cannot read the tokenizer: {0}")]
     Load(String),
+}
+
+/// `conversation` with `instruction` at the end of its last turn.
+pub fn instructed(mut conversation: Conversation, instruction: Instruction) -> Conversation {
+    if let Some(last) = conversation.turns.last_mut() {
+        last.user = instruction.add_to(&last.user);
+    }
+    conversation
 }
 
 /// Renders and tokenises `conversation` by the template `qwen2_base`, with `num_visual_tokens` a video.

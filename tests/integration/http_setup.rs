@@ -138,6 +138,18 @@ impl Server {
         self.client.post(format!("{}{CHAT}", self.url)).json(body)
     }
 
+    pub async fn send_json(&self, path: &str, body: &Value) -> Response {
+        self.client.post(format!("{}{path}", self.url)).json(body).send().await.unwrap()
+    }
+
+    pub async fn send_form(&self, path: &str, form: Form) -> Response {
+        self.client.post(format!("{}{path}", self.url)).multipart(form).send().await.unwrap()
+    }
+
+    pub async fn delete(&self, path: &str) -> Response {
+        self.client.delete(format!("{}{path}", self.url)).send().await.unwrap()
+    }
+
     /// A multipart request of these parts.
     pub fn upload(&self, form: Form) -> RequestBuilder {
         self.client.post(format!("{}{CHAT}", self.url)).multipart(form)

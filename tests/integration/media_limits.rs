@@ -160,8 +160,8 @@ async fn a_missing_ffmpeg_says_how_to_get_it() {
     let directory = tempfile::tempdir().unwrap();
     let path = Clip::default().encode(directory.path(), "a.mp4", H264);
     let config = MediaConfig { ffmpeg_path: Some("/nowhere/ffmpeg".into()), ..MediaConfig::default() };
+    let check = tinyllava::media::check_tools(&config).unwrap_err().to_string();
     let loader = loader_with(config);
-    let check = loader.check_tools().unwrap_err().to_string();
     let error = loader.load(VideoSource::LocalFile(path), FrameSampling::default()).await.unwrap_err();
     assert!(matches!(error, MediaError::Internal(_)));
     for message in [check, error.to_string()] {

@@ -24,10 +24,19 @@ const TABLE: [(&str, &str, &str); 12] = [
          refuses (`video_refused`), or a prompt and completion beyond the context (`context_length_exceeded`).",
     ),
     ("401", "Unauthorized", "No or a wrong API key (`invalid_api_key`)."),
-    ("404", "NotFound", "Unknown model (`model_not_found`), id or path (`not_found`)."),
+    (
+        "404",
+        "NotFound",
+        "Unknown model (`model_not_found`), file (`file_not_found`), response (`response_not_found`) or path (`not_found`).",
+    ),
     ("405", "MethodNotAllowed", "The path does not take this method (`method_not_allowed`)."),
     ("408", "BodyTimeout", "The body came too slowly (`body_timeout`)."),
-    ("413", "TooLarge", "The body (`body_too_large`) or the video (`video_too_large`) is over its limit."),
+    (
+        "413",
+        "TooLarge",
+        "The body (`body_too_large`), the video (`video_too_large`) or the file (`file_too_large`) is over its limit, or \
+         there is no room for more files (`files_full`).",
+    ),
     (
         "415",
         "Unsupported",

@@ -1,16 +1,25 @@
 //! From the wire form of a request to a [`ValidRequest`], which nobody checks again.
 //!
-//! Called by `http/chat.rs`. Pure: no clock, no randomness, no input but its arguments.
+//! Called by the handlers. Pure: no clock, no randomness, no input but its arguments.
 
 mod fields;
 mod messages;
+mod parts;
 mod sampling;
 mod video;
 
 pub use fields::HARMLESS;
+
+use std::{sync::Arc, time::Duration};
+
 use tempfile::NamedTempFile;
 
-use super::types::{ChatRequest, Extra};
+pub use fields::check_top_level;
+
+use super::{
+    state::Loaded,
+    types::{ChatRequest, Extra},
+};
 use crate::{
     config::Config,
     media::{FrameSampling, VideoSource},
@@ -21,9 +30,14 @@ use crate::{
 /// A request that can be served, but for what only later stages can know (the video, the prompt's length).
 #[derive(Debug)]
 pub struct ValidRequest {
-    /// The video's place is in the turn that counts one.
+    /// Each video's place is in the turn that counts it.
     pub conversation: Conversation,
-    pub video: Option<ValidVideo>,
+    /// In the order of their places.
+    pub videos: Vec<ValidVideo>,
+    /// Cached work is shared with requests of the same one only.
+    pub cache_salt: Option<Arc<str>>,
+    /// From the arrival to the last token; `None`: the server's own.
+    pub timeout: Option<Duration>,
     pub sampling: ValidSampling,
     pub stop_strings: Vec<String>,
     /// How the last question is to be answered.
@@ -34,9 +48,13 @@ pub struct ValidRequest {
     pub include_usage: bool,
 }
 
-/// The one video of a request.
+/// One video of a request.
 #[derive(Debug)]
 pub struct ValidVideo {
+    /// Where it is in the request, as in `messages[0].content[1].video_url`.
+    pub path: String,
+    /// Where its knobs are.
+    pub knobs_path: String,
     pub source: VideoSource,
     pub sampling: FrameSampling,
 }
@@ -77,6 +95,19 @@ pub struct Limits<'a> {
     pub thinks: bool,
 }
 
+impl<'a> Limits<'a> {
+    /// Of a server with this model.
+    pub fn new(config: &'a Config, loaded: &'a Loaded) -> Self {
+        Limits {
+            config,
+            model_id: &loaded.model.id,
+            default_sampling: &loaded.model.default_sampling,
+            vocab_size: loaded.tokenizer.vocab_size(),
+            thinks: loaded.model.thinks,
+        }
+    }
+}
+
 /// Why a request is refused; one sentence for the client.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum InvalidRequest {
@@ -103,17 +134,21 @@ pub fn validate(
     limits: Limits<'_>,
 ) -> Result<ValidRequest, InvalidRequest> {
     check_model(request.model.as_deref(), limits.model_id)?;
-    fields::check_top_level(&request.extra)?;
+    check_top_level(&request.extra)?;
     let include_usage = include_usage(&request)?;
     let instruction = instruction(&request, limits.thinks)?;
     let reasoning = reasoning(&request)?;
     let stop_strings = sampling::stop_strings(&request, limits.config)?;
     let sampling = sampling::validate(&request, limits)?;
-    let (conversation, part) = messages::validate(request.messages, upload.is_some(), limits.config)?;
-    let video = video::validate(part, upload, request.media_io_kwargs, limits.config)?;
+    let cache_salt = cache_salt(request.cache_salt)?;
+    let timeout = timeout(request.timeout, limits.config.request_timeout)?;
+    let (conversation, parts) = messages::validate(request.messages, upload.is_some(), limits.config)?;
+    let videos = video::validate(parts, upload, request.media_io_kwargs, &limits.config.media)?;
     Ok(ValidRequest {
         conversation,
-        video,
+        videos,
+        cache_salt,
+        timeout,
         sampling,
         stop_strings,
         instruction,
@@ -124,13 +159,40 @@ pub fn validate(
 }
 
 /// No model means the one there is.
-fn check_model(asked: Option<&str>, served: &str) -> Result<(), InvalidRequest> {
+///
+/// # Errors
+/// When another one is asked for.
+pub fn check_model(asked: Option<&str>, served: &str) -> Result<(), InvalidRequest> {
     match asked {
         Some(asked) if asked != served => {
             Err(InvalidRequest::UnknownModel { asked: shorten(asked), served: served.into() })
         }
         _ => Ok(()),
     }
+}
+
+fn cache_salt(salt: Option<String>) -> Result<Option<Arc<str>>, InvalidRequest> {
+    const MAX_SALT_BYTES: usize = 128;
+    match salt {
+        Some(salt) if salt.is_empty() || salt.len() > MAX_SALT_BYTES => {
+            let message = format!("cache_salt must have 1 to {MAX_SALT_BYTES} bytes");
+            Err(InvalidRequest::field("cache_salt", message))
+        }
+        salt => Ok(salt.map(Into::into)),
+    }
+}
+
+/// A longer time than the server's own is refused rather than cut: nobody shall count on it.
+fn timeout(seconds: Option<f64>, longest: Duration) -> Result<Option<Duration>, InvalidRequest> {
+    let Some(seconds) = seconds else { return Ok(None) };
+    if !(seconds > 0.0 && seconds <= longest.as_secs_f64()) {
+        let message = format!(
+            "timeout is {seconds} s, but must be greater than 0 and at most {} s, the server's own limit",
+            longest.as_secs_f64()
+        );
+        return Err(InvalidRequest::field("timeout", message));
+    }
+    Ok(Some(Duration::from_secs_f64(seconds)))
 }
 
 fn include_usage(request: &ChatRequest) -> Result<bool, InvalidRequest> {
@@ -195,7 +257,7 @@ fn reasoning(request: &ChatRequest) -> Result<Reasoning, InvalidRequest> {
 }
 
 /// Fields of a structure that has no place for others.
-fn refuse_unknown(extra: &Extra, path: &str, known: &[&str]) -> Result<(), InvalidRequest> {
+pub fn refuse_unknown(extra: &Extra, path: &str, known: &[&str]) -> Result<(), InvalidRequest> {
     match extra.iter().find(|(_, value)| !value.is_null()) {
         None => Ok(()),
         Some((name, _)) => {
@@ -210,7 +272,7 @@ fn refuse_unknown(extra: &Extra, path: &str, known: &[&str]) -> Result<(), Inval
 }
 
 /// Client text that is repeated in an error: long enough to recognise, never a whole body.
-fn shorten(text: &str) -> String {
+pub fn shorten(text: &str) -> String {
     const MAX_CHARS: usize = 64;
     match text.char_indices().nth(MAX_CHARS) {
         None => text.into(),

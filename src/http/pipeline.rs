@@ -1,0 +1,234 @@
+//! The one way of a request from its bytes to a running generation, whichever endpoint it came to.
+//!
+//! receive → validate → reserve places → load the video → build the prompt → submit. Called by the handlers of the
+//! generating endpoints, which bring the check of their own wire form and shape the reply. Everything lives in one future
+//! (or, later, one stream): when the client leaves, hyper drops it, and with it the download, the decoder and the
+//! sequences.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use axum::extract::Request;
+use bytes::Bytes;
+use futures_util::{
+    FutureExt,
+    future::{BoxFuture, try_join_all},
+};
+use tempfile::NamedTempFile;
+use tokio::task::spawn_blocking;
+
+use super::{
+    body::{self, Budget, Received},
+    error::ApiError,
+    generation::Generation,
+    progress::Progress,
+    record::RequestRecord,
+    state::{AppState, Loaded},
+    validate::{Limits, Reasoning, ValidRequest, ValidSampling, ValidVideo},
+};
+use crate::{
+    engine::{NewSequence, Permit, VideoInput},
+    media::{MediaError, Salt, VideoFrames},
+    model::FrameBatch,
+    output::OutputAssembler,
+    prompt::{self, Conversation, Instruction, Prompt, Tokenizer},
+    scheduler::SamplingParams,
+};
+
+/// A generation that is being prepared: the video is fetched, decoded, and so on.
+pub type Preparing = BoxFuture<'static, Result<Generation, ApiError>>;
+
+/// What is to be generated, and what the endpoint keeps for itself.
+pub type Checked<T> = Result<(ValidRequest, T), ApiError>;
+
+/// A request on its way.
+pub struct Begun<T> {
+    pub loaded: Arc<Loaded>,
+    pub preparing: Preparing,
+    /// What the endpoint's check kept for itself.
+    pub shape: T,
+}
+
+/// Admits a request and sets its stages going; its end is reported however it ends. `check` is what differs between the
+/// endpoints: from the JSON of a body, with the file of a multipart one, to what is to be generated, and `T`, what the
+/// endpoint itself has to know to shape the reply. It may take long: it runs where that is fine.
+///
+/// # Errors
+/// Everything that goes wrong before there is any need of the video.
+pub async fn begin<T: Send + 'static>(
+    state: &AppState,
+    record: Arc<RequestRecord>,
+    request: Request,
+    check: impl FnOnce(&Bytes, Option<NamedTempFile>, Limits<'_>) -> Checked<T> + Send + 'static,
+) -> Result<Begun<T>, ApiError> {
+    let work = state.begin_work().inspect_err(|error| state.metrics().rejection(error.code()))?;
+    let timeout = state.config().request_timeout;
+    let mut progress = Progress::new(record, state.metrics().clone(), timeout, work);
+    let admitted = progress.deadline().bound(admit(state, request, check)).await;
+    match admitted.and_then(|admitted| admitted) {
+        Ok((admitted, shape)) => {
+            progress.set_stream(admitted.valid.stream);
+            admitted.valid.timeout.into_iter().for_each(|timeout| progress.set_timeout(timeout));
+            let loaded = admitted.loaded.clone();
+            let preparing = prepare(admitted, progress, state.config().default_max_tokens).boxed();
+            Ok(Begun { loaded, preparing, shape })
+        }
+        Err(error) => {
+            if error.is_rejection() {
+                state.metrics().rejection(error.code());
+            }
+            progress.ended_by(&error);
+            Err(error)
+        }
+    }
+}
+
+/// Waits a while for a fault in the video, which then gets its own status; later a stream has begun.
+///
+/// # Errors
+/// The fault.
+pub async fn settle(mut preparing: Preparing, patience: Duration) -> Result<Preparing, ApiError> {
+    match tokio::time::timeout(patience, &mut preparing).await {
+        Ok(soon) => Ok(std::future::ready(Ok(soon?)).boxed()),
+        Err(_) => Ok(preparing),
+    }
+}
+
+/// A request that holds its places in the queue.
+struct Admitted {
+    loaded: Arc<Loaded>,
+    valid: ValidRequest,
+    permit: Permit,
+    budget: Budget,
+}
+
+async fn admit<T: Send + 'static>(
+    state: &AppState,
+    request: Request,
+    check: impl FnOnce(&Bytes, Option<NamedTempFile>, Limits<'_>) -> Checked<T> + Send + 'static,
+) -> Result<(Admitted, T), ApiError> {
+    let loaded = state.ready()?;
+    // Refuse before the body is read; the place itself is taken after, so that slow senders hold none.
+    drop(loaded.engine.reserve()?);
+    let received = body::receive(state, request).await?;
+    let (own_state, own_loaded) = (state.clone(), loaded.clone());
+    let checked = body::check(received, move |received| {
+        let Received { json, upload, budget } = received;
+        let limits = Limits::new(own_state.config(), &own_loaded);
+        Ok((check(&json, upload, limits)?, budget))
+    });
+    let ((valid, shape), budget) = checked.await?;
+    let permit = loaded.engine.reserve()?;
+    Ok((Admitted { loaded, valid, permit, budget }, shape))
+}
+
+/// Video, prompt, engine: everything up to the first token.
+async fn prepare(
+    admitted: Admitted,
+    mut progress: Progress,
+    default_max_tokens: usize,
+) -> Result<Generation, ApiError> {
+    let Admitted { loaded, valid, permit, budget } = admitted;
+    let ValidRequest { conversation, videos, cache_salt, sampling, stop_strings, .. } = valid;
+    let (instruction, reasoning) = (valid.instruction, valid.reasoning);
+    let deadline = progress.deadline();
+    let stages = async {
+        let frames = load_videos(&loaded, videos, &cache_salt, &mut progress).await?;
+        drop(budget);
+        let engine_limits = loaded.engine.limits();
+        let started = Instant::now();
+        let prompt =
+            build_prompt(conversation, instruction, loaded.tokenizer.clone(), engine_limits.visual_tokens)
+                .await?;
+        let num_prompt = prompt.token_ids.len();
+        let num_visual = prompt.video_spans.iter().map(ExactSizeIterator::len).sum();
+        progress.prompt_built(num_prompt, num_visual, started.elapsed());
+        let room = engine_limits.context.saturating_sub(num_prompt);
+        let sampling = final_sampling(sampling, default_max_tokens.min(room));
+        let tokens = permit.submit(sequence(prompt, &frames, cache_salt, sampling))?;
+        progress.submitted();
+        Ok((tokens, frames.iter().map(|frames| frames.info.clone()).collect()))
+    };
+    match deadline.bound(stages).await.and_then(|done| done) {
+        Ok((tokens, videos)) => {
+            let raw = reasoning == Reasoning::Raw;
+            let assembler = OutputAssembler::new(loaded.tokenizer.clone(), stop_strings, raw);
+            Ok(Generation::new(vec![(tokens, assembler)], reasoning, videos, progress))
+        }
+        Err(error) => {
+            progress.ended_by(&error);
+            Err(error)
+        }
+    }
+}
+
+/// All videos of a request at the same time; the first fault ends the others.
+async fn load_videos(
+    loaded: &Loaded,
+    videos: Vec<ValidVideo>,
+    salt: &Salt,
+    progress: &mut Progress,
+) -> Result<Vec<Arc<VideoFrames>>, ApiError> {
+    let started = Instant::now();
+    let load = async |video: ValidVideo| {
+        let ValidVideo { path, knobs_path, source, sampling } = video;
+        let frames = loaded.media.load_isolated(source, sampling, salt.clone()).await;
+        frames.map_err(|error| ApiError::Video { param: at_fault(&error, path, &knobs_path), error })
+    };
+    let frames = try_join_all(videos.into_iter().map(load)).await?;
+    frames.iter().for_each(|frames| progress.video_loaded(frames, started.elapsed()));
+    Ok(frames)
+}
+
+/// The path of the knob that is refused, or of the video.
+fn at_fault(error: &MediaError, path: String, knobs_path: &str) -> String {
+    match error {
+        MediaError::Refused {
+            param: param @ ("num_frames" | "fps" | "max_frames" | "start" | "end"),
+            ..
+        } => {
+            format!("{knobs_path}.{param}")
+        }
+        _ => path,
+    }
+}
+
+/// Renders and tokenises on the blocking pool; the last turn gets its instruction.
+async fn build_prompt(
+    conversation: Conversation,
+    instruction: Instruction,
+    tokenizer: Arc<Tokenizer>,
+    num_visual_tokens: usize,
+) -> Result<Prompt, ApiError> {
+    let built = spawn_blocking(move || {
+        prompt::build(&prompt::instructed(conversation, instruction), &tokenizer, num_visual_tokens)
+    });
+    let built = built.await.map_err(|error| ApiError::Internal(format!("building the prompt: {error}")))?;
+    Ok(built?)
+}
+
+/// Decides what the request left open.
+fn final_sampling(valid: ValidSampling, default_max_tokens: usize) -> SamplingParams {
+    SamplingParams {
+        seed: valid.seed.unwrap_or_else(|| uuid::Uuid::new_v4().as_u64_pair().1),
+        // A prompt that leaves no room at all is refused by the engine for its length.
+        max_tokens: valid.max_tokens.unwrap_or(default_max_tokens.max(1)),
+        ..valid.params
+    }
+}
+
+fn sequence(
+    prompt: Prompt,
+    frames: &[Arc<VideoFrames>],
+    cache_salt: Salt,
+    sampling: SamplingParams,
+) -> NewSequence {
+    let videos = prompt.video_spans.into_iter().zip(frames).map(|(span, frames)| VideoInput {
+        span,
+        digest: frames.digest,
+        frames: FrameBatch { rgb: frames.rgb.clone(), size: frames.size },
+    });
+    NewSequence { videos: videos.collect(), token_ids: prompt.token_ids, cache_salt, sampling }
+}

@@ -1,0 +1,358 @@
+//! The wire form of `POST /v1/responses`, and its translation to that of a chat request.
+//!
+//! Called by `mod.rs` through the pipeline. What both have in common is checked where chat requests are; faults found
+//! there are named as the client knows them.
+
+use bytes::Bytes;
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+use tempfile::NamedTempFile;
+use utoipa::ToSchema;
+
+use super::{
+    input::{InputItem, Messages},
+    names::{Origins, response_format},
+    objects::{ReasoningEcho, ResponseObject, Status},
+    store::{KeptConversation, ResponseStore},
+};
+use crate::http::{
+    body,
+    error::ApiError,
+    responses::Videos,
+    types::{ChatRequest, Extra, TextOr},
+    validate::{self, HARMLESS, InvalidRequest, Limits, ValidRequest, refuse_unknown, shorten},
+};
+
+/// Fields of chat requests that mean the same here.
+const AS_IN_CHAT: [&str; 22] = [
+    "cache_salt",
+    "chat_template_kwargs",
+    "frequency_penalty",
+    "guided_choice",
+    "guided_grammar",
+    "guided_json",
+    "guided_regex",
+    "ignore_eos",
+    "include_reasoning",
+    "logit_bias",
+    "max_thinking_tokens",
+    "media_io_kwargs",
+    "min_p",
+    "presence_penalty",
+    "repetition_penalty",
+    "seed",
+    "stop",
+    "stop_token_ids",
+    "structured_outputs",
+    "thinking_token_budget",
+    "timeout",
+    "top_k",
+];
+/// What may be included, because there is none of it or it is there anyway.
+const INCLUDABLE: [&str; 7] = [
+    "code_interpreter_call.outputs",
+    "computer_call_output.output.image_url",
+    "file_search_call.results",
+    "message.input_image.image_url",
+    "reasoning.encrypted_content",
+    "web_search_call.action.sources",
+    "web_search_call.results",
+];
+const MAX_METADATA: usize = 16;
+const MAX_METADATA_BYTES: usize = 512;
+
+/// Body of `POST /v1/responses`. Fields of chat requests that say how to sample, think and read videos are accepted too.
+#[derive(Debug, Deserialize, ToSchema)]
+pub struct ResponsesRequest {
+    /// The served model; may be left out.
+    model: Option<String>,
+    /// A text, or a list of messages.
+    #[schema(value_type = Value)]
+    input: Option<TextOr<Vec<InputItem>>>,
+    /// The system message; it does not stay for the responses that continue this one.
+    instructions: Option<String>,
+    /// Continues that response: its conversation, videos included, comes before `input`.
+    previous_response_id: Option<String>,
+    /// Whether the response can be read again and continued; true if left out.
+    store: Option<bool>,
+    stream: Option<bool>,
+    stream_options: Option<ResponsesStreamOptions>,
+    #[schema(minimum = 1)]
+    max_output_tokens: Option<u64>,
+    #[schema(minimum = 0, maximum = 2)]
+    temperature: Option<f64>,
+    #[schema(exclusive_minimum = 0, maximum = 1)]
+    top_p: Option<f64>,
+    reasoning: Option<ReasoningOptions>,
+    text: Option<TextOptions>,
+    include: Option<Vec<String>>,
+    /// Returned with the response: up to 16 texts of up to 512 bytes.
+    metadata: Option<Map<String, Value>>,
+    user: Option<String>,
+    #[serde(flatten)]
+    #[schema(ignore)]
+    extra: Extra,
+}
+
+#[derive(Debug, Deserialize, ToSchema)]
+pub struct ResponsesStreamOptions {
+    /// Only false: events are not padded.
+    include_obfuscation: Option<bool>,
+    #[serde(flatten)]
+    #[schema(ignore)]
+    extra: Extra,
+}
+
+#[derive(Debug, Default, Deserialize, ToSchema)]
+pub struct ReasoningOptions {
+    /// As `reasoning_effort` of chat requests.
+    effort: Option<String>,
+    /// auto, concise or detailed; the summary is the thinking itself in any case.
+    summary: Option<String>,
+    /// The same, as it was called before.
+    generate_summary: Option<String>,
+    #[serde(flatten)]
+    #[schema(ignore)]
+    extra: Extra,
+}
+
+#[derive(Debug, Deserialize, ToSchema)]
+pub struct TextOptions {
+    /// As `response_format` of chat requests, a `json_schema` without the object of that name around it.
+    #[schema(value_type = Option<Value>)]
+    format: Option<Map<String, Value>>,
+    /// Without effect.
+    verbosity: Option<String>,
+    #[serde(flatten)]
+    #[schema(ignore)]
+    extra: Extra,
+}
+
+/// What the endpoint must know to answer.
+#[derive(Debug)]
+pub struct Shape {
+    pub stream: bool,
+    /// The response as it is before there is any output.
+    pub object: ResponseObject,
+    /// What to keep with it; `None`: it is not to be kept.
+    pub kept: Option<KeptConversation>,
+}
+
+/// From the JSON of a body to what is to be generated.
+///
+/// # Errors
+/// The first fault found, with the field it is in.
+pub fn check(
+    json: &Bytes,
+    upload: Option<NamedTempFile>,
+    limits: Limits<'_>,
+    store: &ResponseStore,
+) -> Result<(ValidRequest, Shape), ApiError> {
+    if upload.is_some() {
+        let message = "this endpoint takes no uploads; send the file to /v1/files and name it by its id";
+        return Err(InvalidRequest::field("video", message).into());
+    }
+    let mut request: ResponsesRequest = body::parse(json, limits.config.max_json_values)?;
+    request.check_own()?;
+    let mut messages = request.previous(store)?;
+    let input = request.input.take();
+    let missing =
+        || InvalidRequest::field("input", "the request has no input; send a text or a list of messages");
+    messages.push_input(input.ok_or_else(missing)?)?;
+    let is_kept = request.store.unwrap_or(true);
+    let kept = is_kept.then(|| keep(&messages.list, limits.config.responses.max_conversation_bytes));
+    if let Some(instructions) = &request.instructions {
+        let message = json!({"role": "system", "content": instructions});
+        messages.list.insert(0, message);
+        messages.origins.insert(0, "instructions".into());
+    }
+    let Messages { list, origins } = messages;
+    let origins = Origins(origins);
+    let chat = Value::Object(request.to_chat(list));
+    let chat: ChatRequest = serde_path_to_error::deserialize(chat).map_err(|error| {
+        let path = error.path().to_string();
+        let message = format!("{path}: {}", error.inner());
+        origins.fault(InvalidRequest::field(path, message))
+    })?;
+    let mut valid = validate::validate(chat, None, limits).map_err(|error| origins.fault(error))?;
+    for video in &mut valid.videos {
+        video.path = origins.path(&video.path);
+        video.knobs_path = origins.path(&video.knobs_path);
+    }
+    let object = request.into_object(&valid, limits.model_id, is_kept);
+    let shape = Shape { stream: valid.stream, object, kept };
+    Ok((valid, shape))
+}
+
+/// What is kept of a conversation: its messages, unless they are too large.
+fn keep(messages: &[Value], max_bytes: usize) -> KeptConversation {
+    // Counted first: a video in base64 is not written out only to be thrown away.
+    let num_bytes = messages.iter().map(text_bytes).sum();
+    if num_bytes > max_bytes {
+        return KeptConversation::TooLarge { num_bytes };
+    }
+    let messages = Value::Array(messages.to_vec()).to_string();
+    KeptConversation::Whole { messages, reply: String::new() }
+}
+
+fn text_bytes(value: &Value) -> usize {
+    match value {
+        Value::String(text) => text.len(),
+        Value::Array(list) => list.iter().map(text_bytes).sum(),
+        Value::Object(map) => map.iter().map(|(name, value)| name.len() + text_bytes(value)).sum(),
+        Value::Null | Value::Bool(_) | Value::Number(_) => 8,
+    }
+}
+
+impl ResponsesRequest {
+    /// The conversation that is continued.
+    fn previous(&self, store: &ResponseStore) -> Result<Messages, InvalidRequest> {
+        let mut messages = Messages::default();
+        let Some(id) = &self.previous_response_id else { return Ok(messages) };
+        let fault = |message| InvalidRequest::field("previous_response_id", message);
+        let response = store.get(id).ok_or_else(|| {
+            let id = shorten(id);
+            fault(format!(
+                "there is no response \"{id}\": it was not stored, was deleted or is too old; send the whole conversation \
+                 as input"
+            ))
+        })?;
+        match &response.conversation {
+            KeptConversation::TooLarge { num_bytes } => Err(fault(format!(
+                "the conversation of that response has {num_bytes} bytes, too many to be kept; upload its video to \
+                 /v1/files and name it by its id, or send the whole conversation as input"
+            ))),
+            KeptConversation::Whole { messages: list, reply } => {
+                let list: Vec<Value> =
+                    serde_json::from_str(list).expect("kept messages are JSON: this is a bug");
+                list.into_iter().for_each(|message| messages.push(message, "previous_response_id"));
+                messages.push(json!({"role": "assistant", "content": reply}), "previous_response_id");
+                Ok(messages)
+            }
+        }
+    }
+
+    /// Fields that chat requests do not have.
+    fn check_own(&self) -> Result<(), InvalidRequest> {
+        for (name, value) in &self.extra {
+            let known = AS_IN_CHAT.contains(&name.as_str()) || HARMLESS.contains(&name.as_str());
+            if !known && !value.is_null() && !asks_for_nothing(name, value) {
+                let name = shorten(name);
+                let message = format!("\"{name}\" is unknown or not supported here; remove it");
+                return Err(InvalidRequest::field(name, message));
+            }
+        }
+        if let Some(options) = &self.stream_options {
+            refuse_unknown(&options.extra, "stream_options", &["include_obfuscation"])?;
+            if options.include_obfuscation == Some(true) {
+                let message = "events are not padded here; leave include_obfuscation out";
+                return Err(InvalidRequest::field("stream_options.include_obfuscation", message));
+            }
+        }
+        if let Some(reasoning) = &self.reasoning {
+            refuse_unknown(&reasoning.extra, "reasoning", &["effort", "summary"])?;
+            let summary = reasoning.summary.as_ref().or(reasoning.generate_summary.as_ref());
+            if summary.is_some_and(|summary| !["auto", "concise", "detailed"].contains(&summary.as_str())) {
+                let message = "summary must be one of auto, concise, detailed";
+                return Err(InvalidRequest::field("reasoning.summary", message));
+            }
+        }
+        if let Some(text) = &self.text {
+            refuse_unknown(&text.extra, "text", &["format", "verbosity"])?;
+        }
+        let include = self.include.iter().flatten().find(|name| !INCLUDABLE.contains(&name.as_str()));
+        if let Some(name) = include {
+            let message = format!("\"{}\" cannot be included; leave it out", shorten(name));
+            return Err(InvalidRequest::field("include", message));
+        }
+        let metadata = self.metadata.iter().flatten();
+        let is_short = |value: &Value| value.as_str().is_some_and(|text| text.len() <= MAX_METADATA_BYTES);
+        if metadata.clone().count() > MAX_METADATA || metadata.clone().any(|(_, value)| !is_short(value)) {
+            let message = format!(
+                "metadata must be at most {MAX_METADATA} texts of at most {MAX_METADATA_BYTES} bytes"
+            );
+            return Err(InvalidRequest::field("metadata", message));
+        }
+        Ok(())
+    }
+
+    /// The same request to the chat endpoint.
+    fn to_chat(&mut self, messages: Vec<Value>) -> Map<String, Value> {
+        let mut chat: Map<String, Value> = std::mem::take(&mut self.extra)
+            .into_iter()
+            .filter(|(name, _)| AS_IN_CHAT.contains(&name.as_str()))
+            .collect();
+        let format = self.text.as_ref().and_then(|text| text.format.clone()).map(response_format);
+        let effort = self.reasoning.as_ref().and_then(|reasoning| reasoning.effort.clone());
+        for (name, value) in [
+            ("messages", Value::Array(messages)),
+            ("model", json!(self.model)),
+            ("stream", json!(self.stream)),
+            ("temperature", json!(self.temperature)),
+            ("top_p", json!(self.top_p)),
+            ("max_completion_tokens", json!(self.max_output_tokens)),
+            ("reasoning_effort", json!(effort)),
+            ("response_format", json!(format)),
+        ] {
+            chat.insert(name.into(), value);
+        }
+        chat
+    }
+
+    /// The response before there is any output. Id and time are the handler's to fill in.
+    fn into_object(self, valid: &ValidRequest, model_id: &str, store: bool) -> ResponseObject {
+        let reasoning = self.reasoning.unwrap_or_default();
+        let text = self.text.map(|text| {
+            let format = text.format.map_or_else(|| json!({"type": "text"}), Value::Object);
+            json!({"format": format, "verbosity": text.verbosity.as_deref().unwrap_or("medium")})
+        });
+        ResponseObject {
+            id: String::new(),
+            object: "response",
+            created_at: 0,
+            status: Status::InProgress,
+            background: false,
+            error: None,
+            incomplete_details: None,
+            instructions: self.instructions,
+            max_output_tokens: self.max_output_tokens,
+            max_tool_calls: None,
+            metadata: self.metadata.unwrap_or_default(),
+            model: model_id.into(),
+            output: vec![],
+            parallel_tool_calls: true,
+            previous_response_id: self.previous_response_id,
+            reasoning: ReasoningEcho {
+                effort: reasoning.effort,
+                summary: reasoning.summary.or(reasoning.generate_summary),
+            },
+            service_tier: "default",
+            store,
+            temperature: valid.sampling.params.temperature,
+            text: text.unwrap_or_else(|| json!({"format": {"type": "text"}, "verbosity": "medium"})),
+            tool_choice: "auto",
+            tools: vec![],
+            top_logprobs: 0,
+            top_p: valid.sampling.params.top_p,
+            truncation: "disabled",
+            usage: None,
+            user: self.user,
+            videos: Videos::default(),
+        }
+    }
+}
+
+/// Whether `value` is what the field means when it is left out.
+fn asks_for_nothing(name: &str, value: &Value) -> bool {
+    match name {
+        "background" => *value == false,
+        "tools" => value.as_array().is_some_and(Vec::is_empty),
+        "tool_choice" => *value == "auto" || *value == "none",
+        "truncation" => *value == "disabled",
+        "top_logprobs" => *value == 0,
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests;
