@@ -205,7 +205,7 @@ async fn the_greedy_answer_is_the_most_probable_option() {
 #[tokio::test]
 async fn a_reply_without_answer_has_null_scores_and_no_vote() {
     let server = server(config(), FakeModel::saying("<think>still thinking")).await;
-    let more = json!({"n": 2, "temperature": 1, "vote": true, "answer_logprobs": true});
+    let more = json!({"n": 2, "temperature": 0.1, "vote": true, "answer_logprobs": true});
     let reply = server.ask(&request(json!("What?"), more)).await;
     for choice in reply["choices"].as_array().unwrap() {
         assert_eq!((&choice["answer_logprobs"], &choice["answer_confidence"]), (&Value::Null, &Value::Null));
