@@ -108,6 +108,7 @@ pub async fn trace(args: TraceArgs) -> anyhow::Result<()> {
         token_ids: prompt.token_ids.clone(),
         videos: vec![VideoInput { span: span.clone(), digest: [0; 32], frames }],
         sampling: SamplingParams::greedy(args.max_tokens),
+        guide: None,
     };
     let ids = generate(&started.engine, sequence).await?;
 

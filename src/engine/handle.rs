@@ -6,6 +6,7 @@ use std::{ops::Range, sync::Arc, time::Duration};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 
+use super::guidance::Guide;
 use crate::{
     model::FrameBatch,
     scheduler::{SamplingParams, StopReason, TokenId, VideoDigest},
@@ -31,6 +32,8 @@ pub struct NewSequence {
     pub videos: Vec<VideoInput>,
     /// How to sample the completion.
     pub sampling: SamplingParams,
+    /// What the reply must be, and when its thinking ends.
+    pub guide: Option<Guide>,
 }
 
 /// What comes back, one a channel message.

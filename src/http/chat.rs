@@ -201,7 +201,7 @@ fn sequence(prompt: Prompt, frames: Option<&VideoFrames>, sampling: SamplingPara
         digest: frames.digest,
         frames: FrameBatch { rgb: frames.rgb.clone(), size: frames.size },
     });
-    NewSequence { videos: videos.collect(), token_ids: prompt.token_ids, sampling }
+    NewSequence { videos: videos.collect(), token_ids: prompt.token_ids, sampling, guide: None }
 }
 
 fn reply_head(loaded: &Loaded, stream: bool) -> ReplyHead {

@@ -11,6 +11,7 @@ mod stop_matcher;
 mod stream;
 
 pub use reply::{Reply, collect};
+pub use segmenter::Verbatim;
 pub use stream::OutputAssembler;
 
 /// Which part of the reply a piece of text belongs to.

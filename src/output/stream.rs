@@ -9,7 +9,7 @@ use std::{collections::VecDeque, sync::Arc};
 use super::{
     OutputEvent, Segment,
     detokenizer::Detokenizer,
-    segmenter::{Found, Segmenter, Tag, TagScanner},
+    segmenter::{Found, Segmenter, Tag, TagScanner, Verbatim},
     stop_matcher::StopMatcher,
 };
 use crate::{
@@ -49,6 +49,12 @@ impl OutputAssembler {
         }
     }
 
+    /// Passes a guided answer on as it is.
+    pub fn verbatim(mut self, verbatim: Verbatim) -> Self {
+        self.segmenter = Segmenter::new(verbatim);
+        self
+    }
+
     /// Takes the next token. Gives at most a few deltas, none of them empty, each of one segment; nothing once
     /// [`Self::stopped`].
     pub fn push(&mut self, token_id: TokenId) -> Vec<OutputEvent> {
@@ -76,7 +82,9 @@ impl OutputAssembler {
         }
         self.pass(&passed, &mut events);
         let reason = if self.stopped() { StopReason::StopString } else { reason };
-        let cut_off = matches!(reason, StopReason::Length | StopReason::Aborted);
+        // Where the whole reply is passed on as it is, nothing waits for the rest of a tag.
+        let cut_off = matches!(reason, StopReason::Length | StopReason::Aborted)
+            && !(self.segmenter.in_verbatim() && self.segmenter.segment() == Segment::Plain);
         let mut scanner = std::mem::take(&mut self.scanner);
         scanner.finish(cut_off, |found| self.segment(&found, &mut events));
         self.reasoning.finish(self.segmenter.segment() == Segment::Think);
@@ -113,8 +121,9 @@ impl OutputAssembler {
     }
 
     fn segment(&mut self, found: &Found<'_>, events: &mut Vec<OutputEvent>) {
+        let closes = *found == Found::Tag(Tag::ThinkClose) && !self.segmenter.in_verbatim();
         let delta = self.segmenter.push(found);
-        let thinking = self.segmenter.segment() == Segment::Think || *found == Found::Tag(Tag::ThinkClose);
+        let thinking = self.segmenter.segment() == Segment::Think || closes;
         self.reasoning.resolve(found.num_bytes(), thinking);
         let Some((segment, text)) = delta.filter(|_| !self.raw) else { return };
         match events.last_mut() {

@@ -4,10 +4,12 @@
 
 use std::ops::Range;
 
+pub mod grammar;
 pub mod template;
 pub mod tokenizer;
 mod tokenizer_files;
 
+pub use grammar::{Constraint, GrammarCompiler, GrammarError};
 pub use template::{with_instruction, with_option_only};
 pub use tokenizer::Tokenizer;
 

@@ -16,6 +16,12 @@ pub const THINK_INSTRUCTION: &str =
 /// Asks for the option alone, as the family's models before reinforcement learning were asked.
 pub const OPTION_ONLY_INSTRUCTION: &str = "Answer with the option's letter from the given choices directly.";
 
+/// How a reply that thinks begins.
+pub const THINK_OPENING: &str = " <think>";
+
+/// Ends a thinking that has no more time, in the model's own voice, and opens the answer.
+pub const THINK_CLOSING: &str = "\n\nI have to answer now.\n</think> <answer>";
+
 /// `text` with the reasoning instruction on a line of its own, unless it already asks for both tags.
 pub fn with_instruction(text: &str) -> String {
     if text.contains("<think>") && text.contains("<answer>") {

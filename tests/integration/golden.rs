@@ -97,6 +97,7 @@ impl Checkpoint {
             token_ids,
             videos,
             sampling: SamplingParams { ignore_eos: true, ..SamplingParams::greedy(24) },
+            guide: None,
         }
     }
 
