@@ -15,7 +15,7 @@ use super::options::ModelOptions;
 use crate::{
     config::{Config, EngineConfig, MediaConfig},
     engine::{self, EngineHandle, EngineOptions, StepObserver},
-    http::{Loaded, ModelCard},
+    http::{Guides, Loaded, ModelCard},
     media::{MediaLoader, ffmpeg},
     model::{
         ModelShape, Tap,
@@ -130,7 +130,8 @@ impl Started {
             default_sampling: default_sampling(&self.generation, config.default_max_tokens),
             num_frames,
         };
-        Ok(Loaded { engine: self.engine, media, tokenizer: self.tokenizer, model })
+        let guides = Guides::new(&self.tokenizer, &self.generation.eos_token_ids)?;
+        Ok(Loaded { engine: self.engine, media, tokenizer: self.tokenizer, guides, model })
     }
 }
 

@@ -49,6 +49,12 @@ pub struct AnswerGuide {
     pub num_reserved: Option<usize>,
 }
 
+impl std::fmt::Debug for AnswerGuide {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("AnswerGuide").field("num_reserved", &self.num_reserved).finish_non_exhaustive()
+    }
+}
+
 /// Steers one sequence.
 pub struct Guide {
     thinking: Option<Thinking>,

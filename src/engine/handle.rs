@@ -1,8 +1,13 @@
 //! Crossing 1 and 2: how a request enters the engine and how its tokens come back.
 //!
-//! Called by `http/chat.rs` and the commands. Never blocks.
+//! Called by `http/pipeline.rs` and the commands. Never blocks.
 
-use std::{ops::Range, sync::Arc, time::Duration};
+use std::{
+    ops::Range,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 
@@ -59,6 +64,11 @@ impl TokenStream {
     /// The next event; `None` when the engine is gone.
     pub async fn next(&mut self) -> Option<TokenEvent> {
         self.events.recv().await
+    }
+
+    /// As [`TokenStream::next`], for who listens to several.
+    pub fn poll_next(&mut self, context: &mut Context<'_>) -> Poll<Option<TokenEvent>> {
+        self.events.poll_recv(context)
     }
 }
 

@@ -1,6 +1,6 @@
 //! Receives the body of a chat request: JSON, or multipart with the JSON in `request` and a file in `video`.
 //!
-//! Called by `http/chat.rs`. Every byte is counted before it is kept; an upload goes to disk as it comes.
+//! Called by `http/pipeline.rs`. Every byte is counted before it is kept; an upload goes to disk as it comes.
 
 use std::{
     error::Error,

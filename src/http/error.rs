@@ -44,6 +44,10 @@ pub enum ApiError {
     DeadlineExceeded { seconds: u64 },
     #[error("there is nothing at this path; see /openapi.json for what there is")]
     NoSuchRoute,
+    #[error("no such chat completion is running; it may be over")]
+    NoSuchChat,
+    #[error("the chat completion has begun its answer; it thinks no more")]
+    ThinksNoMore,
     #[error("this path does not take this method; see the Allow header")]
     MethodNotAllowed,
     /// The text is for the log.
@@ -136,6 +140,8 @@ impl ApiError {
                 Row::new(S::GATEWAY_TIMEOUT, "timeout_error", "deadline_exceeded")
             }
             ApiError::NoSuchRoute => Row::bad(S::NOT_FOUND, Some("not_found")),
+            ApiError::NoSuchChat => Row::bad(S::NOT_FOUND, Some("chat_completion_not_found")).param("id"),
+            ApiError::ThinksNoMore => Row::bad(S::CONFLICT, Some("thinking_is_over")).param("id"),
             ApiError::MethodNotAllowed => Row::bad(S::METHOD_NOT_ALLOWED, Some("method_not_allowed")),
             ApiError::Internal(_) => Row::internal(),
         }
@@ -258,6 +264,8 @@ mod tests {
             row(InvalidRequest::UnknownModel { asked: text(), served: text() }),
             (404, "model_not_found", false)
         );
+        assert_eq!(row(ApiError::NoSuchChat), (404, "chat_completion_not_found", false));
+        assert_eq!(row(ApiError::ThinksNoMore), (409, "thinking_is_over", false));
         assert_eq!(row(ApiError::NoSuchRoute), (404, "not_found", false));
         assert_eq!(row(ApiError::MethodNotAllowed), (405, "method_not_allowed", false));
         assert_eq!(row(BodyError::Slow { seconds: 1 }), (408, "body_timeout", false));

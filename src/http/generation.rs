@@ -1,10 +1,14 @@
-//! A running generation: token events in, output events out. Streams and unary replies read the same ones.
+//! A running generation: token events of all choices in, output events out. Streams and unary replies read the same ones.
 //!
-//! Made by `http/chat.rs`; dropped, it cancels the sequence. Knows nothing of JSON.
+//! Made by [`super::pipeline`]; dropped, it cancels the sequences. Knows nothing of JSON.
 
-use std::{collections::VecDeque, time::Instant};
+use std::{
+    collections::VecDeque,
+    task::{Context, Poll},
+    time::Instant,
+};
 
-use super::{error::ApiError, progress::Progress, validate::Reasoning};
+use super::{error::ApiError, progress::Progress, running::RunningChat, validate::Reasoning};
 use crate::{
     engine::{TokenEvent, TokenStream},
     media::VideoInfo,
@@ -16,55 +20,72 @@ use crate::{
 /// See the module.
 #[derive(Debug)]
 pub struct Generation {
-    /// `None` once nothing more is wanted of the engine.
-    tokens: Option<TokenStream>,
-    assembler: OutputAssembler,
+    choices: Vec<Choice>,
+    /// Who is listened to first: none can keep the others waiting.
+    turn: usize,
     /// Assembled, not handed out yet.
-    ready: VecDeque<OutputEvent>,
+    ready: VecDeque<(usize, OutputEvent)>,
     reasoning: Reasoning,
     /// What was sampled of the video.
     pub video: Option<VideoInfo>,
     progress: Progress,
+    running: Option<RunningChat>,
+}
+
+/// One of the replies to a request.
+#[derive(Debug)]
+struct Choice {
+    /// `None` once nothing more is wanted of the engine.
+    tokens: Option<TokenStream>,
+    assembler: OutputAssembler,
     last_token: Option<Instant>,
+    answers: bool,
 }
 
 impl Generation {
-    /// `progress` knows the prompt's counts already.
+    /// One choice for each of `sequences`. `progress` knows the prompt's counts already.
     pub fn new(
-        tokens: TokenStream,
-        assembler: OutputAssembler,
+        sequences: Vec<(TokenStream, OutputAssembler)>,
         reasoning: Reasoning,
         video: Option<VideoInfo>,
         progress: Progress,
     ) -> Self {
-        Generation {
+        let choice = |(tokens, assembler)| Choice {
             tokens: Some(tokens),
             assembler,
-            ready: VecDeque::new(),
-            reasoning,
-            video,
-            progress,
             last_token: None,
-        }
+            answers: false,
+        };
+        let choices = sequences.into_iter().map(choice).collect();
+        Generation { choices, turn: 0, ready: VecDeque::new(), reasoning, video, progress, running: None }
     }
 
-    /// The next event; nothing follows [`OutputEvent::Finished`] or an error.
+    /// Known to others as `running` until it is over, and there as long as it thinks.
+    pub fn listed(self, running: RunningChat) -> Self {
+        Generation { running: Some(running), ..self }
+    }
+
+    /// The next event and the index of its choice. Each choice ends with one [`OutputEvent::Finished`]; `None` follows
+    /// when all have.
     ///
     /// # Errors
-    /// When the deadline passes, the sequence's step fails, or the engine ends.
-    pub async fn next(&mut self) -> Result<OutputEvent, ApiError> {
-        let event = self.advance().await;
-        match &event {
-            Ok(OutputEvent::Delta { .. }) => {}
-            Ok(OutputEvent::Finished { reason, reasoning_tokens, completion_tokens }) => {
-                self.progress.completed(finish_reason(*reason), *completion_tokens, *reasoning_tokens);
-            }
+    /// When the deadline passes, the step of a sequence fails, or the engine ends. All choices end with it.
+    pub async fn next(&mut self) -> Result<Option<(usize, OutputEvent)>, ApiError> {
+        let next = self.advance().await;
+        match &next {
+            Ok(Some(_)) => {}
+            Ok(None) => self.progress.completed(),
             Err(error) => {
-                self.tokens = None;
+                self.choices.clear();
                 self.progress.ended_by(error);
             }
         }
-        event
+        next
+    }
+
+    /// How many choices there are, those that are over included.
+    pub fn num_choices(&self) -> usize {
+        self.choices.len()
     }
 
     /// What the request cost so far.
@@ -72,44 +93,82 @@ impl Generation {
         self.progress.tokens()
     }
 
-    async fn advance(&mut self) -> Result<OutputEvent, ApiError> {
+    async fn advance(&mut self) -> Result<Option<(usize, OutputEvent)>, ApiError> {
         loop {
-            while let Some(event) = self.ready.pop_front() {
+            while let Some((index, event)) = self.ready.pop_front() {
+                self.note_answer(index, &event);
                 let thinking = matches!(event, OutputEvent::Delta { segment: Segment::Think, .. });
                 if !(thinking && self.reasoning == Reasoning::Hidden) {
-                    return Ok(event);
+                    return Ok(Some((index, event)));
                 }
             }
-            let Some(tokens) = &mut self.tokens else {
-                return Err(ApiError::Internal("the generation was read after its end".into()));
-            };
-            let event = self.progress.deadline().bound(tokens.next()).await?;
-            self.take(event.ok_or(ApiError::EngineStopped)?)?;
+            let deadline = self.progress.deadline();
+            let heard = deadline.bound(std::future::poll_fn(|context| self.poll_tokens(context))).await?;
+            match heard {
+                None => return Ok(None),
+                Some((index, event)) => self.take(index, event.ok_or(ApiError::EngineStopped)?)?,
+            }
         }
     }
 
-    fn take(&mut self, event: TokenEvent) -> Result<(), ApiError> {
+    fn note_answer(&mut self, index: usize, event: &OutputEvent) {
+        let answers = matches!(event, OutputEvent::Delta { segment: Segment::Answer, .. });
+        let choice = self.choices.get_mut(index).filter(|choice| answers && !choice.answers);
+        if let (Some(choice), Some(running)) = (choice, &self.running) {
+            choice.answers = true;
+            running.answers();
+        }
+    }
+
+    /// Who has something to say; `None` when all choices are over.
+    fn poll_tokens(&mut self, context: &mut Context<'_>) -> Poll<Option<(usize, Option<TokenEvent>)>> {
+        let num_choices = self.choices.len();
+        let mut all_over = true;
+        for offset in 0..num_choices {
+            let index = (self.turn + offset) % num_choices;
+            let Some(tokens) = &mut self.choices[index].tokens else { continue };
+            all_over = false;
+            if let Poll::Ready(event) = tokens.poll_next(context) {
+                self.turn = index + 1;
+                return Poll::Ready(Some((index, event)));
+            }
+        }
+        if all_over { Poll::Ready(None) } else { Poll::Pending }
+    }
+
+    fn take(&mut self, index: usize, event: TokenEvent) -> Result<(), ApiError> {
+        let choice = &mut self.choices[index];
         match event {
-            TokenEvent::Started { cached_tokens } => self.progress.started(cached_tokens),
+            // What the first one found in the cache; the others found what the first one had computed.
+            TokenEvent::Started { cached_tokens } if index == 0 => self.progress.started(cached_tokens),
+            TokenEvent::Started { .. } => {}
             TokenEvent::Token(id) => {
                 let now = Instant::now();
-                self.progress.token(self.last_token.replace(now), now);
-                self.ready.extend(self.assembler.push(id));
-                if self.assembler.stopped() {
-                    self.finish(StopReason::StopString);
+                self.progress.token(choice.last_token.replace(now), now);
+                let events = choice.assembler.push(id);
+                let stopped = choice.assembler.stopped();
+                self.ready.extend(events.into_iter().map(|event| (index, event)));
+                if stopped {
+                    self.finish(index, StopReason::StopString);
                 }
             }
             TokenEvent::Finished(StopReason::Aborted) => return Err(ApiError::Draining),
-            TokenEvent::Finished(reason) => self.finish(reason),
+            TokenEvent::Finished(reason) => self.finish(index, reason),
             TokenEvent::Failed(cause) => return Err(ApiError::Internal(cause)),
         }
         Ok(())
     }
 
-    fn finish(&mut self, reason: StopReason) {
+    fn finish(&mut self, index: usize, reason: StopReason) {
+        let choice = &mut self.choices[index];
         // Dropping the stream tells the engine to stop, if it has not.
-        self.tokens = None;
-        self.ready.extend(self.assembler.finish(reason));
+        choice.tokens = None;
+        for event in choice.assembler.finish(reason) {
+            if let OutputEvent::Finished { reason, reasoning_tokens, .. } = event {
+                self.progress.choice_completed(finish_reason(reason), reasoning_tokens);
+            }
+            self.ready.push_back((index, event));
+        }
     }
 }
 

@@ -1,17 +1,20 @@
 //! The HTTP side: router, limits and handlers.
 //!
-//! Called by `cli/serve.rs` and tests. `chat.rs` is the only file that knows the whole way of a request; wire types
-//! stay in this module, and so do status codes (`error.rs`).
+//! Called by `cli/serve.rs` and tests. `pipeline.rs` is the only file that knows the whole way of a request; wire
+//! types stay in this module, and so do status codes (`error.rs`).
 
 mod body;
 mod chat;
 mod error;
 mod generation;
+mod guide;
 pub mod openapi;
+mod pipeline;
 mod probes;
 mod progress;
 mod record;
 mod responses;
+mod running;
 mod server;
 mod sse;
 mod state;
@@ -30,6 +33,7 @@ use axum::{
 use tower_http::{catch_panic::CatchPanicLayer, timeout::RequestBodyTimeoutLayer};
 
 pub use error::ApiError;
+pub use guide::Guides;
 pub use server::run;
 pub use state::{AppState, Loaded, ModelCard};
 
@@ -40,6 +44,7 @@ const CHAT_COMPLETIONS: &str = "/v1/chat/completions";
 fn routes() -> Vec<(Method, &'static str, MethodRouter<AppState>)> {
     vec![
         (Method::POST, CHAT_COMPLETIONS, post(chat::completions)),
+        (Method::POST, "/v1/chat/completions/{id}/end_thinking", post(running::end_thinking)),
         (Method::GET, "/v1/models", get(probes::models)),
         (Method::GET, "/v1/models/{*id}", get(probes::model)),
         (Method::GET, "/health", get(probes::health)),

@@ -1,6 +1,6 @@
 //! How far a chat request got: its deadline, its times and counts. Reports them once, however it ends.
 //!
-//! Made by `http/chat.rs`, carried along by [`super::generation::Generation`]. Never decides anything.
+//! Made by [`super::pipeline`], carried along by [`super::generation::Generation`]. Never decides anything.
 
 use std::{
     future::Future,
@@ -126,30 +126,29 @@ impl Progress {
         }
     }
 
-    /// A token came; `last` is when the one before it did.
+    /// A token came; `last` is when the one before it in the same choice did.
     pub fn token(&mut self, last: Option<Instant>, now: Instant) {
         self.generation.tokens.completion += 1;
-        match last {
-            Some(last) => self.metrics.next_token(now - last),
-            None => {
-                let since_arrival = now - self.record.arrival;
-                self.generation.first_token_seconds = Some(since_arrival.as_secs_f64());
-                self.metrics.first_token(since_arrival);
-            }
+        if let Some(last) = last {
+            self.metrics.next_token(now - last);
+        } else if self.generation.first_token_seconds.is_none() {
+            let since_arrival = now - self.record.arrival;
+            self.generation.first_token_seconds = Some(since_arrival.as_secs_f64());
+            self.metrics.first_token(since_arrival);
+        }
+    }
+
+    /// One choice is whole. Of several, one that was cut off is the one to tell of.
+    pub fn choice_completed(&mut self, finish_reason: &'static str, reasoning_tokens: usize) {
+        self.generation.tokens.reasoning += reasoning_tokens;
+        if self.generation.detail.is_empty() || finish_reason == "length" {
+            self.generation.detail = finish_reason;
         }
     }
 
     /// The reply is whole.
-    pub fn completed(
-        &mut self,
-        finish_reason: &'static str,
-        completion_tokens: usize,
-        reasoning_tokens: usize,
-    ) {
+    pub fn completed(&mut self) {
         self.generation.outcome = "completed";
-        self.generation.detail = finish_reason;
-        self.generation.tokens.completion = completion_tokens;
-        self.generation.tokens.reasoning = reasoning_tokens;
     }
 
     /// The request ended with `error`.

@@ -21,7 +21,7 @@ pub struct ReplyHead {
 pub struct ChatCompletion {
     #[serde(flatten)]
     pub head: ReplyHead,
-    pub choices: [Choice; 1],
+    pub choices: Vec<Choice>,
     pub usage: Usage,
     /// What was sampled of the video.
     #[serde(skip_serializing_if = "Option::is_none")]

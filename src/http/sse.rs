@@ -18,9 +18,9 @@ use tokio_stream::wrappers::ReceiverStream;
 use tracing::Instrument;
 
 use super::{
-    chat::Preparing,
     error::ApiError,
     generation::{Generation, finish_reason},
+    pipeline::Preparing,
     responses::{Chunk, ChunkChoice, Delta, ReplyHead, Usage},
 };
 use crate::output::OutputEvent;
@@ -65,30 +65,32 @@ struct Writer {
 impl Writer {
     async fn write_all(&self, preparing: Preparing) -> Result<(), ApiError> {
         let mut generation: Generation = preparing.await?;
-        let first = Chunk { video: generation.video.as_ref(), ..self.chunk(Delta::role(), None) };
-        self.send(&first).await;
-        loop {
-            match generation.next().await? {
+        for index in 0..generation.num_choices() {
+            let video = generation.video.as_ref().filter(|_| index == 0);
+            let first = Chunk { video, ..self.chunk(index, Delta::role(), None) };
+            self.send(&first).await;
+        }
+        while let Some((index, event)) = generation.next().await? {
+            match event {
                 OutputEvent::Delta { segment, text } => {
-                    self.send(&self.chunk(Delta::text(segment, &text), None)).await;
+                    self.send(&self.chunk(index, Delta::text(segment, &text), None)).await;
                 }
                 OutputEvent::Finished { reason, .. } => {
-                    self.send(&self.chunk(Delta::default(), Some(finish_reason(reason)))).await;
-                    if self.include_usage {
-                        let usage: Usage = generation.counts().into();
-                        let last =
-                            Chunk { head: &self.head, choices: vec![], usage: Some(usage), video: None };
-                        self.send(&last).await;
-                    }
-                    self.push(Event::default().data("[DONE]")).await;
-                    return Ok(());
+                    self.send(&self.chunk(index, Delta::default(), Some(finish_reason(reason)))).await;
                 }
             }
         }
+        if self.include_usage {
+            let usage: Usage = generation.counts().into();
+            let last = Chunk { head: &self.head, choices: vec![], usage: Some(usage), video: None };
+            self.send(&last).await;
+        }
+        self.push(Event::default().data("[DONE]")).await;
+        Ok(())
     }
 
-    fn chunk<'a>(&'a self, delta: Delta<'a>, finish_reason: Option<&'static str>) -> Chunk<'a> {
-        let choice = ChunkChoice { index: 0, delta, logprobs: None, finish_reason };
+    fn chunk<'a>(&'a self, index: usize, delta: Delta<'a>, finish_reason: Option<&'static str>) -> Chunk<'a> {
+        let choice = ChunkChoice { index, delta, logprobs: None, finish_reason };
         Chunk { head: &self.head, choices: vec![choice], usage: None, video: None }
     }
 

@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock};
 
 use tokio::sync::Semaphore;
 
-use super::error::ApiError;
+use super::{error::ApiError, guide::Guides, running::RunningChats};
 use crate::{
     config::Config,
     engine::{EngineHandle, EngineStatus},
@@ -38,6 +38,7 @@ pub struct Loaded {
     pub engine: EngineHandle,
     pub media: MediaLoader,
     pub tokenizer: Arc<Tokenizer>,
+    pub guides: Guides,
     pub model: ModelCard,
 }
 
@@ -52,6 +53,7 @@ struct Inner {
     drain: Drain,
     loaded: OnceLock<Arc<Loaded>>,
     body_kib: Arc<Semaphore>,
+    chats: RunningChats,
 }
 
 impl AppState {
@@ -66,6 +68,7 @@ impl AppState {
             drain: Drain::default(),
             loaded: OnceLock::new(),
             body_kib: Arc::new(body_kib),
+            chats: RunningChats::default(),
         }))
     }
 
@@ -122,6 +125,11 @@ impl AppState {
     /// Who still works, and whether new work is refused.
     pub fn drain(&self) -> &Drain {
         &self.0.drain
+    }
+
+    /// The chats that run now.
+    pub(super) fn chats(&self) -> &RunningChats {
+        &self.0.chats
     }
 
     /// Room for bodies that are being received, in KiB.

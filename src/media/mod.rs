@@ -1,6 +1,6 @@
 //! From a video source to frames at the model's input size.
 //!
-//! Called by `http/chat.rs` and the commands. Never decodes in-process: ffmpeg runs as a limited, killable child.
+//! Called by `http/pipeline.rs` and the commands. Never decodes in-process: ffmpeg runs as a limited, killable child.
 
 mod address;
 mod decode;

@@ -1,6 +1,6 @@
 //! From token ids to text, stop strings and think/answer events.
 //!
-//! Called by `http/chat.rs` and `cli/ask.rs`; pure state machines, one for streaming and unary replies.
+//! Called by `http/generation.rs` and the commands; pure state machines, one for streaming and unary replies.
 
 use crate::scheduler::StopReason;
 

@@ -1,6 +1,6 @@
 //! One reply, from token ids to events.
 //!
-//! Driven by `http/chat.rs` and the commands, for streamed and unary replies alike: bytes, text, stop strings, tags,
+//! Driven by `http/generation.rs` and the commands, for streamed and unary replies alike: bytes, text, stop strings, tags,
 //! segments. The work a token costs does not grow with the reply. It never decides that a reply is over but for a stop
 //! string.
 

@@ -29,6 +29,8 @@ const JSON_SPACE: &str = r"[\x20\x0A\x0D\x09]{1,32}";
 const MAX_LEXER_FUEL: u64 = 500_000;
 /// Symbols of a grammar's rules.
 const MAX_GRAMMAR_SYMBOLS: usize = 100_000;
+/// States of a grammar's lexer, one or two kilobytes each.
+const MAX_LEXER_STATES: usize = 20_000;
 
 /// What an answer must be.
 #[derive(Debug, Clone, PartialEq)]
@@ -78,6 +80,7 @@ impl GrammarCompiler {
         limits.verbose_errors = false;
         limits.initial_lexer_fuel = MAX_LEXER_FUEL;
         limits.max_grammar_size = MAX_GRAMMAR_SYMBOLS;
+        limits.max_lexer_states = MAX_LEXER_STATES;
         Ok(GrammarCompiler { factory, trie: Arc::new(trie), end })
     }
 
@@ -206,7 +209,11 @@ mod tests {
 
     fn refused(constraint: Constraint) -> String {
         let compiler = GrammarCompiler::new(&Tokenizer::bytes()).unwrap();
-        compiler.compile(&constraint, true).err().expect("is refused").to_string()
+        compiler
+            .compile(&constraint, true)
+            .err()
+            .unwrap_or_else(|| panic!("{constraint:?} is fine"))
+            .to_string()
     }
 
     fn choice() -> Constraint {
@@ -267,7 +274,6 @@ mod tests {
             Constraint::Regex("(".into()),
             Constraint::Regex(String::new()),
             Constraint::Regex("(?=a)b".into()),
-            Constraint::Regex("((a{900}){900}){900}".into()),
             Constraint::Grammar("start: nothing".into()),
             Constraint::Grammar("no grammar at all".into()),
             Constraint::Grammar("start: <|endoftext|>".into()),

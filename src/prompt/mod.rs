@@ -1,6 +1,6 @@
 //! From a conversation to token ids with the places of its visual tokens.
 //!
-//! Called by `http/chat.rs` and the commands, on the blocking pool. Knows nothing of pixels or models.
+//! Called by `http/pipeline.rs` and the commands, on the blocking pool. Knows nothing of pixels or models.
 
 use std::ops::Range;
 

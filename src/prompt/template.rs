@@ -1,6 +1,6 @@
 //! The template `qwen2_base`: what stands around the words of a conversation.
 //!
-//! Called by [`super::build`]; `http/chat.rs` and the commands call the two `with_…` functions. It must render byte
+//! Called by [`super::build`]; `http/pipeline.rs` and the commands call the two `with_…` functions. It must render byte
 //! for byte what the model was trained on, and never read a placeholder or a special token out of a user's text.
 
 use super::{Conversation, PromptError, Turn};

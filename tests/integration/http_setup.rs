@@ -19,7 +19,7 @@ use tempfile::TempDir;
 use tinyllava::{
     config::Config,
     engine::EngineOptions,
-    http::{AppState, Loaded, ModelCard, run},
+    http::{AppState, Guides, Loaded, ModelCard, run},
     media::MediaLoader,
     model::fake::{END, FakeModel},
     prompt::Tokenizer,
@@ -70,6 +70,7 @@ pub fn load(state: &AppState, model: FakeModel) {
     let limits = engine.limits();
     state.set_loaded(Loaded {
         media: MediaLoader::new(config.media.clone(), limits.image_size).unwrap(),
+        guides: Guides::new(&Tokenizer::bytes(), &[END]).unwrap(),
         tokenizer: Arc::new(Tokenizer::bytes()),
         model: ModelCard {
             id: config.served_model_name.clone(),
@@ -123,6 +124,11 @@ impl Drop for Server {
 }
 
 impl Server {
+    /// One that runs elsewhere.
+    pub fn at(url: String) -> Self {
+        Server { url, client: Client::builder().no_proxy().build().unwrap(), shutdown: None, task: None }
+    }
+
     /// What SIGTERM does. The result completes when the server has ended.
     pub fn shut_down(&mut self) -> JoinHandle<std::io::Result<()>> {
         self.shutdown.take().unwrap().send(()).unwrap();

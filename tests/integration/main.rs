@@ -9,6 +9,7 @@ mod cli_client;
 mod cli_commands;
 mod engine;
 mod golden;
+mod guided_output;
 mod http_chat;
 mod http_contract;
 mod http_limits;

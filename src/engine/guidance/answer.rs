@@ -8,7 +8,10 @@ use std::sync::Arc;
 use llguidance::TokenParser;
 use toktrie::{SimpleVob, TokTrie};
 
-use super::{Allowed, completion};
+use super::{
+    Allowed,
+    completion::{self, FEW_BYTES, MANY_BYTES},
+};
 use crate::scheduler::TokenId;
 
 /// The tokens of a model, as grammars see them.
@@ -20,6 +23,12 @@ pub struct GuideTokens {
     pub end: TokenId,
     /// What the model ends a reply with.
     pub end_token_ids: Vec<TokenId>,
+}
+
+impl std::fmt::Debug for GuideTokens {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "GuideTokens({})", self.end)
+    }
 }
 
 impl GuideTokens {
@@ -62,7 +71,7 @@ impl Answer {
     pub(super) fn new(tokens: GuideTokens, parser: TokenParser, ends_at_once: bool) -> Option<Self> {
         let mut probe = parser.deep_clone();
         let end_bytes = tokens.end_bytes();
-        let plan = completion::shortest(&mut probe, &[], &end_bytes)?;
+        let plan = completion::shortest(&mut probe, &[], &end_bytes, MANY_BYTES)?;
         let plan = tokens.tokenize(&plan)?;
         let num_shortest = plan.len();
         let plan = Some(plan);
@@ -107,8 +116,7 @@ impl Answer {
         sample: impl Fn(Allowed<'_>) -> S,
     ) -> S {
         if self.plan.is_none() {
-            let end = completion::shortest(&mut self.probe, &[], &self.end_bytes);
-            self.plan = end.and_then(|bytes| self.tokens.tokenize(&bytes));
+            self.plan = self.end_after(&[]);
         }
         let planned = self.plan.as_ref().map(|plan| match plan.first() {
             Some(&token) => (token, plan.len()),
@@ -178,7 +186,17 @@ impl Answer {
                 return plan;
             }
         }
-        let rest = completion::shortest(&mut self.probe, self.tokens.trie.token(token), &self.end_bytes)?;
-        self.tokens.tokenize(&rest).filter(|plan| plan.len() <= room)
+        let trie = self.tokens.trie.clone();
+        self.end_after(trie.token(token)).filter(|plan| plan.len() <= room)
+    }
+
+    /// A shortest end after `bytes`.
+    fn end_after(&mut self, bytes: &[u8]) -> Option<Vec<TokenId>> {
+        let end = completion::shortest(&mut self.probe, bytes, &self.end_bytes, FEW_BYTES);
+        if self.probe.parser.get_error().is_some() {
+            // The search was too much for its lexer. The other one has not seen it.
+            self.probe = self.parser.deep_clone();
+        }
+        self.tokens.tokenize(&end?)
     }
 }

@@ -1,18 +1,24 @@
 //! What may follow in a grammar, and the shortest way to its end.
 //!
 //! Called by [`super::answer`] on the engine thread. Asks a parser "what if" and leaves it as it was. Bounded: a search
-//! looks at no more than [`MAX_NODES`] places.
+//! tries no more than so many bytes, and the lexer has the fuel of one mask for each question.
 
 use std::{
     cmp::Reverse,
     collections::{BinaryHeap, HashSet},
+    sync::Mutex,
 };
 
-use llguidance::{TokenParser, earley::ParserRecognizer};
-use toktrie::Recognizer;
+use llguidance::{
+    TokenParser,
+    earley::{BiasComputer, ParserRecognizer},
+};
+use toktrie::{Recognizer, SimpleVob, TokEnv, TokTrie};
 
-/// Places of the grammar one search visits.
-const MAX_NODES: usize = 4096;
+/// Bytes a search tries before a reply is begun, on the blocking pool.
+pub(super) const MANY_BYTES: usize = 1 << 20;
+/// Bytes a search tries while others wait for their tokens: a few milliseconds.
+pub(super) const FEW_BYTES: usize = 1 << 17;
 /// Longest end that is looked for.
 const MAX_BYTES: usize = 16 << 10;
 
@@ -29,25 +35,65 @@ pub(super) fn goes_on(parser: &mut TokenParser, end: &[u8]) -> bool {
 }
 
 /// The fewest bytes that stand between `prefix`, which is to follow, and `end`, which is left out.
-/// `None` when `prefix` may not follow or the search was given up.
-pub(super) fn shortest(parser: &mut TokenParser, prefix: &[u8], end: &[u8]) -> Option<Vec<u8>> {
+/// `None` when `prefix` may not follow or the search was given up after `max_tries` bytes.
+pub(super) fn shortest(
+    parser: &mut TokenParser,
+    prefix: &[u8],
+    end: &[u8],
+    max_tries: usize,
+) -> Option<Vec<u8>> {
     what_if(parser, |grammar| {
         if !push_all(grammar, prefix) {
             return None;
         }
-        Search { grammar, end, seen: HashSet::new(), open: BinaryHeap::from([Reverse(Node::default())]) }
-            .run()
+        let open = BinaryHeap::from([Reverse(Node::default())]);
+        Search { grammar, end, seen: HashSet::new(), open, tries_left: max_tries }.run()
     })
 }
 
-/// Everything pushed by `ask` is taken back.
-fn what_if<T>(parser: &mut TokenParser, ask: impl FnOnce(&mut ParserRecognizer<'_>) -> T) -> T {
-    parser.parser.with_recognizer(|grammar| {
-        grammar.trie_started("what if");
-        let answer = ask(grammar);
-        grammar.trie_finished();
-        answer
-    })
+/// The answer of `ask`, for which everything it pushes is taken back.
+fn what_if<T, F>(parser: &mut TokenParser, ask: F) -> T
+where
+    T: Default + Send,
+    F: FnOnce(&mut ParserRecognizer<'_>) -> T + Send,
+{
+    let question = Question {
+        ask: Mutex::new(Some(ask)),
+        answer: Mutex::default(),
+        environment: parser.token_env.clone(),
+    };
+    // Any start but an empty one: that is answered from the mask of before.
+    parser.parser.compute_bias(&question, b"?");
+    question.answer.into_inner().unwrap_or_default()
+}
+
+/// Goes where llguidance computes masks: there the lexer gets its fuel, and the table of the parser its limits.
+struct Question<F, T> {
+    ask: Mutex<Option<F>>,
+    answer: Mutex<T>,
+    environment: TokEnv,
+}
+
+impl<F, T> BiasComputer for Question<F, T>
+where
+    T: Send,
+    F: FnOnce(&mut ParserRecognizer<'_>) -> T + Send,
+{
+    fn compute_bias(&self, grammar: &mut ParserRecognizer<'_>, _: &[u8]) -> SimpleVob {
+        if let Some(ask) = self.ask.lock().ok().and_then(|mut ask| ask.take()) {
+            grammar.trie_started("what if");
+            let answer = ask(grammar);
+            grammar.trie_finished();
+            if let Ok(mut place) = self.answer.lock() {
+                *place = answer;
+            }
+        }
+        self.trie().alloc_token_set()
+    }
+
+    fn trie(&self) -> &TokTrie {
+        self.environment.tok_trie()
+    }
 }
 
 fn push_all(grammar: &mut ParserRecognizer<'_>, bytes: &[u8]) -> bool {
@@ -70,12 +116,14 @@ struct Search<'a, 'p> {
     end: &'a [u8],
     seen: HashSet<(u32, usize)>,
     open: BinaryHeap<Reverse<Node>>,
+    tries_left: usize,
 }
 
 impl Search<'_, '_> {
     fn run(mut self) -> Option<Vec<u8>> {
-        for _ in 0..MAX_NODES {
+        while self.tries_left > 0 {
             let Reverse(mut node) = self.open.pop()?;
+            self.tries_left = self.tries_left.saturating_sub(node.path.len());
             if !push_all(self.grammar, &node.path) {
                 return None;
             }
@@ -116,7 +164,7 @@ impl Search<'_, '_> {
 
     /// Places not seen before. White space and unprintable bytes lead on only where nothing else does.
     fn successors(&mut self, node: &Node) -> Vec<Node> {
-        if node.path.len() >= MAX_BYTES {
+        if node.path.len() >= MAX_BYTES || self.tries_left == 0 {
             return Vec::new();
         }
         let (mut found, mut any) = (Vec::new(), false);
@@ -132,6 +180,7 @@ impl Search<'_, '_> {
     }
 
     fn try_byte(&mut self, node: &Node, byte: u8, found: &mut Vec<Node>) -> bool {
+        self.tries_left = self.tries_left.saturating_sub(1);
         let before = num_rows(self.grammar);
         if !self.grammar.try_push_byte(byte) {
             return false;

@@ -252,9 +252,11 @@ fn a_reply_without_tags_is_left_alone() {
 #[test]
 fn a_grammar_without_end_is_refused() {
     let setup = Setup::bytes();
-    let endless = Constraint::Grammar("start: /.*/".into());
+    let endless = Constraint::Grammar("start: /.+/".into());
     let guide = |thinking| Guide::new(None, Some(setup.answer(&endless, thinking))).map(drop);
     assert_eq!((guide(true), guide(false)), (Err(NoEnd), Ok(())));
+    let huge = setup.answer(&Constraint::Regex("((a{900}){900}){900}".into()), true);
+    assert_eq!(Guide::new(None, Some(huge)).map(drop), Err(NoEnd));
     let long = setup.answer(&Constraint::Regex("(ab){300}".into()), false);
     assert_eq!(Guide::new(None, Some(long)).unwrap().min_tokens(), 601);
 }

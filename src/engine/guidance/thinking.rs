@@ -24,11 +24,6 @@ impl EndThinking {
     fn is_requested(&self) -> bool {
         self.0.load(Ordering::Relaxed)
     }
-
-    /// Whether both are the same flag.
-    pub fn is(&self, other: &EndThinking) -> bool {
-        Arc::ptr_eq(&self.0, &other.0)
-    }
 }
 
 /// How the thinking of one sequence is watched and closed.
@@ -42,6 +37,12 @@ pub struct ThinkingGuide {
     /// Most tokens before the closing.
     pub budget: Option<usize>,
     pub end: EndThinking,
+}
+
+impl std::fmt::Debug for ThinkingGuide {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ThinkingGuide").field("budget", &self.budget).finish_non_exhaustive()
+    }
 }
 
 pub(super) struct Thinking {

@@ -42,7 +42,8 @@ pub fn validate(request: &ChatRequest, config: &Config) -> Result<Option<Guided>
     if let Some(guided) = &found {
         check_size(guided, config)?;
         if request.ignore_eos == Some(true) {
-            let message = "ignore_eos asks for a reply without end, but a guided answer has one; send one of them";
+            let message =
+                "ignore_eos asks for a reply without end, but a guided answer has one; send one of them";
             return Err(InvalidRequest::field("ignore_eos", message));
         }
     }
@@ -158,7 +159,9 @@ fn one(param: &str, kind: &str, value: &Value) -> Result<Guided, InvalidRequest>
         ("grammar", _) => return fault("a grammar must be a text, in Lark's notation"),
         ("json", Value::String(text)) => match serde_json::from_str(text) {
             Ok(schema) => Constraint::Json(schema),
-            Err(error) => return fault(&format!("the JSON schema is not JSON: {}", shorten(&error.to_string()))),
+            Err(error) => {
+                return fault(&format!("the JSON schema is not JSON: {}", shorten(&error.to_string())));
+            }
         },
         ("json", schema) => Constraint::Json(schema.clone()),
         ("json_object", Value::Bool(true)) => any_object(),
@@ -211,9 +214,15 @@ mod tests {
         let choice = Constraint::Choice(vec!["A".into(), "B".into()]);
         let schema = json!({"type": "integer"});
         for (more, constraint) in [
-            (json!({"structured_outputs": {"choice": ["A", "B"], "json": null, "json_object": false}}), &choice),
+            (
+                json!({"structured_outputs": {"choice": ["A", "B"], "json": null, "json_object": false}}),
+                &choice,
+            ),
             (json!({"guided_choice": ["A", "B"]}), &choice),
-            (json!({"guided_regex": "a+", "response_format": {"type": "text"}}), &Constraint::Regex("a+".into())),
+            (
+                json!({"guided_regex": "a+", "response_format": {"type": "text"}}),
+                &Constraint::Regex("a+".into()),
+            ),
             (json!({"structured_outputs": {"regex": "^a+$"}}), &Constraint::Regex("a+".into())),
             (json!({"guided_regex": "a\\$"}), &Constraint::Regex("a\\$".into())),
             (json!({"guided_json": schema}), &Constraint::Json(schema.clone())),
@@ -240,7 +249,10 @@ mod tests {
             (json!({"response_format": {"type": "xml"}}), "response_format.type"),
             (json!({"response_format": {"type": "json_schema"}}), "response_format.json_schema"),
             (json!({"response_format": {"type": "text", "json_schema": {}}}), "response_format.json_schema"),
-            (json!({"response_format": {"type": "json_schema", "json_schema": {"name": "n"}}}), "response_format.json_schema.schema"),
+            (
+                json!({"response_format": {"type": "json_schema", "json_schema": {"name": "n"}}}),
+                "response_format.json_schema.schema",
+            ),
             (
                 json!({"response_format": {"type": "json_schema", "json_schema": {"schema": {}, "odd": 1}}}),
                 "response_format.json_schema.odd",
@@ -261,7 +273,10 @@ mod tests {
             (json!({"guided_regex": ["a"]}), "guided_regex"),
             (json!({"guided_grammar": {}}), "guided_grammar"),
             (json!({"guided_regex": "a", "guided_choice": ["A"]}), "guided_regex"),
-            (json!({"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}), "structured_outputs.regex"),
+            (
+                json!({"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}),
+                "structured_outputs.regex",
+            ),
             (json!({"guided_regex": "a", "ignore_eos": true}), "ignore_eos"),
         ] {
             match check(more.clone()) {

@@ -1,13 +1,16 @@
 //! From the wire form of a request to a [`ValidRequest`], which nobody checks again.
 //!
-//! Called by `http/chat.rs`. Pure: no clock, no randomness, no input but its arguments.
+//! Called by the handlers. Pure: no clock, no randomness, no input but its arguments.
 
 mod fields;
+mod guided;
 mod messages;
 mod sampling;
 mod video;
 
 use tempfile::NamedTempFile;
+
+pub use guided::Guided;
 
 use super::types::{ChatRequest, Extra};
 use crate::{
@@ -27,6 +30,10 @@ pub struct ValidRequest {
     pub stop_strings: Vec<String>,
     /// Whether the model is asked to think before it answers.
     pub thinking: bool,
+    /// Most tokens of thinking.
+    pub thinking_budget: Option<usize>,
+    /// What the answer must be.
+    pub guided: Option<Guided>,
     pub reasoning: Reasoning,
     pub stream: bool,
     /// Whether a stream ends with a chunk of usage.
@@ -103,6 +110,8 @@ pub fn validate(
     fields::check_top_level(&request.extra)?;
     let include_usage = include_usage(&request)?;
     let thinking = thinking(&request)?;
+    let thinking_budget = guided::thinking_budget(&request)?;
+    let guided = guided::validate(&request, limits.config)?;
     let reasoning = reasoning(&request)?;
     let stop_strings = sampling::stop_strings(&request, limits.config)?;
     let sampling = sampling::validate(&request, limits)?;
@@ -114,6 +123,8 @@ pub fn validate(
         sampling,
         stop_strings,
         thinking,
+        thinking_budget,
+        guided,
         reasoning,
         stream: request.stream.unwrap_or(false),
         include_usage,

@@ -139,7 +139,8 @@ fn each_fault_names_its_field() {
         (json!({"tools": [{"type": "function"}]}), "tools"),
         (json!({"n": 2}), "n"),
         (json!({"logprobs": true}), "logprobs"),
-        (json!({"response_format": {"type": "json_object"}}), "response_format"),
+        (json!({"response_format": {"type": "xml"}}), "response_format.type"),
+        (json!({"thinking_token_budget": 1, "max_thinking_tokens": 2}), "max_thinking_tokens"),
     ] {
         assert_eq!(param(check(request(json!("Hi"), more.clone()))), fault, "{more}");
     }

@@ -1,0 +1,232 @@
+//! The one way of a request from its bytes to a running generation, whichever endpoint it came to.
+//!
+//! receive → validate → reserve places → load the video → build the prompt → submit. Called by the handlers of the
+//! generating endpoints, which bring the check of their own wire form and shape the reply. Everything lives in one future
+//! (or, later, one stream): when the client leaves, hyper drops it, and with it the download, the decoder and the
+//! sequences.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use axum::extract::Request;
+use bytes::Bytes;
+use futures_util::{FutureExt, future::BoxFuture};
+use tempfile::NamedTempFile;
+use tokio::task::spawn_blocking;
+
+use super::{
+    body::{self, Budget, Received},
+    error::ApiError,
+    generation::Generation,
+    guide,
+    progress::Progress,
+    record::RequestRecord,
+    state::{AppState, Loaded},
+    validate::{Limits, Reasoning, ValidRequest, ValidSampling, ValidVideo},
+};
+use crate::{
+    config::Config,
+    engine::{EndThinking, Guide, NewSequence, Permit, VideoInput},
+    media::VideoFrames,
+    model::FrameBatch,
+    output::OutputAssembler,
+    prompt::{self, Conversation, Prompt, Tokenizer},
+    scheduler::SamplingParams,
+};
+
+/// A generation that is being prepared: the video is fetched, decoded, and so on.
+pub type Preparing = BoxFuture<'static, Result<Generation, ApiError>>;
+
+/// What differs between the endpoints: from the JSON of a body, with the file of a multipart one, to what is to be
+/// generated, and `T`, what the endpoint itself has to know to shape the reply. May take long: runs where that is fine.
+pub type Check<T> = fn(&Bytes, Option<NamedTempFile>, Limits<'_>) -> Result<(ValidRequest, T), ApiError>;
+
+/// A request on its way.
+pub struct Begun<T> {
+    pub loaded: Arc<Loaded>,
+    pub preparing: Preparing,
+    /// Ends the thinking of all its choices.
+    pub end_thinking: EndThinking,
+    /// What the endpoint's check kept for itself.
+    pub shape: T,
+}
+
+/// Admits a request and sets its stages going; its end is reported however it ends.
+///
+/// # Errors
+/// Everything that goes wrong before there is any need of the video.
+pub async fn begin<T: Send + 'static>(
+    state: &AppState,
+    record: Arc<RequestRecord>,
+    request: Request,
+    check: Check<T>,
+) -> Result<Begun<T>, ApiError> {
+    let work = state.begin_work().inspect_err(|error| state.metrics().rejection(error.code()))?;
+    let timeout = state.config().request_timeout;
+    let mut progress = Progress::new(record, state.metrics().clone(), timeout, work);
+    let admitted = progress.deadline().bound(admit(state, request, check)).await;
+    match admitted.and_then(|admitted| admitted) {
+        Ok((admitted, shape)) => {
+            progress.set_stream(admitted.valid.stream);
+            let (loaded, end_thinking) = (admitted.loaded.clone(), admitted.end_thinking.clone());
+            let preparing = prepare(admitted, progress, state.config().default_max_tokens).boxed();
+            Ok(Begun { loaded, preparing, end_thinking, shape })
+        }
+        Err(error) => {
+            if error.is_rejection() {
+                state.metrics().rejection(error.code());
+            }
+            progress.ended_by(&error);
+            Err(error)
+        }
+    }
+}
+
+/// Waits a while for a fault in the video, which then gets its own status; later a stream has begun.
+///
+/// # Errors
+/// The fault.
+pub async fn settle(mut preparing: Preparing, patience: Duration) -> Result<Preparing, ApiError> {
+    match tokio::time::timeout(patience, &mut preparing).await {
+        Ok(soon) => Ok(std::future::ready(Ok(soon?)).boxed()),
+        Err(_) => Ok(preparing),
+    }
+}
+
+/// A request that holds its places in the queue.
+struct Admitted {
+    loaded: Arc<Loaded>,
+    valid: ValidRequest,
+    guide: Option<Guide>,
+    end_thinking: EndThinking,
+    permit: Permit,
+    budget: Budget,
+}
+
+async fn admit<T: Send + 'static>(
+    state: &AppState,
+    request: Request,
+    check: Check<T>,
+) -> Result<(Admitted, T), ApiError> {
+    let loaded = state.ready()?;
+    // Refuse before the body is read; the place itself is taken after, so that slow senders hold none.
+    drop(loaded.engine.reserve()?);
+    let received = body::receive(state, request).await?;
+    let (own_state, own_loaded) = (state.clone(), loaded.clone());
+    let end_thinking = EndThinking::default();
+    let own_end = end_thinking.clone();
+    let checked = body::check(received, move |received| {
+        let Received { json, upload, budget } = received;
+        let limits = limits(own_state.config(), &own_loaded);
+        let (valid, shape) = check(&json, upload, limits)?;
+        let guide = own_loaded.guides.guide(&valid, &own_end)?;
+        Ok(((valid, guide, shape), budget))
+    });
+    let ((valid, guide, shape), budget) = checked.await?;
+    let permit = loaded.engine.reserve()?;
+    Ok((Admitted { loaded, valid, guide, end_thinking, permit, budget }, shape))
+}
+
+/// What a request is measured against.
+fn limits<'a>(config: &'a Config, loaded: &'a Loaded) -> Limits<'a> {
+    Limits {
+        config,
+        model_id: &loaded.model.id,
+        default_sampling: &loaded.model.default_sampling,
+        vocab_size: loaded.tokenizer.vocab_size(),
+    }
+}
+
+/// Video, prompt, engine: everything up to the first token.
+async fn prepare(
+    admitted: Admitted,
+    mut progress: Progress,
+    default_max_tokens: usize,
+) -> Result<Generation, ApiError> {
+    let Admitted { loaded, valid, guide, permit, budget, .. } = admitted;
+    let verbatim = guide::verbatim(&valid);
+    let ValidRequest { conversation, video, sampling, stop_strings, thinking, reasoning, .. } = valid;
+    let deadline = progress.deadline();
+    let stages = async {
+        let frames = load_video(&loaded, video, &mut progress).await?;
+        drop(budget);
+        let engine_limits = loaded.engine.limits();
+        let started = Instant::now();
+        let prompt =
+            build_prompt(conversation, thinking, loaded.tokenizer.clone(), engine_limits.visual_tokens)
+                .await?;
+        let num_prompt = prompt.token_ids.len();
+        let num_visual = prompt.video_spans.iter().map(ExactSizeIterator::len).sum();
+        progress.prompt_built(num_prompt, num_visual, started.elapsed());
+        let room = engine_limits.context.saturating_sub(num_prompt);
+        let sampling = final_sampling(sampling, default_max_tokens.min(room));
+        guide::check_room(guide.as_ref(), sampling.max_tokens)?;
+        let sequence = NewSequence { guide, ..sequence(prompt, frames.as_deref(), sampling) };
+        let tokens = permit.submit(sequence)?;
+        progress.submitted();
+        Ok((tokens, frames.map(|frames| frames.info.clone())))
+    };
+    match deadline.bound(stages).await.and_then(|done| done) {
+        Ok((tokens, video)) => {
+            let raw = reasoning == Reasoning::Raw;
+            let assembler =
+                OutputAssembler::new(loaded.tokenizer.clone(), stop_strings, raw).verbatim(verbatim);
+            Ok(Generation::new(vec![(tokens, assembler)], reasoning, video, progress))
+        }
+        Err(error) => {
+            progress.ended_by(&error);
+            Err(error)
+        }
+    }
+}
+
+async fn load_video(
+    loaded: &Loaded,
+    video: Option<ValidVideo>,
+    progress: &mut Progress,
+) -> Result<Option<Arc<VideoFrames>>, ApiError> {
+    let Some(video) = video else { return Ok(None) };
+    let started = Instant::now();
+    let frames = loaded.media.load(video.source, video.sampling).await?;
+    progress.video_loaded(&frames, started.elapsed());
+    Ok(Some(frames))
+}
+
+/// Renders and tokenises on the blocking pool; the last turn gets the instruction the model was trained with.
+async fn build_prompt(
+    mut conversation: Conversation,
+    thinking: bool,
+    tokenizer: Arc<Tokenizer>,
+    num_visual_tokens: usize,
+) -> Result<Prompt, ApiError> {
+    let built = spawn_blocking(move || {
+        if let Some(last) = conversation.turns.last_mut() {
+            let instruct = if thinking { prompt::with_instruction } else { prompt::with_option_only };
+            last.user = instruct(&last.user);
+        }
+        prompt::build(&conversation, &tokenizer, num_visual_tokens)
+    });
+    let built = built.await.map_err(|error| ApiError::Internal(format!("building the prompt: {error}")))?;
+    Ok(built?)
+}
+
+/// Decides what the request left open.
+fn final_sampling(valid: ValidSampling, default_max_tokens: usize) -> SamplingParams {
+    SamplingParams {
+        seed: valid.seed.unwrap_or_else(|| uuid::Uuid::new_v4().as_u64_pair().1),
+        // A prompt that leaves no room at all is refused by the engine for its length.
+        max_tokens: valid.max_tokens.unwrap_or(default_max_tokens.max(1)),
+        ..valid.params
+    }
+}
+
+fn sequence(prompt: Prompt, frames: Option<&VideoFrames>, sampling: SamplingParams) -> NewSequence {
+    let videos = prompt.video_spans.into_iter().zip(frames).map(|(span, frames)| VideoInput {
+        span,
+        digest: frames.digest,
+        frames: FrameBatch { rgb: frames.rgb.clone(), size: frames.size },
+    });
+    NewSequence { videos: videos.collect(), token_ids: prompt.token_ids, sampling, guide: None }
+}
