@@ -43,6 +43,8 @@ pub struct AnswerGuide {
     pub tokens: GuideTokens,
     /// Accepts whole replies, up to [`GuideTokens::end`].
     pub parser: TokenParser,
+    /// The same again, with a lexer of its own: a search can never use up what the masks may cost.
+    pub probe: TokenParser,
     /// Whether the reply is over where the grammar may end.
     pub ends_at_once: bool,
     /// Tokens of the longest answer, to be kept for it when the thinking is closed; `None`: a share of all.
@@ -76,8 +78,7 @@ impl Guide {
     /// When no reply of the grammar can be found with bounded effort.
     pub fn new(thinking: Option<ThinkingGuide>, answer: Option<AnswerGuide>) -> Result<Self, NoEnd> {
         let num_reserved = answer.as_ref().and_then(|answer| answer.num_reserved);
-        let answer =
-            answer.map(|answer| Answer::new(answer.tokens, answer.parser, answer.ends_at_once).ok_or(NoEnd));
+        let answer = answer.map(|answer| Answer::new(answer).ok_or(NoEnd));
         let thinking = thinking.map(Thinking::new);
         Ok(Guide { thinking, answer: answer.transpose()?, num_reserved, forced: VecDeque::new() })
     }

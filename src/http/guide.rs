@@ -11,7 +11,7 @@ use crate::{
     engine::{AnswerGuide, EndThinking, Guide, GuideTokens, ThinkingGuide},
     output::Verbatim,
     prompt::{
-        Constraint, GrammarCompiler, PromptError, Tokenizer,
+        Constraint, Grammar, GrammarCompiler, PromptError, Tokenizer,
         template::{THINK_CLOSING, THINK_OPENING},
     },
     scheduler::TokenId,
@@ -78,7 +78,7 @@ impl Guides {
 
     fn answer(&self, guided: &Guided, thinking: bool) -> Result<AnswerGuide, InvalidRequest> {
         let Guided { constraint, param } = guided;
-        let parser = self
+        let Grammar { parser, probe } = self
             .compiler
             .compile(constraint, thinking)
             .map_err(|error| InvalidRequest::field(param, format!("{param}: {error}")))?;
@@ -86,7 +86,7 @@ impl Guides {
             Constraint::Choice(choices) => choices.iter().map(|choice| self.num_tokens(choice)).max(),
             _ => None,
         };
-        Ok(AnswerGuide { tokens: self.tokens.clone(), parser, ends_at_once: thinking, num_reserved })
+        Ok(AnswerGuide { tokens: self.tokens.clone(), parser, probe, ends_at_once: thinking, num_reserved })
     }
 
     fn thinking(&self, budget: Option<usize>, end: &EndThinking) -> ThinkingGuide {

@@ -122,6 +122,7 @@ async fn admit<T: Send + 'static>(
         let limits = limits(own_state.config(), &own_loaded);
         let (valid, shape) = check(&json, upload, limits)?;
         let guide = own_loaded.guides.guide(&valid, &own_end)?;
+        guide::check_room(guide.as_ref(), valid.sampling.max_tokens.unwrap_or(usize::MAX))?;
         Ok(((valid, guide, shape), budget))
     });
     let ((valid, guide, shape), budget) = checked.await?;

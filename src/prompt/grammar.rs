@@ -6,8 +6,8 @@
 use std::sync::Arc;
 
 use llguidance::{
-    ParserFactory, TokenParser,
-    api::{GrammarWithLexer, TopLevelGrammar},
+    Logger, ParserFactory, TokenParser,
+    api::{GrammarInit, GrammarWithLexer, ParserLimits, TopLevelGrammar},
     earley::SlicedBiasComputer,
     regex_to_lark,
 };
@@ -32,6 +32,11 @@ const MAX_GRAMMAR_SYMBOLS: usize = 100_000;
 /// States of a grammar's lexer, one or two kilobytes each.
 const MAX_LEXER_STATES: usize = 20_000;
 
+/// Items of the parser that one search for an end may make; a mask has llguidance's own limit.
+const MAX_SEARCH_ITEMS: usize = 4_000_000;
+/// Fuel of the lexer for one search.
+const MAX_SEARCH_FUEL: u64 = 1_000_000;
+
 /// What an answer must be.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Constraint {
@@ -49,6 +54,14 @@ pub enum Constraint {
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("{0}")]
 pub struct GrammarError(String);
+
+/// The grammar of a reply, twice: a parser keeps what it has learnt of its grammar.
+pub struct Grammar {
+    /// For the masks.
+    pub parser: TokenParser,
+    /// For searches, which may cost more.
+    pub probe: TokenParser,
+}
 
 /// Makes the grammars of one model.
 pub struct GrammarCompiler {
@@ -75,7 +88,6 @@ impl GrammarCompiler {
         let slices = SlicedBiasComputer::general_slices();
         let mut factory = ParserFactory::new(&environment, InferenceCapabilities::default(), &slices)
             .map_err(|error| PromptError::Load(format!("the vocabulary is not fit for grammars: {error}")))?;
-        factory.quiet();
         let limits = factory.limits_mut();
         limits.verbose_errors = false;
         limits.initial_lexer_fuel = MAX_LEXER_FUEL;
@@ -99,7 +111,8 @@ impl GrammarCompiler {
     /// # Errors
     /// None for a vocabulary that has every byte.
     pub fn head(&self) -> Result<TokenParser, GrammarError> {
-        self.parser(vec![GrammarWithLexer::from_lark(format!("start: HEAD\n{HEAD}"))])
+        let head = vec![GrammarWithLexer::from_lark(format!("start: HEAD\n{HEAD}"))];
+        self.parser(head, self.factory.limits().clone())
     }
 
     /// Accepts whole replies, and then [`Self::end`]. With `thinking`, the answer stands in its tags after the thinking;
@@ -107,7 +120,7 @@ impl GrammarCompiler {
     ///
     /// # Errors
     /// When the constraint is malformed, is not supported, or is too much.
-    pub fn compile(&self, constraint: &Constraint, thinking: bool) -> Result<TokenParser, GrammarError> {
+    pub fn compile(&self, constraint: &Constraint, thinking: bool) -> Result<Grammar, GrammarError> {
         let (terminal, nested) = match constraint {
             Constraint::Choice(choices) => {
                 (Some(choices.iter().map(|choice| literal(choice)).collect::<Vec<_>>().join(" | ")), None)
@@ -133,12 +146,15 @@ impl GrammarCompiler {
         };
         let mut grammars = vec![GrammarWithLexer::from_lark(reply)];
         grammars.extend(nested.map(|nested| GrammarWithLexer { name: Some("answer".into()), ..nested }));
-        let parser = self.parser(grammars)?;
+        let limits = self.factory.limits().clone();
+        let parser = self.parser(grammars.clone(), limits.clone())?;
         let lexer = parser.parser.grammar().lexer_spec();
         if lexer.token_range_lexemes(&lexer.all_lexemes()).len() > 1 {
             return Err(GrammarError("special tokens have no place in an answer".into()));
         }
-        Ok(parser)
+        let limits =
+            ParserLimits { step_max_items: MAX_SEARCH_ITEMS, step_lexer_fuel: MAX_SEARCH_FUEL, ..limits };
+        Ok(Grammar { parser, probe: self.parser(grammars, limits)? })
     }
 
     /// Alone first: a stray parenthesis must not change the meaning of what stands around the expression.
@@ -148,17 +164,27 @@ impl GrammarCompiler {
                 "an empty regular expression matches nothing but an empty answer".into(),
             ));
         }
-        self.parser(vec![GrammarWithLexer::from_regex(regex)]).map(drop)
+        let alone = vec![GrammarWithLexer::from_regex(regex)];
+        self.parser(alone, self.factory.limits().clone()).map(drop)
     }
 
-    fn parser(&self, grammars: Vec<GrammarWithLexer>) -> Result<TokenParser, GrammarError> {
-        let grammar = TopLevelGrammar { grammars, max_tokens: None };
-        let mut parser = self
-            .factory
-            .create_parser(grammar)
-            .map_err(|error| GrammarError(first_line(&error.to_string())))?;
+    fn parser(
+        &self,
+        grammars: Vec<GrammarWithLexer>,
+        limits: ParserLimits,
+    ) -> Result<TokenParser, GrammarError> {
+        let grammar = GrammarInit::Serialized(TopLevelGrammar { grammars, max_tokens: None });
+        let (silent, plain) = (Logger::new(0, 0), InferenceCapabilities::default());
+        let parser = self.factory.create_parser_from_init_ext(grammar, silent, plain, limits);
+        let mut parser = parser.map_err(|error| GrammarError(first_line(&error.to_string())))?;
         parser.start_without_prompt();
         Ok(parser)
+    }
+}
+
+impl std::fmt::Debug for Grammar {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Grammar")
     }
 }
 
@@ -201,7 +227,7 @@ mod tests {
     /// Whether `reply` is a whole one.
     fn accepts(constraint: &Constraint, thinking: bool, reply: &str) -> bool {
         let compiler = GrammarCompiler::new(&Tokenizer::bytes()).unwrap();
-        let mut parser = compiler.compile(constraint, thinking).unwrap();
+        let mut parser = compiler.compile(constraint, thinking).unwrap().parser;
         let end = compiler.end();
         reply.bytes().all(|byte| parser.consume_token(u32::from(byte)).is_ok())
             && parser.compute_mask().is_ok_and(|mask| mask.is_allowed(end))

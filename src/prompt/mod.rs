@@ -9,7 +9,7 @@ pub mod template;
 pub mod tokenizer;
 mod tokenizer_files;
 
-pub use grammar::{Constraint, GrammarCompiler, GrammarError};
+pub use grammar::{Constraint, Grammar, GrammarCompiler, GrammarError};
 pub use template::{with_instruction, with_option_only};
 pub use tokenizer::Tokenizer;
 

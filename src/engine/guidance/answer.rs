@@ -9,7 +9,7 @@ use llguidance::TokenParser;
 use toktrie::{SimpleVob, TokTrie};
 
 use super::{
-    Allowed,
+    Allowed, AnswerGuide,
     completion::{self, FEW_BYTES, MANY_BYTES},
 };
 use crate::scheduler::TokenId;
@@ -54,7 +54,7 @@ pub(super) struct Answer {
     end_bytes: Vec<u8>,
     /// Computes the masks.
     parser: TokenParser,
-    /// Answers "what if". With a lexer of its own, so that a search can never use up what the masks may cost.
+    /// Answers "what if".
     probe: TokenParser,
     /// The reply ends where its grammar can, as at a closing tag; otherwise the model decides.
     ends_at_once: bool,
@@ -68,8 +68,8 @@ pub(super) struct Answer {
 
 impl Answer {
     /// `None` when no end of the grammar can be found.
-    pub(super) fn new(tokens: GuideTokens, parser: TokenParser, ends_at_once: bool) -> Option<Self> {
-        let mut probe = parser.deep_clone();
+    pub(super) fn new(guide: AnswerGuide) -> Option<Self> {
+        let AnswerGuide { tokens, parser, mut probe, ends_at_once, .. } = guide;
         let end_bytes = tokens.end_bytes();
         let plan = completion::shortest(&mut probe, &[], &end_bytes, MANY_BYTES)?;
         let plan = tokens.tokenize(&plan)?;
@@ -145,6 +145,7 @@ impl Answer {
 
     /// Takes in the token that was chosen; tells whether the reply is complete with it.
     pub(super) fn advance(&mut self, token: TokenId) -> bool {
+        self.heal();
         // An error shows in the next mask, which then is missing: the plan is followed.
         let _ = self.parser.consume_token(token);
         let _ = self.probe.consume_token(token);
@@ -193,10 +194,14 @@ impl Answer {
     /// A shortest end after `bytes`.
     fn end_after(&mut self, bytes: &[u8]) -> Option<Vec<TokenId>> {
         let end = completion::shortest(&mut self.probe, bytes, &self.end_bytes, FEW_BYTES);
+        self.heal();
+        self.tokens.tokenize(&end?)
+    }
+
+    /// A question may have been too much for the parser that was asked. The other one, at the same place, never heard it.
+    fn heal(&mut self) {
         if self.probe.parser.get_error().is_some() {
-            // The search was too much for its lexer. The other one has not seen it.
             self.probe = self.parser.deep_clone();
         }
-        self.tokens.tokenize(&end?)
     }
 }

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::prompt::{
-    Constraint, GrammarCompiler, Tokenizer,
+    Constraint, Grammar, GrammarCompiler, Tokenizer,
     template::{THINK_CLOSING, THINK_OPENING},
 };
 
@@ -47,13 +47,15 @@ impl Setup {
     }
 
     fn answer(&self, constraint: &Constraint, thinking: bool) -> AnswerGuide {
+        let Grammar { parser, probe } = self.compiler.compile(constraint, thinking).unwrap();
         AnswerGuide {
             tokens: GuideTokens {
                 trie: self.compiler.trie().clone(),
                 end: self.compiler.end(),
                 end_token_ids: vec![self.end()],
             },
-            parser: self.compiler.compile(constraint, thinking).unwrap(),
+            parser,
+            probe,
             ends_at_once: thinking,
             num_reserved: None,
         }
@@ -247,6 +249,32 @@ fn a_reply_without_tags_is_left_alone() {
     let mut text = "no tags, much text".bytes().map(u32::from).chain([END]);
     let (reply, complete) = setup.run(&mut guide, 300, &mut |_| text.next().unwrap());
     assert_eq!((reply.as_str(), complete), ("no tags, much text", true));
+}
+
+/// Thirty required fields of all kinds: the search for an end must not drown in them.
+#[test]
+fn a_large_schema_has_an_end_in_reach() {
+    let kinds = [
+        json!({"type": "string", "minLength": 3}),
+        json!({"enum": ["one", "two", "three"]}),
+        json!({"type": "array", "items": {"type": "number"}, "minItems": 2}),
+        json!({"type": "object", "properties": {"x": {"type": "integer"}, "y": {"type": "boolean"}}, "required": ["y"]}),
+        json!({"anyOf": [{"type": "null"}, {"type": "string"}]}),
+    ];
+    let names: Vec<String> = (0..30).map(|index| format!("a field with the number {index}")).collect();
+    let fields: serde_json::Map<String, Value> =
+        names.iter().zip(kinds.iter().cycle()).map(|(name, kind)| (name.clone(), kind.clone())).collect();
+    let schema =
+        json!({"type": "object", "properties": fields, "required": names, "additionalProperties": false});
+    let (setup, constraint) = (Setup::nano(), Constraint::Json(schema));
+    let first = setup.guide(&constraint, true, Some(0));
+    for seed in 0..8 {
+        let mut guide = first.clone();
+        let max_tokens = first.min_tokens() + 20 * seed as usize;
+        let (reply, _) = setup.run(&mut guide, max_tokens, &mut picks(seed * 77 + 1));
+        let value: Value = serde_json::from_str(answer_of(&reply, true)).unwrap();
+        assert_eq!(value.as_object().unwrap().len(), 30);
+    }
 }
 
 #[test]
