@@ -122,12 +122,11 @@ impl Answer {
             Some(&token) => (token, plan.len()),
             None => (self.tokens.end_token_ids[0], 0),
         });
-        let mask = match (planned, self.mask()) {
-            (Some((token, len)), mask) if len >= num_left || mask.is_none() => {
-                return sample(Allowed::Only(token));
-            }
-            (_, mask) => mask,
-        };
+        let fits = planned.is_none_or(|(_, len)| len < num_left);
+        let mask = if fits { self.mask() } else { None };
+        if let (Some((token, _)), None) = (planned, &mask) {
+            return sample(Allowed::Only(token));
+        }
         let sampled = sample(mask.as_ref().map_or(Allowed::All, Allowed::Mask));
         let token = sampled.into();
         if self.tokens.end_token_ids.contains(&token) {

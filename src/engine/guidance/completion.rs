@@ -11,6 +11,7 @@ use std::{
 
 use llguidance::{
     TokenParser,
+    derivre::NextByte,
     earley::{BiasComputer, ParserRecognizer},
 };
 use toktrie::{Recognizer, SimpleVob, TokEnv, TokTrie};
@@ -168,6 +169,11 @@ impl Search<'_, '_> {
             return Vec::new();
         }
         let (mut found, mut any) = (Vec::new(), false);
+        let state = self.grammar.lexer_state();
+        if let NextByte::ForcedByte(byte) = self.grammar.lexer_mut().next_byte(state) {
+            self.try_byte(node, byte, &mut found);
+            return found;
+        }
         for byte in b'!'..=b'~' {
             any |= self.try_byte(node, byte, &mut found);
         }
