@@ -36,6 +36,10 @@ pub struct Config {
     pub max_stop_string_bytes: usize,
     /// Most values in a JSON body (lists, objects and what they hold): parsed, each takes far more memory than its text.
     pub max_json_values: usize,
+    /// Most replies to one request (`n`).
+    pub max_choices: usize,
+    /// Most tokens that are reported beside each chosen one (`top_logprobs`).
+    pub max_top_logprobs: usize,
     /// Most messages a conversation.
     pub max_messages: usize,
     /// Most content parts a message.
@@ -137,6 +141,8 @@ impl Default for Config {
             max_stop_strings: 4,
             max_stop_string_bytes: 256,
             max_json_values: 20_000,
+            max_choices: 8,
+            max_top_logprobs: 20,
             max_messages: 128,
             max_content_parts: 64,
             max_text_bytes: 128 << 10,

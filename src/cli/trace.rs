@@ -200,7 +200,7 @@ async fn generate(engine: &crate::engine::EngineHandle, sequence: NewSequence) -
     while let Some(event) = stream.next().await {
         match event {
             TokenEvent::Started { .. } => {}
-            TokenEvent::Token(id) => ids.push(id),
+            TokenEvent::Token { id, .. } => ids.push(id),
             TokenEvent::Finished(_) => return Ok(ids),
             TokenEvent::Failed(error) => bail!("the model failed: {error}"),
         }

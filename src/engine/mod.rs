@@ -5,6 +5,7 @@
 mod encoder_cache;
 pub mod guidance;
 pub mod handle;
+pub mod logprobs;
 pub mod runner;
 pub mod sampler;
 pub mod worker;

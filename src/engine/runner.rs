@@ -13,13 +13,16 @@ use super::{
     encoder_cache::EncoderCache,
     guidance::{Allowed, Guide},
     handle::VideoInput,
-    sampler,
+    logprobs, sampler,
 };
 use crate::{
     model::{
         self, KvCache, ModelError, Result, SequenceInput, StepInput, Tap, VideoLanguageModel, VisualRows,
     },
-    scheduler::{self, ComputeWork, EncodeWork, SamplingParams, Scheduler, SequenceId, TokenId, VideoDigest},
+    scheduler::{
+        self, ComputeWork, EncodeWork, SamplingParams, Scheduler, SequenceId, TokenId, TokenLogprobs,
+        VideoDigest,
+    },
 };
 
 // The scheduler imports nothing and the model not the scheduler: here both names of the placeholder meet.
@@ -33,6 +36,13 @@ pub trait Requests: Sync {
     fn videos(&self, id: SequenceId) -> &[VideoInput];
     /// What steers a sequence, if anything does. Only the step that runs the sequence locks it.
     fn guide(&self, id: SequenceId) -> Option<&Mutex<Guide>>;
+}
+
+/// The next token of a sequence, and what its request asked to know of the choice.
+#[derive(Debug)]
+pub struct Sampled {
+    pub token: TokenId,
+    pub logprobs: Option<Box<TokenLogprobs>>,
 }
 
 /// Model, cache and encoded videos.
@@ -88,7 +98,7 @@ impl Runner {
         works: &[ComputeWork],
         scheduler: &Scheduler,
         requests: &dyn Requests,
-    ) -> Result<Vec<TokenId>> {
+    ) -> Result<Vec<Sampled>> {
         let input = self.step_input(works, scheduler, requests)?;
         let logits = self.model.forward(&input, &mut self.cache, self.tap.as_mut())?;
         if input.logit_rows.is_empty() {
@@ -107,14 +117,15 @@ impl Runner {
             let params = requests.sampling(work.sequence);
             let (tokens, num_prompt) = (sequence.token_ids(), sequence.num_prompt_tokens());
             let sample = |allowed: Allowed<'_>| sampler::sample(row, params, tokens, num_prompt, allowed);
-            Ok(match requests.guide(work.sequence) {
+            let token = match requests.guide(work.sequence) {
                 None => sample(Allowed::All),
                 Some(guide) => {
                     let mut guide = guide.lock().unwrap_or_else(PoisonError::into_inner);
                     let completion = sequence.completion();
                     guide.choose(completion, params.max_tokens - completion.len(), sample)
                 }
-            })
+            };
+            Ok(Sampled { token, logprobs: logprobs::report(row, params, token) })
         };
         sampling.par_iter().zip(logits.par_chunks_exact(self.model.shape().vocab_size)).map(sample).collect()
     }

@@ -15,7 +15,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use super::{
     guidance::Guide,
     handle::{EngineHandle, EngineLimits, EngineStatus, Submission, TokenEvent, VideoInput},
-    runner::{Requests, Runner},
+    runner::{Requests, Runner, Sampled},
 };
 use crate::{
     config::EngineConfig,
@@ -201,45 +201,47 @@ impl Worker {
         Worker { scheduler, runner, requests, observer: options.observer, num_blocks: limits.num_blocks }
     }
 
-    fn run(&mut self, mut inbox: mpsc::Receiver<Submission>) {
+    fn run(&mut self, mut inbox: mpsc::Receiver<Vec<Submission>>) {
         loop {
             if !self.scheduler.has_work() {
                 // Nothing to do: sleep until someone asks for something, or all handles are gone.
                 match inbox.blocking_recv() {
-                    Some(submission) => self.take_in(submission),
+                    Some(siblings) => self.take_in(siblings),
                     None => return,
                 }
             }
-            while let Ok(submission) = inbox.try_recv() {
-                self.take_in(submission);
+            while let Ok(siblings) = inbox.try_recv() {
+                self.take_in(siblings);
             }
             self.drop_cancelled();
             self.step();
         }
     }
 
-    fn take_in(&mut self, submission: Submission) {
-        let Submission { sequence, events, place } = submission;
-        let span = |video: &VideoInput| VisualSpan {
-            range: video.span.clone(),
-            digest: video.digest,
-            num_frames: video.frames.num_frames(),
-        };
-        let id = self.scheduler.add(SequenceSpec {
-            token_ids: sequence.token_ids,
-            spans: sequence.videos.iter().map(span).collect(),
-            max_tokens: sequence.sampling.max_tokens,
-            ignore_eos: sequence.sampling.ignore_eos,
-            stop_token_ids: sequence.sampling.stop_token_ids.clone(),
-        });
-        let request = Request {
-            sampling: sequence.sampling,
-            videos: sequence.videos,
-            guide: sequence.guide.map(Mutex::new),
-            events,
-            _place: place,
-        };
-        self.requests.0.insert(id, request);
+    fn take_in(&mut self, siblings: Vec<Submission>) {
+        let (mut specs, mut requests) = (Vec::new(), Vec::new());
+        for Submission { sequence, events, place } in siblings {
+            let span = |video: &VideoInput| VisualSpan {
+                range: video.span.clone(),
+                digest: video.digest,
+                num_frames: video.frames.num_frames(),
+            };
+            specs.push(SequenceSpec {
+                token_ids: sequence.token_ids,
+                spans: sequence.videos.iter().map(span).collect(),
+                max_tokens: sequence.sampling.max_tokens,
+                ignore_eos: sequence.sampling.ignore_eos,
+                stop_token_ids: sequence.sampling.stop_token_ids.clone(),
+            });
+            requests.push(Request {
+                sampling: sequence.sampling,
+                videos: sequence.videos,
+                guide: sequence.guide.map(Mutex::new),
+                events,
+                _place: place,
+            });
+        }
+        self.requests.0.extend(self.scheduler.add_siblings(specs).into_iter().zip(requests));
     }
 
     /// A dropped stream is how clients cancel.
@@ -282,7 +284,7 @@ impl Worker {
         let outcome = guarded(|| self.runner.encode(&work, &self.requests.videos(work.sequence)[work.video]));
         let part = StepPlan { encode: vec![work], ..StepPlan::default() };
         match outcome {
-            Ok(()) => self.deliver(&part, &[]),
+            Ok(()) => self.deliver(&part, Vec::new()),
             Err(error) => self.fail(&part, &error),
         }
     }
@@ -296,7 +298,7 @@ impl Worker {
         }
         let outcome = guarded(|| self.runner.compute(&works, &self.scheduler, &self.requests));
         match outcome {
-            Ok(sampled) => self.deliver(&StepPlan { compute: works, ..StepPlan::default() }, &sampled),
+            Ok(sampled) => self.deliver(&StepPlan { compute: works, ..StepPlan::default() }, sampled),
             Err(error) if works.len() == 1 => {
                 self.fail(&StepPlan { compute: works, ..StepPlan::default() }, &error)
             }
@@ -304,14 +306,20 @@ impl Worker {
         }
     }
 
-    fn deliver(&mut self, plan: &StepPlan, sampled: &[TokenId]) {
-        for update in self.scheduler.complete(plan, sampled) {
+    /// `sampled`: one for each work of the plan that samples, in order.
+    fn deliver(&mut self, plan: &StepPlan, sampled: Vec<Sampled>) {
+        let ids: Vec<TokenId> = sampled.iter().map(|sampled| sampled.token).collect();
+        let sampling = plan.compute.iter().filter(|work| work.samples).map(|work| work.sequence);
+        let mut logprobs: HashMap<_, _> =
+            sampling.zip(sampled).filter_map(|(id, sampled)| Some((id, sampled.logprobs?))).collect();
+        for update in self.scheduler.complete(plan, &ids) {
             // The prompt is computed: its pixels are not needed any more.
             if let Some(request) = self.requests.0.get_mut(&update.sequence) {
                 request.videos = Vec::new();
             }
-            if let Some(token) = update.token {
-                self.send(update.sequence, TokenEvent::Token(token));
+            if let Some(id) = update.token {
+                let logprobs = logprobs.remove(&update.sequence);
+                self.send(update.sequence, TokenEvent::Token { id, logprobs });
             }
             let complete = self.advance_guide(&update);
             if complete && update.finished.is_none() {

@@ -19,6 +19,7 @@ use tempfile::NamedTempFile;
 
 use super::{
     body,
+    choices::ChoiceView,
     error::ApiError,
     generation::{Generation, finish_reason},
     pipeline::{self, Begun},
@@ -27,17 +28,21 @@ use super::{
     sse,
     state::{AppState, Loaded},
     types::ChatRequest,
-    validate::{self, Limits, ValidRequest},
+    validate::{self, ValidRequest},
 };
-use crate::output::Reply;
+use crate::{
+    config::Config,
+    output::{Answer, Reply},
+};
 
 /// What the reply looks like.
-struct Shape {
+pub struct Shape {
     stream: bool,
     /// Whether a stream ends with a chunk of usage.
-    include_usage: bool,
-    num_choices: usize,
-    thinking: bool,
+    pub include_usage: bool,
+    pub view: ChoiceView,
+    /// Choices that think before they answer.
+    num_thinking: usize,
 }
 
 /// The handler.
@@ -52,31 +57,28 @@ pub async fn completions(
     let begun = pipeline::begin(&state, record.clone(), request, check).await?;
     let Begun { loaded, preparing, end_thinking, shape } = begun;
     let head = reply_head(&loaded, shape.stream);
-    let num_thinking = if shape.thinking { shape.num_choices } else { 0 };
-    let running = state.chats().enter([&head.id, &record.id], end_thinking, num_thinking);
+    let running = state.chats().enter([&head.id, &record.id], end_thinking, shape.num_thinking);
     let preparing = preparing.map_ok(|generation| generation.listed(running)).boxed();
     if !shape.stream {
-        return Ok(Json(fold(preparing.await?, head, shape).await?).into_response());
+        return Ok(Json(fold(preparing.await?, head, &shape.view).await?).into_response());
     }
     let interval = state.config().keep_alive_interval;
     let preparing = pipeline::settle(preparing, interval).await?;
-    Ok(sse::reply(preparing, head, shape.include_usage, interval))
+    Ok(sse::reply(preparing, head, shape, interval))
 }
 
 /// From bytes to a valid request.
 fn check(
     json: &Bytes,
     upload: Option<NamedTempFile>,
-    limits: Limits<'_>,
+    config: &Config,
+    loaded: &Loaded,
 ) -> Result<(ValidRequest, Shape), ApiError> {
-    let request: ChatRequest = body::parse(json, limits.config.max_json_values)?;
-    let valid = validate::validate(request, upload, limits)?;
-    let shape = Shape {
-        stream: valid.stream,
-        include_usage: valid.include_usage,
-        num_choices: 1,
-        thinking: valid.thinking,
-    };
+    let request: ChatRequest = body::parse(json, config.max_json_values)?;
+    let valid = validate::validate(request, upload, pipeline::limits(config, loaded))?;
+    let view = ChoiceView { wanted: valid.choices.clone(), tokenizer: loaded.tokenizer.clone() };
+    let num_thinking = if valid.thinking { valid.choices.count } else { 0 };
+    let shape = Shape { stream: valid.stream, include_usage: valid.include_usage, view, num_thinking };
     Ok((valid, shape))
 }
 
@@ -90,21 +92,28 @@ fn reply_head(loaded: &Loaded, stream: bool) -> ReplyHead {
     }
 }
 
-/// The unary reply: the same events as a stream's, put together.
-async fn fold(mut generation: Generation, head: ReplyHead, shape: Shape) -> Result<ChatCompletion, ApiError> {
-    let mut replies = vec![Reply::default(); shape.num_choices];
+/// The unary reply: the same events as a stream's, put together. The winner of a vote comes first.
+async fn fold(
+    mut generation: Generation,
+    head: ReplyHead,
+    view: &ChoiceView,
+) -> Result<ChatCompletion, ApiError> {
+    let mut replies = vec![Reply::default(); generation.num_choices()];
     while let Some((index, event)) = generation.next().await? {
         replies[index].add(event);
     }
-    Ok(ChatCompletion {
-        head,
-        choices: replies.into_iter().enumerate().map(choice).collect(),
-        usage: generation.counts().into(),
-        video: generation.video.take(),
-    })
+    let answers: Vec<Answer> = replies.iter().map(|reply| reply.answer.clone()).collect();
+    let vote = view.vote(&answers);
+    let choices = replies.into_iter().enumerate().map(|(index, reply)| choice(index, reply, view));
+    let mut choices: Vec<Choice> = choices.collect();
+    if let Some(winner) = vote.as_ref().and_then(|vote| vote.winner) {
+        choices[..=winner].rotate_right(1);
+    }
+    let (usage, video) = (generation.counts().into(), generation.video.take());
+    Ok(ChatCompletion { head, choices, usage, video, vote })
 }
 
-fn choice((index, reply): (usize, Reply)) -> Choice {
+fn choice(index: usize, reply: Reply, view: &ChoiceView) -> Choice {
     let reasoning = (!reply.think.is_empty()).then_some(reply.think);
     let message = ReplyMessage {
         role: "assistant",
@@ -113,5 +122,11 @@ fn choice((index, reply): (usize, Reply)) -> Choice {
         reasoning,
         refusal: None,
     };
-    Choice { index, message, logprobs: None, finish_reason: finish_reason(reply.reason) }
+    Choice {
+        index,
+        message,
+        logprobs: view.logprobs(&reply.tokens),
+        finish_reason: finish_reason(reply.reason),
+        answer: view.answer_scores(&reply.answer),
+    }
 }

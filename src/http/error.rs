@@ -290,7 +290,7 @@ mod tests {
 
     #[test]
     fn a_server_that_cannot_now_says_when_to_try_again() {
-        let full = ReserveError::QueueFull { max_sequences: 1, retry_after: RETRY_SOON };
+        let full = ReserveError::QueueFull { num_taken: 1, wanted: 1, retry_after: RETRY_SOON };
         assert_eq!(row(full), (429, "queue_full", true));
         assert_eq!(row(BodyError::TooManyBytesInFlight), (429, "too_many_uploads", true));
         assert_eq!(row(ApiError::Loading), (503, "loading", true));

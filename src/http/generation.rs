@@ -12,7 +12,7 @@ use super::{error::ApiError, progress::Progress, running::RunningChat, validate:
 use crate::{
     engine::{TokenEvent, TokenStream},
     media::VideoInfo,
-    output::{OutputAssembler, OutputEvent, Segment},
+    output::{Ending, OutputAssembler, OutputEvent, Segment},
     scheduler::StopReason,
     telemetry::metrics::TokenCounts,
 };
@@ -97,8 +97,9 @@ impl Generation {
         loop {
             while let Some((index, event)) = self.ready.pop_front() {
                 self.note_answer(index, &event);
-                let thinking = matches!(event, OutputEvent::Delta { segment: Segment::Think, .. });
-                if !(thinking && self.reasoning == Reasoning::Hidden) {
+                let shown =
+                    if self.reasoning == Reasoning::Hidden { without_thinking(event) } else { Some(event) };
+                if let Some(event) = shown {
                     return Ok(Some((index, event)));
                 }
             }
@@ -142,10 +143,10 @@ impl Generation {
             // What the first one found in the cache; the others found what the first one had computed.
             TokenEvent::Started { cached_tokens } if index == 0 => self.progress.started(cached_tokens),
             TokenEvent::Started { .. } => {}
-            TokenEvent::Token(id) => {
+            TokenEvent::Token { id, logprobs } => {
                 let now = Instant::now();
                 self.progress.token(choice.last_token.replace(now), now);
-                let events = choice.assembler.push(id);
+                let events = choice.assembler.push_scored(id, logprobs);
                 let stopped = choice.assembler.stopped();
                 self.ready.extend(events.into_iter().map(|event| (index, event)));
                 if stopped {
@@ -164,12 +165,19 @@ impl Generation {
         // Dropping the stream tells the engine to stop, if it has not.
         choice.tokens = None;
         for event in choice.assembler.finish(reason) {
-            if let OutputEvent::Finished { reason, reasoning_tokens, .. } = event {
-                self.progress.choice_completed(finish_reason(reason), reasoning_tokens);
+            if let OutputEvent::Finished(ending) = &event {
+                self.progress.choice_completed(finish_reason(ending.reason), ending.reasoning_tokens);
             }
             self.ready.push_back((index, event));
         }
     }
+}
+
+/// What is left of an event when the thinking is hidden, its tokens included.
+fn without_thinking(mut event: OutputEvent) -> Option<OutputEvent> {
+    let (OutputEvent::Delta { tokens, .. } | OutputEvent::Finished(Ending { tokens, .. })) = &mut event;
+    tokens.retain(|token| !token.thinking);
+    (!matches!(event, OutputEvent::Delta { segment: Segment::Think, .. })).then_some(event)
 }
 
 /// OpenAI's names.

@@ -5,6 +5,7 @@
 
 mod body;
 mod chat;
+mod choices;
 mod error;
 mod generation;
 mod guide;

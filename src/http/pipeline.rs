@@ -24,14 +24,14 @@ use super::{
     progress::Progress,
     record::RequestRecord,
     state::{AppState, Loaded},
-    validate::{Limits, Reasoning, ValidRequest, ValidSampling, ValidVideo},
+    validate::{Limits, Reasoning, ValidChoices, ValidRequest, ValidSampling, ValidVideo},
 };
 use crate::{
     config::Config,
     engine::{EndThinking, Guide, NewSequence, Permit, VideoInput},
     media::VideoFrames,
     model::FrameBatch,
-    output::OutputAssembler,
+    output::{OutputAssembler, WatchedLetters},
     prompt::{self, Conversation, Prompt, Tokenizer},
     scheduler::SamplingParams,
 };
@@ -41,7 +41,8 @@ pub type Preparing = BoxFuture<'static, Result<Generation, ApiError>>;
 
 /// What differs between the endpoints: from the JSON of a body, with the file of a multipart one, to what is to be
 /// generated, and `T`, what the endpoint itself has to know to shape the reply. May take long: runs where that is fine.
-pub type Check<T> = fn(&Bytes, Option<NamedTempFile>, Limits<'_>) -> Result<(ValidRequest, T), ApiError>;
+pub type Check<T> =
+    fn(&Bytes, Option<NamedTempFile>, &Config, &Loaded) -> Result<(ValidRequest, T), ApiError>;
 
 /// A request on its way.
 pub struct Begun<T> {
@@ -119,19 +120,18 @@ async fn admit<T: Send + 'static>(
     let own_end = end_thinking.clone();
     let checked = body::check(received, move |received| {
         let Received { json, upload, budget } = received;
-        let limits = limits(own_state.config(), &own_loaded);
-        let (valid, shape) = check(&json, upload, limits)?;
+        let (valid, shape) = check(&json, upload, own_state.config(), &own_loaded)?;
         let guide = own_loaded.guides.guide(&valid, &own_end)?;
         guide::check_room(guide.as_ref(), valid.sampling.max_tokens.unwrap_or(usize::MAX))?;
         Ok(((valid, guide, shape), budget))
     });
     let ((valid, guide, shape), budget) = checked.await?;
-    let permit = loaded.engine.reserve()?;
+    let permit = loaded.engine.reserve_many(valid.choices.count)?;
     Ok((Admitted { loaded, valid, guide, end_thinking, permit, budget }, shape))
 }
 
 /// What a request is measured against.
-fn limits<'a>(config: &'a Config, loaded: &'a Loaded) -> Limits<'a> {
+pub fn limits<'a>(config: &'a Config, loaded: &'a Loaded) -> Limits<'a> {
     Limits {
         config,
         model_id: &loaded.model.id,
@@ -148,7 +148,8 @@ async fn prepare(
 ) -> Result<Generation, ApiError> {
     let Admitted { loaded, valid, guide, permit, budget, .. } = admitted;
     let verbatim = guide::verbatim(&valid);
-    let ValidRequest { conversation, video, sampling, stop_strings, thinking, reasoning, .. } = valid;
+    let ValidRequest { conversation, video, sampling, choices, stop_strings, thinking, reasoning, .. } =
+        valid;
     let deadline = progress.deadline();
     let stages = async {
         let frames = load_video(&loaded, video, &mut progress).await?;
@@ -162,19 +163,25 @@ async fn prepare(
         let num_visual = prompt.video_spans.iter().map(ExactSizeIterator::len).sum();
         progress.prompt_built(num_prompt, num_visual, started.elapsed());
         let room = engine_limits.context.saturating_sub(num_prompt);
-        let sampling = final_sampling(sampling, default_max_tokens.min(room));
+        let letters = watched_letters(&choices, &loaded.tokenizer).await?;
+        let mut sampling = final_sampling(sampling, default_max_tokens.min(room));
+        sampling.watched = letters.as_ref().map(WatchedLetters::token_ids).unwrap_or_default();
         guide::check_room(guide.as_ref(), sampling.max_tokens)?;
         let sequence = NewSequence { guide, ..sequence(prompt, frames.as_deref(), sampling) };
-        let tokens = permit.submit(sequence)?;
+        let streams = permit.submit_siblings(siblings(sequence, choices.count))?;
         progress.submitted();
-        Ok((tokens, frames.map(|frames| frames.info.clone())))
+        Ok((streams, letters, frames.map(|frames| frames.info.clone())))
     };
     match deadline.bound(stages).await.and_then(|done| done) {
-        Ok((tokens, video)) => {
+        Ok((streams, letters, video)) => {
             let raw = reasoning == Reasoning::Raw;
-            let assembler =
-                OutputAssembler::new(loaded.tokenizer.clone(), stop_strings, raw).verbatim(verbatim);
-            Ok(Generation::new(vec![(tokens, assembler)], reasoning, video, progress))
+            let assembler = || {
+                OutputAssembler::new(loaded.tokenizer.clone(), stop_strings.clone(), raw)
+                    .verbatim(verbatim)
+                    .watching(letters.clone())
+            };
+            let sequences = streams.into_iter().map(|stream| (stream, assembler())).collect();
+            Ok(Generation::new(sequences, reasoning, video, progress))
         }
         Err(error) => {
             progress.ended_by(&error);
@@ -211,6 +218,25 @@ async fn build_prompt(
     });
     let built = built.await.map_err(|error| ApiError::Internal(format!("building the prompt: {error}")))?;
     Ok(built?)
+}
+
+/// The tokens of the options, if their probabilities are wanted; on the blocking pool.
+async fn watched_letters(
+    choices: &ValidChoices,
+    tokenizer: &Arc<Tokenizer>,
+) -> Result<Option<WatchedLetters>, ApiError> {
+    if !choices.answer_logprobs {
+        return Ok(None);
+    }
+    let (options, tokenizer) = (choices.options.clone().unwrap_or_default(), tokenizer.clone());
+    let letters = spawn_blocking(move || WatchedLetters::new(&options, &tokenizer)).await;
+    letters.map(Some).map_err(|error| ApiError::Internal(format!("looking through the vocabulary: {error}")))
+}
+
+/// `count` sequences that differ in their seeds alone.
+fn siblings(sequence: NewSequence, count: usize) -> Vec<NewSequence> {
+    let sampling = |index| sequence.sampling.for_choice(index);
+    (0..count).map(|index| NewSequence { sampling: sampling(index), ..sequence.clone() }).collect()
 }
 
 /// Decides what the request left open.

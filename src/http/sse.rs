@@ -18,20 +18,22 @@ use tokio_stream::wrappers::ReceiverStream;
 use tracing::Instrument;
 
 use super::{
+    chat::Shape,
+    choices::ChoiceView,
     error::ApiError,
     generation::{Generation, finish_reason},
     pipeline::Preparing,
     responses::{Chunk, ChunkChoice, Delta, ReplyHead, Usage},
 };
-use crate::output::OutputEvent;
+use crate::output::{Answer, OutputEvent};
 
 /// Events made before the socket takes them. Tokens wait in the sequence's own channel, not here.
 const EVENTS_AHEAD: usize = 1;
 
 /// A response that streams what `preparing` becomes, with a comment whenever `interval` passes in silence.
-pub fn reply(preparing: Preparing, head: ReplyHead, include_usage: bool, interval: Duration) -> Response {
+pub fn reply(preparing: Preparing, head: ReplyHead, shape: Shape, interval: Duration) -> Response {
     let (sender, events) = mpsc::channel(EVENTS_AHEAD);
-    let writer = Writer { events: sender, head, include_usage };
+    let writer = Writer { events: sender, head, view: shape.view, include_usage: shape.include_usage };
     let work = write(writer, preparing).in_current_span();
     // The work is polled as a part of the stream itself: it has no life of its own that could outlast the client.
     let work = stream::once(work).filter_map(|()| std::future::ready(None));
@@ -59,6 +61,7 @@ async fn write(writer: Writer, preparing: Preparing) {
 struct Writer {
     events: mpsc::Sender<Event>,
     head: ReplyHead,
+    view: ChoiceView,
     include_usage: bool,
 }
 
@@ -67,31 +70,41 @@ impl Writer {
         let mut generation: Generation = preparing.await?;
         for index in 0..generation.num_choices() {
             let video = generation.video.as_ref().filter(|_| index == 0);
-            let first = Chunk { video, ..self.chunk(index, Delta::role(), None) };
+            let first = Chunk { video, ..self.chunk(vec![ChunkChoice::of(index, Delta::role())]) };
             self.send(&first).await;
         }
+        let mut answers = vec![Answer::default(); generation.num_choices()];
         while let Some((index, event)) = generation.next().await? {
-            match event {
-                OutputEvent::Delta { segment, text } => {
-                    self.send(&self.chunk(index, Delta::text(segment, &text), None)).await;
+            let chunk = match &event {
+                OutputEvent::Delta { segment, text, tokens } => ChunkChoice {
+                    logprobs: self.view.logprobs(tokens),
+                    ..ChunkChoice::of(index, Delta::text(*segment, text))
+                },
+                OutputEvent::Finished(ending) => {
+                    answers[index] = ending.answer.clone();
+                    ChunkChoice {
+                        logprobs: self.view.logprobs(&ending.tokens),
+                        finish_reason: Some(finish_reason(ending.reason)),
+                        answer: self.view.answer_scores(&ending.answer),
+                        ..ChunkChoice::of(index, Delta::default())
+                    }
                 }
-                OutputEvent::Finished { reason, .. } => {
-                    self.send(&self.chunk(index, Delta::default(), Some(finish_reason(reason)))).await;
-                }
-            }
+            };
+            self.send(&self.chunk(vec![chunk])).await;
+        }
+        if let Some(vote) = self.view.vote(&answers) {
+            self.send(&Chunk { vote: Some(vote), ..self.chunk(vec![]) }).await;
         }
         if self.include_usage {
             let usage: Usage = generation.counts().into();
-            let last = Chunk { head: &self.head, choices: vec![], usage: Some(usage), video: None };
-            self.send(&last).await;
+            self.send(&Chunk { usage: Some(usage), ..self.chunk(vec![]) }).await;
         }
         self.push(Event::default().data("[DONE]")).await;
         Ok(())
     }
 
-    fn chunk<'a>(&'a self, index: usize, delta: Delta<'a>, finish_reason: Option<&'static str>) -> Chunk<'a> {
-        let choice = ChunkChoice { index, delta, logprobs: None, finish_reason };
-        Chunk { head: &self.head, choices: vec![choice], usage: None, video: None }
+    fn chunk<'a>(&'a self, choices: Vec<ChunkChoice<'a>>) -> Chunk<'a> {
+        Chunk { head: &self.head, choices, usage: None, video: None, vote: None }
     }
 
     async fn send(&self, data: &impl Serialize) {

@@ -44,6 +44,14 @@ pub struct ChatRequest {
     pub guided_grammar: Option<Value>,
     pub thinking_token_budget: Option<u64>,
     pub max_thinking_tokens: Option<u64>,
+    pub n: Option<u64>,
+    pub best_of: Option<u64>,
+    pub logprobs: Option<bool>,
+    pub top_logprobs: Option<u64>,
+    /// Our own: the probability of each option letter where the answer begins.
+    pub answer_logprobs: Option<bool>,
+    /// Our own: the majority of the choices' answers.
+    pub vote: Option<bool>,
     pub include_reasoning: Option<bool>,
     pub reasoning_format: Option<String>,
     pub reasoning_effort: Option<String>,

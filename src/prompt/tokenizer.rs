@@ -115,6 +115,11 @@ impl Tokenizer {
         self.token_bytes.get(id as usize)?.as_deref()
     }
 
+    /// What a special token is called.
+    pub fn special_content(&self, id: u32) -> Option<&str> {
+        self.special.iter().find(|(_, special)| **special == id).map(|(content, _)| content.as_str())
+    }
+
     /// The text of `ids`: special and unknown ids are left out, invalid UTF-8 becomes U+FFFD.
     pub fn decode(&self, ids: &[u32]) -> String {
         let bytes: Vec<u8> = ids.iter().filter_map(|&id| self.token_bytes(id)).flatten().copied().collect();
@@ -155,6 +160,7 @@ mod tests {
         assert_eq!((tokenizer.vocab_size(), tokenizer.end_of_text()), (257, 256));
         assert_eq!(tokenizer.token_bytes(256), None);
         assert_eq!(tokenizer.special_token("<|endoftext|>"), Some(256));
+        assert_eq!(tokenizer.special_content(256), Some("<|endoftext|>"));
     }
 
     #[test]

@@ -26,7 +26,7 @@ use std::collections::{HashMap, VecDeque};
 use block_manager::BlockManager;
 pub use block_manager::{BlockId, PrefixStats};
 use encoder_slots::EncoderSlots;
-pub use sampling_params::SamplingParams;
+pub use sampling_params::{SamplingParams, TokenLogprobs};
 use sequence::Sequence;
 pub use sequence::{SequenceId, SequenceSpec, VisualSpan};
 use siblings::{Families, Reached};

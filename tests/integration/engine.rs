@@ -63,7 +63,7 @@ async fn reply(handle: &EngineHandle, sequence: NewSequence) -> (String, Result<
     while let Some(event) = stream.next().await {
         match event {
             TokenEvent::Started { .. } => {}
-            TokenEvent::Token(id) => bytes.push(id as u8),
+            TokenEvent::Token { id, .. } => bytes.push(id as u8),
             TokenEvent::Finished(reason) => return (String::from_utf8(bytes).unwrap(), Ok(reason)),
             TokenEvent::Failed(error) => return (String::from_utf8(bytes).unwrap(), Err(error)),
         }
@@ -148,7 +148,13 @@ async fn a_full_queue_refuses_at_once() {
         EngineConfig { max_running_sequences: 1, max_waiting_sequences: 1, ..EngineConfig::default() };
     let (handle, _thread, _) = start(FakeModel::saying("x"), config);
     let permits = (handle.reserve().unwrap(), handle.reserve().unwrap());
-    assert!(handle.reserve().unwrap_err().to_string().contains("already holds 2 requests"));
+    assert!(
+        handle
+            .reserve()
+            .unwrap_err()
+            .to_string()
+            .contains("already holds 2 requests and has no room for 1 more")
+    );
     drop(permits);
     assert!(handle.reserve().is_ok());
 }

@@ -5,24 +5,11 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::{http_setup::*, server_process};
+use crate::http_setup::*;
 
 /// The last words of a thinking that was ended.
 const LAST_WORDS: &str = "I have to answer now.";
 const QUESTION: &str = "Which way does the circle move?\nA. left\nB. right\nC. up";
-
-/// The embedded model in a process of its own.
-struct Nano {
-    server: Server,
-    _process: server_process::Server,
-}
-
-impl Nano {
-    fn start() -> Self {
-        let process = server_process::Server::start(&["--served-model-name", MODEL]);
-        Nano { server: Server::at(process.url.clone()), _process: process }
-    }
-}
 
 fn asked(more: Value) -> Value {
     let mut body = request(json!(QUESTION), json!({"seed": 7, "temperature": 1.0}));
@@ -87,8 +74,7 @@ fn guides() -> Vec<(Value, Fits)> {
 
 #[tokio::test]
 async fn every_guide_holds_with_and_without_thinking_streamed_and_unary() {
-    let nano = Nano::start();
-    let server = &nano.server;
+    let server = &nano_server(config()).await;
     for (guide, fits) in guides() {
         for thinking in [json!({}), json!({"reasoning_effort": "none"})] {
             let body = with(asked(guide.clone()), &thinking);
@@ -111,8 +97,7 @@ async fn every_guide_holds_with_and_without_thinking_streamed_and_unary() {
 
 #[tokio::test]
 async fn a_tight_budget_still_gives_a_whole_answer_or_is_refused() {
-    let nano = Nano::start();
-    let server = &nano.server;
+    let server = &nano_server(config()).await;
     for (guide, fits) in guides() {
         let mut shortest = 0;
         for max_tokens in [1, 4, 16, 24, 32, 48, 64, 96, 200] {
@@ -138,8 +123,7 @@ async fn a_tight_budget_still_gives_a_whole_answer_or_is_refused() {
 
 #[tokio::test]
 async fn a_thinking_budget_ends_the_thinking_with_its_last_words() {
-    let nano = Nano::start();
-    let server = &nano.server;
+    let server = &nano_server(config()).await;
     let choice = json!({"guided_choice": ["A", "B", "C"]});
     for guide in [json!({}), choice] {
         let free = server.ask(&asked(guide.clone())).await;
@@ -172,8 +156,7 @@ async fn a_thinking_budget_ends_the_thinking_with_its_last_words() {
 
 #[tokio::test]
 async fn many_guided_requests_at_once_do_not_disturb_each_other() {
-    let nano = Nano::start();
-    let server = &nano.server;
+    let server = &nano_server(config()).await;
     let guides = guides();
     let ask = async |index: usize| {
         let (guide, fits) = &guides[index % guides.len()];
@@ -184,6 +167,17 @@ async fn many_guided_requests_at_once_do_not_disturb_each_other() {
     };
     let together = futures_util::future::join_all((0..16).map(ask)).await;
     assert_eq!(ask(3).await, together[3], "alone it says the same");
+}
+
+#[tokio::test]
+async fn each_of_several_choices_is_guided_by_itself() {
+    let server = &nano_server(config()).await;
+    let (guide, fits) = &guides()[2];
+    let reply = server.ask(&with(asked(guide.clone()), &json!({"n": 3, "thinking_token_budget": 9}))).await;
+    let contents: Vec<&str> =
+        (0..3).map(|index| reply["choices"][index]["message"]["content"].as_str().unwrap()).collect();
+    assert!(contents.iter().all(|content| fits(content)), "{reply}");
+    assert!(contents.windows(2).any(|pair| pair[0] != pair[1]), "they go their own ways: {reply}");
 }
 
 #[tokio::test]

@@ -11,6 +11,7 @@ mod engine;
 mod golden;
 mod guided_output;
 mod http_chat;
+mod http_choices;
 mod http_contract;
 mod http_limits;
 mod http_setup;

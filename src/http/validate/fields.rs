@@ -21,22 +21,18 @@ pub(super) const HARMLESS: [&str; 9] = [
 ];
 
 /// Known to clients of this field, not built here: fine as long as they ask for nothing.
-pub(super) const NOT_YET: [&str; 17] = [
+pub(super) const NOT_YET: [&str; 13] = [
     "audio",
-    "best_of",
     "cache_salt",
     "function_call",
     "functions",
-    "logprobs",
     "min_tokens",
     "mm_processor_kwargs",
     "modalities",
-    "n",
     "prediction",
     "prompt_logprobs",
     "tool_choice",
     "tools",
-    "top_logprobs",
     "use_beam_search",
     "web_search_options",
 ];
@@ -62,8 +58,7 @@ pub fn check_top_level(extra: &Extra) -> Result<(), InvalidRequest> {
 /// Whether `value` is what the field means when it is left out.
 fn asks_for_nothing(name: &str, value: &Value) -> bool {
     match (name, value) {
-        ("n" | "best_of", Value::Number(n)) => n.as_u64() == Some(1),
-        ("top_logprobs" | "min_tokens" | "prompt_logprobs", Value::Number(n)) => n.as_u64() == Some(0),
+        ("min_tokens" | "prompt_logprobs", Value::Number(n)) => n.as_u64() == Some(0),
         ("tool_choice" | "function_call", Value::String(choice)) => choice == "none" || choice == "auto",
         ("modalities", Value::Array(kinds)) => kinds.iter().all(|kind| kind == "text"),
         (_, Value::Bool(asked)) => !asked,

@@ -2,12 +2,14 @@
 //!
 //! Called by the handlers. Pure: no clock, no randomness, no input but its arguments.
 
+mod choices;
 mod fields;
 mod guided;
 mod messages;
 mod sampling;
 mod video;
 
+pub use choices::ValidChoices;
 use tempfile::NamedTempFile;
 
 pub use guided::Guided;
@@ -27,6 +29,7 @@ pub struct ValidRequest {
     pub conversation: Conversation,
     pub video: Option<ValidVideo>,
     pub sampling: ValidSampling,
+    pub choices: ValidChoices,
     pub stop_strings: Vec<String>,
     /// Whether the model is asked to think before it answers.
     pub thinking: bool,
@@ -50,7 +53,7 @@ pub struct ValidVideo {
 /// How to sample; what is `None` is decided when the request runs.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ValidSampling {
-    /// `seed` and `max_tokens` of it stand for nothing.
+    /// `seed`, `max_tokens` and `watched` of it stand for nothing.
     pub params: SamplingParams,
     /// `None`: a random one.
     pub seed: Option<u64>,
@@ -102,7 +105,7 @@ impl InvalidRequest {
 /// # Errors
 /// The first fault found, with the field it is in.
 pub fn validate(
-    request: ChatRequest,
+    mut request: ChatRequest,
     upload: Option<NamedTempFile>,
     limits: Limits<'_>,
 ) -> Result<ValidRequest, InvalidRequest> {
@@ -115,12 +118,15 @@ pub fn validate(
     let reasoning = reasoning(&request)?;
     let stop_strings = sampling::stop_strings(&request, limits.config)?;
     let sampling = sampling::validate(&request, limits)?;
-    let (conversation, part) = messages::validate(request.messages, upload.is_some(), limits.config)?;
+    let (conversation, part) =
+        messages::validate(std::mem::take(&mut request.messages), upload.is_some(), limits.config)?;
+    let choices = choices::validate(&request, &conversation, sampling.params.temperature, limits)?;
     let video = video::validate(part, upload, request.media_io_kwargs, limits.config)?;
     Ok(ValidRequest {
         conversation,
         video,
         sampling,
+        choices,
         stop_strings,
         thinking,
         thinking_budget,
