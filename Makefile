@@ -1,5 +1,5 @@
 # `make demo` and `make test` do everything on a fresh Debian or Ubuntu with Rust.
-.PHONY: demo test check build serve clean
+.PHONY: demo test check build openapi serve clean
 
 demo: ## Build, start the server on the embedded model, ask it about real videos
 	@scripts/demo.sh
@@ -15,6 +15,9 @@ check: ## What CI checks before the tests
 
 build: ## The release binary, target/release/tinyllava
 	cargo build --locked --release
+
+openapi: ## Write openapi.yaml anew, from the types in src/http
+	cargo run --locked --quiet -- openapi > openapi.yaml.new && mv openapi.yaml.new openapi.yaml
 
 serve: build
 	target/release/tinyllava serve

@@ -4,11 +4,17 @@
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
+use axum::http::HeaderValue;
+
 /// Settings of the HTTP server and of everything behind it but the model.
 #[derive(Debug, Clone)]
 pub struct Config {
     /// Where to listen.
     pub listen: SocketAddr,
+    /// Where to answer `/metrics` instead of there, without TLS.
+    pub metrics_listen: Option<SocketAddr>,
+    /// Origins of web pages that may call the server, as browsers send them, or `*`; none: no page of another origin.
+    pub cors_origins: Vec<HeaderValue>,
     /// The name clients call the model by.
     pub served_model_name: String,
     /// Longest body of a JSON or multipart request.
@@ -19,7 +25,7 @@ pub struct Config {
     pub max_connections: usize,
     /// Bodies of all requests that are being received or decoded, together (memory for JSON, disk for uploads).
     pub max_inflight_body_bytes: usize,
-    /// Wall clock for the header of a request, and longest idle time between two of a connection.
+    /// Wall clock for the TLS handshake and for the header of a request, and longest idle time between two requests.
     pub header_read_timeout: Duration,
     /// Longest pause within a body.
     pub body_idle_timeout: Duration,
@@ -63,6 +69,8 @@ pub struct Config {
 pub struct MediaConfig {
     /// Frames a video is sampled to when the request does not say (the model's own number).
     pub num_frames: usize,
+    /// Frames a second instead, for models that were trained so.
+    pub default_fps: Option<f64>,
     /// Most frames a request may ask for.
     pub max_frames: usize,
     /// Largest video file.
@@ -127,6 +135,8 @@ impl Default for Config {
     fn default() -> Self {
         Config {
             listen: ([127, 0, 0, 1], 8000).into(),
+            metrics_listen: None,
+            cors_origins: vec![],
             served_model_name: "tinyllava".into(),
             max_body_bytes: 256 << 20,
             request_timeout: Duration::from_secs(600),
@@ -160,6 +170,7 @@ impl Default for MediaConfig {
     fn default() -> Self {
         MediaConfig {
             num_frames: 16,
+            default_fps: None,
             max_frames: 64,
             max_video_bytes: 128 << 20,
             max_video_seconds: 3.0 * 3600.0,

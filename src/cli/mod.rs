@@ -2,6 +2,7 @@
 //!
 //! Called by `main`. Every failure is one sentence and a non-zero exit.
 
+mod access;
 pub mod ask;
 pub mod bench;
 pub mod chat_client;
@@ -41,6 +42,8 @@ enum Command {
     Synth(synth::SynthArgs),
     /// Write the tensors the model computes for one request.
     Trace(Box<trace::TraceArgs>),
+    /// Print the description of the HTTP API, as openapi.yaml has it.
+    Openapi,
 }
 
 #[derive(Debug, Args)]
@@ -97,6 +100,7 @@ fn run_on(runtime: &tokio::runtime::Runtime, cli: Cli) -> anyhow::Result<()> {
             runtime.block_on(bench_command(*command))
         }
         Command::Synth(args) => synth::run(&args),
+        Command::Openapi => print_openapi(),
         Command::Trace(args) => {
             logs::init(logs::LogFormat::Pretty, "warn");
             runtime.block_on(trace::trace(*args))
@@ -122,6 +126,12 @@ async fn bench_command(command: BenchCommand) -> anyhow::Result<()> {
         (None, Some(load)) => bench::bench(&load).await,
         (None, None) => anyhow::bail!("nothing to measure: give --url or a subcommand"),
     }
+}
+
+#[expect(clippy::print_stdout, reason = "the command's output")]
+fn print_openapi() -> anyhow::Result<()> {
+    print!("{}", crate::http::openapi::yaml());
+    Ok(())
 }
 
 /// A table of both ways to sample, one row a file.

@@ -2,11 +2,14 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, ValueEnum};
+use clap::{
+    Args, ValueEnum,
+    builder::{PossibleValuesParser, TypedValueParser},
+};
 
 use crate::{
     config::{EngineConfig, MediaConfig},
-    model::{checkpoint::ModelSpec, weights::StoredDType},
+    model::{checkpoint::ModelSpec, variant::Variant, weights::StoredDType},
 };
 
 /// Which model to run, and with how much of the machine.
@@ -16,6 +19,10 @@ pub struct ModelOptions {
     /// (org/name, or org/name@revision).
     #[arg(long, default_value = "nano", env = "TINYLLAVA_MODEL")]
     pub model: ModelSpec,
+    /// Which published model it is trained like: frame sampling and thinking by default [default: by the repository's or
+    /// directory's name].
+    #[arg(long, value_name = "VARIANT", value_parser = variant_parser())]
+    pub variant: Option<Variant>,
     /// What weights are kept as; "auto": as they are stored. Arithmetic is always f32.
     #[arg(long, value_enum, default_value_t = DType::Auto)]
     pub dtype: DType,
@@ -57,7 +64,22 @@ impl DType {
     }
 }
 
+fn variant_parser() -> impl TypedValueParser<Value = Variant> {
+    PossibleValuesParser::new(Variant::ALL.map(Variant::name))
+        .map(|name| name.parse().expect("a possible value is a variant: this is a bug"))
+}
+
 impl ModelOptions {
+    /// The published model this one is trained like, if it is known.
+    pub fn variant(&self) -> Option<Variant> {
+        self.variant.or_else(|| Variant::of(&self.model))
+    }
+
+    /// Whether a question that does not say is to be thought about: unknown models are taken for R1's kind.
+    pub fn thinks(&self) -> bool {
+        self.variant().is_none_or(Variant::thinks)
+    }
+
     /// `engine` with what was said on the command line.
     pub fn engine(&self, engine: EngineConfig) -> EngineConfig {
         EngineConfig {
@@ -73,6 +95,7 @@ impl ModelOptions {
         MediaConfig {
             ffprobe_path: self.ffmpeg.as_ref().map(beside),
             ffmpeg_path: self.ffmpeg.clone(),
+            default_fps: self.variant().and_then(Variant::fps),
             ..media
         }
     }

@@ -8,13 +8,14 @@ use tokio::net::TcpListener;
 use url::Url;
 
 use super::{
+    access::AccessOptions,
     options::ModelOptions,
     start::{ensure_ffmpeg, start},
 };
 use crate::{
     config::{Config, EngineConfig, MediaConfig},
     engine::EngineHandle,
-    http::{self, AppState},
+    http::{self, Access, AppState},
     shutdown,
     telemetry::{EngineMetrics, Metrics, tracing::LogFormat},
 };
@@ -30,6 +31,11 @@ pub struct ServeArgs {
     /// Port to listen on; 0 takes a free one.
     #[arg(long, default_value_t = 8000, env = "TINYLLAVA_PORT")]
     pub port: u16,
+    /// Port of its own for /metrics, always plain http; 0 takes a free one [default: --port answers it].
+    #[arg(long, value_name = "PORT")]
+    pub metrics_port: Option<u16>,
+    #[command(flatten)]
+    pub access: AccessOptions,
     /// Name clients call the model by [default: its own].
     #[arg(long, value_name = "NAME")]
     pub served_model_name: Option<String>,
@@ -113,6 +119,8 @@ impl ServeArgs {
         };
         Config {
             listen: SocketAddr::new(self.host, self.port),
+            metrics_listen: self.metrics_port.map(|port| SocketAddr::new(self.host, port)),
+            cors_origins: self.access.cors_origins.clone(),
             served_model_name: self.served_name(),
             default_max_tokens: self.default_max_tokens.max(1),
             request_timeout: Duration::from_secs(self.request_timeout),
@@ -129,24 +137,57 @@ impl ServeArgs {
 /// Listens at once, loads the model, serves until SIGTERM, drains.
 ///
 /// # Errors
-/// When the port is taken, the model cannot be loaded, ffmpeg is missing, or the engine dies.
+/// When a port is taken, the model cannot be loaded, keys or certificate cannot be read, ffmpeg is missing, or the
+/// engine dies.
 pub async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     let config = Arc::new(args.config());
     let stop = shutdown::requested().context("cannot install signal handlers")?;
-    let listener = bind(config.listen).await?;
+    let state = AppState::new(config.clone(), Metrics::new(&args.served_name()));
+    let access = args.access.load()?;
+    warn_if_open(&access, config.listen);
+    state.set_access(access);
+    let listener = bind(config.listen, "--port").await?;
     let address = listener.local_addr()?;
+    let metrics = serve_metrics(&state).await?;
     tracing::info!(%address, model = %args.model.model, "listening; loading the model");
-    let state = AppState::new(config, Metrics::new(&args.served_name()));
     let served = http::run(listener, state.clone(), stop);
     let running = async {
         let engine = load_into(&state, &args.model).await?;
-        tracing::info!("ready: http://{address}");
+        let scheme = if args.access.is_secure() { "https" } else { "http" };
+        tracing::info!("ready: {scheme}://{address}");
         engine.stopped().await;
         bail!("the engine has stopped; the log above says why")
     };
     tokio::select! {
         served = served => Ok(served?),
         broken = running => broken,
+        broken = args.access.reload_on_hangup(&state) => broken,
+        () = metrics => Ok(()),
+    }
+}
+
+/// What answers at the port of the metrics, if there is one. Never completes.
+async fn serve_metrics(state: &AppState) -> anyhow::Result<impl Future<Output = ()>> {
+    let listener = match state.config().metrics_listen {
+        Some(address) => Some(bind(address, "--metrics-port").await?),
+        None => None,
+    };
+    if let Some(listener) = &listener {
+        tracing::info!("metrics: http://{}/metrics", listener.local_addr()?);
+    }
+    let state = state.clone();
+    Ok(async move {
+        match listener {
+            Some(listener) => http::run_metrics(listener, state).await,
+            None => std::future::pending().await,
+        }
+    })
+}
+
+/// Nobody should serve the whole network by accident.
+fn warn_if_open(access: &Access, listen: SocketAddr) {
+    if access.keys.is_empty() && !listen.ip().is_loopback() {
+        tracing::warn!(address = %listen, "whoever reaches this address may use the server; --api-key asks for a key");
     }
 }
 
@@ -166,7 +207,7 @@ pub async fn with_private_server(
         engine: options.engine(EngineConfig::default()),
         ..Config::default()
     };
-    let listener = bind(([127, 0, 0, 1], 0).into()).await?;
+    let listener = bind(([127, 0, 0, 1], 0).into(), "--port").await?;
     let url = Url::parse(&format!("http://{}", listener.local_addr()?))?;
     let state = AppState::new(Arc::new(config), Metrics::new(&options.model.to_string()));
     load_into(&state, options).await?;
@@ -188,8 +229,8 @@ async fn load_into(state: &AppState, options: &ModelOptions) -> anyhow::Result<E
     Ok(engine)
 }
 
-async fn bind(address: SocketAddr) -> anyhow::Result<TcpListener> {
+async fn bind(address: SocketAddr, flag: &str) -> anyhow::Result<TcpListener> {
     TcpListener::bind(address).await.with_context(|| {
-        format!("cannot listen on {address}; is another server running? choose another --port")
+        format!("cannot listen on {address}; is another server running? choose another {flag}")
     })
 }

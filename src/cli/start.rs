@@ -33,6 +33,8 @@ pub struct Started {
     pub tokenizer: Arc<Tokenizer>,
     pub shape: ModelShape,
     pub generation: GenerationConfig,
+    /// Whether a question that does not say is to be thought about.
+    pub thinks: bool,
 }
 
 /// Sets the number of threads of the kernels. Only the first call counts.
@@ -91,6 +93,7 @@ fn load(
     let (engine, _thread) = engine::start(Box::new(model), engine_options)?;
     tracing::info!(
         model = checkpoint.id,
+        variant = options.variant().map(tracing::field::display),
         parameters = checkpoint.config.num_parameters(),
         seconds = started.elapsed().as_secs_f64(),
         kv_tokens = engine.limits().num_blocks * engine.limits().block_size,
@@ -98,7 +101,7 @@ fn load(
         "model loaded"
     );
     let shape = tinyllava::shape(&checkpoint.config);
-    Ok(Started { engine, tokenizer, shape, generation: checkpoint.generation })
+    Ok(Started { engine, tokenizer, shape, generation: checkpoint.generation, thinks: options.thinks() })
 }
 
 fn load_tokenizer(files: &TokenizerFiles) -> anyhow::Result<Tokenizer> {
@@ -129,6 +132,7 @@ impl Started {
             max_model_len: self.engine.limits().context,
             default_sampling: default_sampling(&self.generation, config.default_max_tokens),
             num_frames,
+            thinks: self.thinks,
         };
         let guides = Guides::new(&self.tokenizer, &self.generation.eos_token_ids)?;
         Ok(Loaded { engine: self.engine, media, tokenizer: self.tokenizer, guides, model })

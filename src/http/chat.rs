@@ -22,12 +22,13 @@ use super::{
     choices::ChoiceView,
     error::ApiError,
     generation::{Generation, finish_reason},
+    openapi::Refused,
     pipeline::{self, Begun},
     record::RequestRecord,
-    responses::{ChatCompletion, Choice, ReplyHead, ReplyMessage},
+    responses::{ChatCompletion, Choice, Chunk, ReplyHead, ReplyMessage},
     sse,
     state::{AppState, Loaded},
-    types::ChatRequest,
+    types::{ChatForm, ChatRequest},
     validate::{self, ValidRequest},
 };
 use crate::{
@@ -49,6 +50,18 @@ pub struct Shape {
 ///
 /// # Errors
 /// Everything that goes wrong before the first byte of the reply.
+#[utoipa::path(post, path = "/v1/chat/completions", tag = "chat", operation_id = "createChatCompletion",
+    summary = "Answer a conversation, with videos in it",
+    request_body(content((ChatRequest = "application/json"), (ChatForm = "multipart/form-data"))),
+    responses(
+        (status = 200, description = "The reply. With `\"stream\": true` server-sent events: first a delta with the role, then deltas \
+            of thinking (`reasoning_content` and `reasoning`, the same text), then deltas of `content`, then a chunk with \
+            `finish_reason`, with `stream_options.include_usage` one with `usage`, and `data: [DONE]`. Chunks of several \
+            choices mix; each has the index of its own, and with `vote` a chunk without choices follows the last of them. Comments keep the \
+            connection alive while the video is fetched and decoded. An error after the first byte is an event with \
+            `error`, and the end of the stream.",
+            content((ChatCompletion = "application/json"), (Chunk = "text/event-stream"))),
+        Refused))]
 pub async fn completions(
     State(state): State<AppState>,
     Extension(record): Extension<Arc<RequestRecord>>,
@@ -77,7 +90,7 @@ fn check(
     let request: ChatRequest = body::parse(json, config.max_json_values)?;
     let valid = validate::validate(request, upload, pipeline::limits(config, loaded))?;
     let view = ChoiceView { wanted: valid.choices.clone(), tokenizer: loaded.tokenizer.clone() };
-    let num_thinking = if valid.thinking { valid.choices.count } else { 0 };
+    let num_thinking = if valid.thinks() { valid.choices.count } else { 0 };
     let shape = Shape { stream: valid.stream, include_usage: valid.include_usage, view, num_thinking };
     Ok((valid, shape))
 }

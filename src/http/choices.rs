@@ -5,6 +5,7 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use serde::Serialize;
+use utoipa::ToSchema;
 
 use super::validate::ValidChoices;
 use crate::{
@@ -24,21 +25,21 @@ pub struct ChoiceView {
 }
 
 /// `logprobs` of a choice or of a chunk.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct Logprobs {
     content: Vec<TokenLogprob>,
     refusal: Option<()>,
 }
 
 /// A token of the reply.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 struct TokenLogprob {
     #[serde(flatten)]
     chosen: TokenScore,
     top_logprobs: Vec<TokenScore>,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 struct TokenScore {
     /// Invalid UTF-8 is shown as U+FFFD.
     token: String,
@@ -48,7 +49,7 @@ struct TokenScore {
 }
 
 /// How probable each option was where the answer begins; both null when the reply has no such place.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct AnswerScores {
     /// Natural logarithms of the model's own probabilities.
     answer_logprobs: Option<BTreeMap<char, f32>>,
@@ -57,7 +58,7 @@ pub struct AnswerScores {
 }
 
 /// What most of the choices answer.
-#[derive(Debug, PartialEq, Serialize)]
+#[derive(Debug, PartialEq, Serialize, ToSchema)]
 pub struct Vote {
     /// `None` when no choice has an answer.
     answer: Option<String>,

@@ -11,8 +11,9 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use serde::Serialize;
+use utoipa::ToSchema;
 
-use super::{body::BodyError, validate::InvalidRequest};
+use super::{auth::AuthError, body::BodyError, validate::InvalidRequest};
 use crate::{
     engine::{ReserveError, SubmitError},
     media::MediaError,
@@ -24,6 +25,8 @@ use crate::{
 pub enum ApiError {
     #[error(transparent)]
     Invalid(#[from] InvalidRequest),
+    #[error(transparent)]
+    Auth(#[from] AuthError),
     #[error(transparent)]
     Body(#[from] BodyError),
     #[error(transparent)]
@@ -110,6 +113,7 @@ impl ApiError {
             ApiError::Invalid(InvalidRequest::UnknownModel { .. }) => {
                 Row::bad(S::NOT_FOUND, Some("model_not_found")).param("model")
             }
+            ApiError::Auth(_) => Row::bad(S::UNAUTHORIZED, Some("invalid_api_key")),
             ApiError::Body(error) => body_row(error),
             ApiError::Media(error) => media_row(error),
             ApiError::Prompt(error) => match error {
@@ -208,12 +212,14 @@ fn media_row(error: &MediaError) -> Row {
 }
 
 /// An error as the client reads it.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Error)]
 pub struct WireError {
+    #[schema(inline)]
     error: WireErrorBody,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 struct WireErrorBody {
     message: String,
     #[serde(rename = "type")]
@@ -229,6 +235,9 @@ impl IntoResponse for ApiError {
         if let Some(after) = retry_after {
             let seconds = HeaderValue::from(after.as_secs().max(1));
             response.headers_mut().insert(header::RETRY_AFTER, seconds);
+        }
+        if status == StatusCode::UNAUTHORIZED {
+            response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
         response
     }
@@ -266,6 +275,8 @@ mod tests {
         );
         assert_eq!(row(ApiError::NoSuchChat), (404, "chat_completion_not_found", false));
         assert_eq!(row(ApiError::ThinksNoMore), (409, "thinking_is_over", false));
+        assert_eq!(row(AuthError::Missing), (401, "invalid_api_key", false));
+        assert_eq!(row(AuthError::Unknown), (401, "invalid_api_key", false));
         assert_eq!(row(ApiError::NoSuchRoute), (404, "not_found", false));
         assert_eq!(row(ApiError::MethodNotAllowed), (405, "method_not_allowed", false));
         assert_eq!(row(BodyError::Slow { seconds: 1 }), (408, "body_timeout", false));

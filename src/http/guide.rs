@@ -66,8 +66,8 @@ impl Guides {
     /// When no grammar can be made of what the answer must be; names the field it came from.
     pub fn guide(&self, request: &ValidRequest, end: &EndThinking) -> Result<Option<Guide>, InvalidRequest> {
         let answer =
-            request.guided.as_ref().map(|guided| self.answer(guided, request.thinking)).transpose()?;
-        let thinking = request.thinking.then(|| self.thinking(request.thinking_budget, end));
+            request.guided.as_ref().map(|guided| self.answer(guided, request.thinks())).transpose()?;
+        let thinking = request.thinks().then(|| self.thinking(request.thinking_budget, end));
         if thinking.is_none() && answer.is_none() {
             return Ok(None);
         }
@@ -102,7 +102,7 @@ impl Guides {
 
 /// What of a reply the client gets as it is.
 pub fn verbatim(request: &ValidRequest) -> Verbatim {
-    match (&request.guided, request.thinking) {
+    match (&request.guided, request.thinks()) {
         (None, _) => Verbatim::Nothing,
         (Some(_), true) => Verbatim::Answer,
         (Some(_), false) => Verbatim::Reply,

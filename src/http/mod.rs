@@ -3,9 +3,12 @@
 //! Called by `cli/serve.rs` and tests. `pipeline.rs` is the only file that knows the whole way of a request; wire
 //! types stay in this module, and so do status codes (`error.rs`).
 
+mod auth;
 mod body;
 mod chat;
 mod choices;
+mod compression;
+pub mod cors;
 mod error;
 mod generation;
 mod guide;
@@ -19,6 +22,7 @@ mod running;
 mod server;
 mod sse;
 mod state;
+pub mod tls;
 mod types;
 mod validate;
 
@@ -31,15 +35,19 @@ use axum::{
     response::{IntoResponse, Response},
     routing::{MethodRouter, get, post},
 };
+use tower::util::option_layer;
 use tower_http::{catch_panic::CatchPanicLayer, timeout::RequestBodyTimeoutLayer};
 
+pub use auth::ApiKey;
 pub use error::ApiError;
 pub use guide::Guides;
-pub use server::run;
-pub use state::{AppState, Loaded, ModelCard};
+pub use server::{run, run_metrics};
+pub use state::{Access, AppState, Loaded, ModelCard};
 
 /// The route whose requests are logged one by one.
 const CHAT_COMPLETIONS: &str = "/v1/chat/completions";
+/// The route that may have a port of its own.
+const METRICS: &str = "/metrics";
 
 /// Every route: what the router is built of and `openapi.yaml` is held against.
 fn routes() -> Vec<(Method, &'static str, MethodRouter<AppState>)> {
@@ -50,7 +58,7 @@ fn routes() -> Vec<(Method, &'static str, MethodRouter<AppState>)> {
         (Method::GET, "/v1/models/{*id}", get(probes::model)),
         (Method::GET, "/health", get(probes::health)),
         (Method::GET, "/ready", get(probes::ready)),
-        (Method::GET, "/metrics", get(probes::metrics)),
+        (Method::GET, METRICS, get(probes::metrics)),
         (Method::GET, "/version", get(probes::version)),
         (Method::GET, "/openapi.json", get(openapi::json)),
     ]
@@ -61,14 +69,25 @@ pub fn route_list() -> Vec<(Method, &'static str)> {
     routes().into_iter().map(|(method, path, _)| (method, path)).collect()
 }
 
-/// The whole service.
-pub fn router(state: AppState) -> Router {
-    let routes =
-        routes().into_iter().fold(Router::new(), |router, (_, path, handler)| router.route(path, handler));
+/// The whole service; without the metrics where they have a port of their own.
+fn router(state: AppState) -> Router {
+    let apart = state.config().metrics_listen.is_some();
+    router_of(state, |path| !(apart && path == METRICS))
+}
+
+/// What answers at the port of the metrics.
+fn metrics_router(state: AppState) -> Router {
+    router_of(state, |path| path == METRICS)
+}
+
+fn router_of(state: AppState, is_here: impl Fn(&str) -> bool) -> Router {
+    let here = routes().into_iter().filter(|(_, path, _)| is_here(path));
+    let routes = here.fold(Router::new(), |router, (_, path, handler)| router.route(path, handler));
     with_limits(routes, state)
 }
 
-/// What stands around every route: request ids and logs, panics, body limits, answers to unknown paths.
+/// What stands around every route: request ids and logs, browsers, gzip, panics, keys, body limits, answers to unknown
+/// paths. The last layer is the outermost: a refusal for its key is readable in a browser and has an id.
 fn with_limits(routes: Router<AppState>, state: AppState) -> Router {
     let config = state.config();
     routes
@@ -76,7 +95,10 @@ fn with_limits(routes: Router<AppState>, state: AppState) -> Router {
         .method_not_allowed_fallback(async || ApiError::MethodNotAllowed)
         .layer(DefaultBodyLimit::max(config.max_body_bytes))
         .layer(RequestBodyTimeoutLayer::new(config.body_idle_timeout))
+        .layer(middleware::from_fn_with_state(state.clone(), auth::require_key))
         .layer(CatchPanicLayer::custom(answer_panic))
+        .layer(compression::layer())
+        .layer(option_layer(cors::layer(&config.cors_origins)))
         .layer(middleware::from_fn_with_state(state.clone(), record::observe))
         .with_state(state)
 }

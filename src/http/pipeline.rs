@@ -32,7 +32,7 @@ use crate::{
     media::VideoFrames,
     model::FrameBatch,
     output::{OutputAssembler, WatchedLetters},
-    prompt::{self, Conversation, Prompt, Tokenizer},
+    prompt::{self, Conversation, Instruction, Prompt, Tokenizer},
     scheduler::SamplingParams,
 };
 
@@ -137,6 +137,7 @@ pub fn limits<'a>(config: &'a Config, loaded: &'a Loaded) -> Limits<'a> {
         model_id: &loaded.model.id,
         default_sampling: &loaded.model.default_sampling,
         vocab_size: loaded.tokenizer.vocab_size(),
+        thinks: loaded.model.thinks,
     }
 }
 
@@ -148,7 +149,7 @@ async fn prepare(
 ) -> Result<Generation, ApiError> {
     let Admitted { loaded, valid, guide, permit, budget, .. } = admitted;
     let verbatim = guide::verbatim(&valid);
-    let ValidRequest { conversation, video, sampling, choices, stop_strings, thinking, reasoning, .. } =
+    let ValidRequest { conversation, video, sampling, choices, stop_strings, instruction, reasoning, .. } =
         valid;
     let deadline = progress.deadline();
     let stages = async {
@@ -157,7 +158,7 @@ async fn prepare(
         let engine_limits = loaded.engine.limits();
         let started = Instant::now();
         let prompt =
-            build_prompt(conversation, thinking, loaded.tokenizer.clone(), engine_limits.visual_tokens)
+            build_prompt(conversation, instruction, loaded.tokenizer.clone(), engine_limits.visual_tokens)
                 .await?;
         let num_prompt = prompt.token_ids.len();
         let num_visual = prompt.video_spans.iter().map(ExactSizeIterator::len).sum();
@@ -202,17 +203,16 @@ async fn load_video(
     Ok(Some(frames))
 }
 
-/// Renders and tokenises on the blocking pool; the last turn gets the instruction the model was trained with.
+/// Renders and tokenises on the blocking pool; the last turn gets its instruction.
 async fn build_prompt(
     mut conversation: Conversation,
-    thinking: bool,
+    instruction: Instruction,
     tokenizer: Arc<Tokenizer>,
     num_visual_tokens: usize,
 ) -> Result<Prompt, ApiError> {
     let built = spawn_blocking(move || {
         if let Some(last) = conversation.turns.last_mut() {
-            let instruct = if thinking { prompt::with_instruction } else { prompt::with_option_only };
-            last.user = instruct(&last.user);
+            last.user = instruction.add_to(&last.user);
         }
         prompt::build(&conversation, &tokenizer, num_visual_tokens)
     });

@@ -8,35 +8,58 @@ use axum::{
     http::header,
     response::{IntoResponse, Response},
 };
-use serde_json::{Value, json};
+use serde::Serialize;
+use utoipa::ToSchema;
 
 use super::{
     error::ApiError,
+    openapi::NotReady,
     responses::{Model, ModelList},
     state::AppState,
     validate::InvalidRequest,
 };
 
+/// What a probe says.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct Status {
+    status: &'static str,
+}
+
+/// Which server this is.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct Version {
+    name: &'static str,
+    version: &'static str,
+}
+
 /// `GET /health`: the process lives.
-pub async fn health() -> Json<Value> {
-    Json(json!({"status": "ok"}))
+#[utoipa::path(get, path = "/health", tag = "operating", summary = "The process lives",
+    responses((status = 200, description = "It does.", body = Status)))]
+pub async fn health() -> Json<Status> {
+    Json(Status { status: "ok" })
 }
 
 /// `GET /ready`: a request sent now would be taken on.
 ///
 /// # Errors
 /// 503 while loading or draining, and when the engine has stopped.
-pub async fn ready(State(state): State<AppState>) -> Result<Json<Value>, ApiError> {
+#[utoipa::path(get, path = "/ready", tag = "operating", summary = "A request sent now would be taken on",
+    responses((status = 200, description = "It would.", body = Status), NotReady))]
+pub async fn ready(State(state): State<AppState>) -> Result<Json<Status>, ApiError> {
     state.ready()?;
-    Ok(Json(json!({"status": "ready"})))
+    Ok(Json(Status { status: "ready" }))
 }
 
 /// `GET /version`
-pub async fn version() -> Json<Value> {
-    Json(json!({"name": env!("CARGO_PKG_NAME"), "version": env!("CARGO_PKG_VERSION")}))
+#[utoipa::path(get, path = "/version", tag = "operating", summary = "Name and version of the server",
+    responses((status = 200, description = "Name and version.", body = Version)))]
+pub async fn version() -> Json<Version> {
+    Json(Version { name: env!("CARGO_PKG_NAME"), version: env!("CARGO_PKG_VERSION") })
 }
 
 /// `GET /metrics`
+#[utoipa::path(get, path = "/metrics", tag = "operating", summary = "Metrics for Prometheus",
+    responses((status = 200, description = "Prometheus' text format.", body = String, content_type = "text/plain")))]
 pub async fn metrics(State(state): State<AppState>) -> Response {
     let content_type = (header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8");
     ([content_type], state.metrics().render()).into_response()
@@ -46,6 +69,8 @@ pub async fn metrics(State(state): State<AppState>) -> Response {
 ///
 /// # Errors
 /// 503 while loading.
+#[utoipa::path(get, path = "/v1/models", tag = "models", operation_id = "listModels", summary = "The model that is served",
+    responses((status = 200, description = "A list of one.", body = ModelList), NotReady))]
 pub async fn models(State(state): State<AppState>) -> Result<Json<ModelList>, ApiError> {
     let loaded = state.loaded()?;
     Ok(Json(ModelList { object: "list", data: [Model::from(&loaded.model)] }))
@@ -55,6 +80,9 @@ pub async fn models(State(state): State<AppState>) -> Result<Json<ModelList>, Ap
 ///
 /// # Errors
 /// 404 for another model, 503 while loading.
+#[utoipa::path(get, path = "/v1/models/{id}", tag = "models", operation_id = "getModel", summary = "One model by its id",
+    params(("id" = String, Path, description = "May contain slashes.")),
+    responses((status = 200, description = "The model.", body = Model), NotReady))]
 pub async fn model(
     State(state): State<AppState>,
     asked: Result<Path<String>, PathRejection>,

@@ -3,6 +3,7 @@
 //! Filled by `http/chat.rs`, `http/sse.rs` and `http/probes.rs`. Says nothing that is not in `openapi.yaml`.
 
 use serde::Serialize;
+use utoipa::ToSchema;
 
 use super::{
     choices::{AnswerScores, Logprobs, Vote},
@@ -11,7 +12,7 @@ use super::{
 use crate::{media::VideoInfo, output::Segment, telemetry::metrics::TokenCounts};
 
 /// What all chunks of a reply, and the whole reply, have in common.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, ToSchema)]
 pub struct ReplyHead {
     pub id: String,
     pub object: &'static str,
@@ -20,7 +21,7 @@ pub struct ReplyHead {
 }
 
 /// The unary reply.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct ChatCompletion {
     #[serde(flatten)]
     pub head: ReplyHead,
@@ -33,7 +34,7 @@ pub struct ChatCompletion {
     pub vote: Option<Vote>,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct Choice {
     pub index: usize,
     pub message: ReplyMessage,
@@ -44,7 +45,7 @@ pub struct Choice {
 }
 
 /// `reasoning` and `reasoning_content` hold the same text: clients read one or the other.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct ReplyMessage {
     pub role: &'static str,
     pub content: String,
@@ -56,7 +57,7 @@ pub struct ReplyMessage {
 }
 
 /// One event of a stream.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct Chunk<'a> {
     #[serde(flatten)]
     pub head: &'a ReplyHead,
@@ -72,7 +73,7 @@ pub struct Chunk<'a> {
     pub vote: Option<Vote>,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct ChunkChoice<'a> {
     pub index: usize,
     pub delta: Delta<'a>,
@@ -91,7 +92,7 @@ impl<'a> ChunkChoice<'a> {
 }
 
 /// Either thinking or content, never both.
-#[derive(Debug, Default, Serialize)]
+#[derive(Debug, Default, Serialize, ToSchema)]
 pub struct Delta<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub role: Option<&'static str>,
@@ -128,7 +129,7 @@ impl<'a> Delta<'a> {
 }
 
 /// What a request cost.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ToSchema)]
 pub struct Usage {
     pub prompt_tokens: usize,
     pub completion_tokens: usize,
@@ -137,19 +138,19 @@ pub struct Usage {
     pub completion_tokens_details: CompletionTokensDetails,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ToSchema)]
 pub struct PromptTokensDetails {
     pub cached_tokens: usize,
     pub video_tokens: usize,
     pub multimodal_tokens: MultimodalTokens,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ToSchema)]
 pub struct MultimodalTokens {
     pub video: usize,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ToSchema)]
 pub struct CompletionTokensDetails {
     pub reasoning_tokens: usize,
 }
@@ -171,14 +172,14 @@ impl From<TokenCounts> for Usage {
 }
 
 /// `GET /v1/models`
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct ModelList {
     pub object: &'static str,
     pub data: [Model; 1],
 }
 
 /// `GET /v1/models/{id}`
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct Model {
     id: String,
     object: &'static str,
@@ -188,7 +189,7 @@ pub struct Model {
     architecture: Architecture,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 struct Architecture {
     input_modalities: [&'static str; 2],
     output_modalities: [&'static str; 1],

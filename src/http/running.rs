@@ -16,8 +16,9 @@ use axum::{
     extract::{Path, State, rejection::PathRejection},
 };
 use serde::Serialize;
+use utoipa::ToSchema;
 
-use super::{error::ApiError, state::AppState};
+use super::{error::ApiError, openapi::NotRunning, state::AppState};
 use crate::engine::EndThinking;
 
 /// All that run; cheap to clone.
@@ -81,7 +82,7 @@ impl Drop for RunningChat {
 }
 
 /// The reply: the chat will be asked for its answer at its next token.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct ThinkingEnded {
     id: String,
     object: &'static str,
@@ -92,6 +93,10 @@ pub struct ThinkingEnded {
 ///
 /// # Errors
 /// 404 when no such chat runs, 409 when it thinks no more.
+#[utoipa::path(post, path = "/v1/chat/completions/{id}/end_thinking", tag = "chat", operation_id = "endThinking",
+    summary = "Ask a running chat completion for its answer, now",
+    params(("id" = String, Path, description = "The id of the reply, or the `x-request-id` of the request.")),
+    responses((status = 200, description = "The thinking ends with the next token.", body = ThinkingEnded), NotRunning))]
 pub async fn end_thinking(
     State(state): State<AppState>,
     id: Result<Path<String>, PathRejection>,

@@ -1,6 +1,7 @@
 //! Connections: accepting, limits against slow clients, and the end of all of them at shutdown.
 //!
-//! [`run`] is called by `cli/serve.rs` and tests. HTTP/1.1 only: TLS and HTTP/2 belong to the proxy in front.
+//! [`run`] and [`run_metrics`] are called by `cli/serve.rs` and tests. HTTP/1.1 only, with or without TLS: HTTP/2
+//! belongs to the proxy in front.
 
 use std::{
     future::{Future, poll_fn},
@@ -23,8 +24,7 @@ use tokio_io_timeout::TimeoutWriter;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tower::ServiceExt;
 
-use super::{router, state::AppState};
-use crate::config::Config;
+use super::{metrics_router, router, state::AppState, tls};
 
 /// How long a connection may take to exchange its last bytes when no request is left.
 const CLOSING_TIME: Duration = Duration::from_secs(2);
@@ -41,14 +41,7 @@ pub async fn run(
     state: AppState,
     shutdown: impl Future<Output = ()>,
 ) -> io::Result<()> {
-    let server = Server {
-        app: router(state.clone()),
-        places: Arc::new(Semaphore::new(state.config().max_connections)),
-        connections: TaskTracker::new(),
-        close: CancellationToken::new(),
-        kill: CancellationToken::new(),
-        state,
-    };
+    let server = Server::new(router(state.clone()), state, true);
     // Stop on drop: connections are tasks, and must not outlive a dropped server.
     let _kill_on_drop = server.kill.clone().drop_guard();
     tokio::select! {
@@ -60,8 +53,17 @@ pub async fn run(
     Ok(())
 }
 
+/// Answers `/metrics` on `listener`, never with TLS, until it is dropped. Never completes.
+pub async fn run_metrics(listener: TcpListener, state: AppState) {
+    let server = Server::new(metrics_router(state.clone()), state, false);
+    let _kill_on_drop = server.kill.clone().drop_guard();
+    server.accept_all(&listener).await;
+}
+
 struct Server {
     app: Router,
+    /// Whether connections begin with a handshake when there is a certificate.
+    may_secure: bool,
     state: AppState,
     places: Arc<Semaphore>,
     connections: TaskTracker,
@@ -72,6 +74,18 @@ struct Server {
 }
 
 impl Server {
+    fn new(app: Router, state: AppState, may_secure: bool) -> Self {
+        Server {
+            app,
+            may_secure,
+            places: Arc::new(Semaphore::new(state.config().max_connections)),
+            connections: TaskTracker::new(),
+            close: CancellationToken::new(),
+            kill: CancellationToken::new(),
+            state,
+        }
+    }
+
     /// Never completes.
     async fn accept_all(&self, listener: &TcpListener) {
         loop {
@@ -89,8 +103,23 @@ impl Server {
     }
 
     fn start(&self, stream: TcpStream, peer: SocketAddr, place: OwnedSemaphorePermit) {
-        let (close, kill) = (self.close.clone(), self.kill.clone());
-        let connection = serve(stream, self.app.clone(), close, self.state.config());
+        let config = self.state.config();
+        // Events of a stream are small and must not wait for one another.
+        let _ = stream.set_nodelay(true);
+        let mut stream = TimeoutWriter::new(stream);
+        stream.set_timeout(Some(config.write_stall_timeout));
+        let stream = Box::pin(stream);
+        let tls = self.state.access().tls.clone().filter(|_| self.may_secure);
+        let (app, close, kill) = (self.app.clone(), self.close.clone(), self.kill.clone());
+        let timeout = config.header_read_timeout;
+        let connection = async move {
+            let Some(tls) = tls else { return serve(stream, app, close, timeout).await };
+            let stream = tokio::select! {
+                stream = tls::accept(tls, stream, timeout) => stream?,
+                () = close.cancelled() => return Ok(()),
+            };
+            serve(stream, app, close, timeout).await
+        };
         self.connections.spawn(async move {
             let _place = place;
             tokio::select! {
@@ -127,36 +156,31 @@ impl Server {
 }
 
 /// One connection from its first to its last request.
-fn serve(
-    stream: TcpStream,
+async fn serve(
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
     app: Router,
     close: CancellationToken,
-    config: &Config,
-) -> impl Future<Output = hyper::Result<()>> + Send + 'static {
-    // Events of a stream are small and must not wait for one another.
-    let _ = stream.set_nodelay(true);
-    let mut stream = TimeoutWriter::new(stream);
-    stream.set_timeout(Some(config.write_stall_timeout));
+    header_read_timeout: Duration,
+) -> io::Result<()> {
     let service = service_fn(move |request| Box::pin(app.clone().oneshot(request)));
     let mut connection = http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(config.header_read_timeout)
-        .serve_connection(TokioIo::new(Box::pin(stream)), service);
-    async move {
-        let ended = tokio::select! {
-            result = poll_fn(|cx| connection.poll_without_shutdown(cx)) => Some(result),
-            () = close.cancelled() => None,
-        };
-        match ended {
-            Some(result) => result?,
-            None => {
-                Pin::new(&mut connection).graceful_shutdown();
-                poll_fn(|cx| connection.poll_without_shutdown(cx)).await?;
-            }
+        .header_read_timeout(header_read_timeout)
+        .serve_connection(TokioIo::new(stream), service);
+    let ended = tokio::select! {
+        result = poll_fn(|cx| connection.poll_without_shutdown(cx)) => Some(result),
+        () = close.cancelled() => None,
+    };
+    let ended = match ended {
+        Some(result) => result,
+        None => {
+            Pin::new(&mut connection).graceful_shutdown();
+            poll_fn(|cx| connection.poll_without_shutdown(cx)).await
         }
-        linger(connection.into_parts().io.into_inner()).await;
-        Ok(())
-    }
+    };
+    ended.map_err(io::Error::other)?;
+    linger(connection.into_parts().io.into_inner()).await;
+    Ok(())
 }
 
 /// Says that nothing more will come, then reads on for a while: closing a socket with unread bytes in it makes the

@@ -2,11 +2,12 @@
 //!
 //! Made by `cli/serve.rs` before the model is loaded, completed by [`AppState::set_loaded`] after.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 
 use tokio::sync::Semaphore;
+use tokio_rustls::rustls;
 
-use super::{error::ApiError, guide::Guides, running::RunningChats};
+use super::{auth::ApiKey, error::ApiError, guide::Guides, running::RunningChats};
 use crate::{
     config::Config,
     engine::{EngineHandle, EngineStatus},
@@ -30,6 +31,8 @@ pub struct ModelCard {
     pub default_sampling: SamplingParams,
     /// Frames a video is sampled to when the request does not say.
     pub num_frames: usize,
+    /// Whether a request that does not say is asked to think before it answers.
+    pub thinks: bool,
 }
 
 /// What exists once the model is loaded.
@@ -42,6 +45,15 @@ pub struct Loaded {
     pub model: ModelCard,
 }
 
+/// Who may use the server, and how connections are secured: as files say that can be replaced while it runs.
+#[derive(Debug, Default)]
+pub struct Access {
+    /// None: everyone may.
+    pub keys: Vec<ApiKey>,
+    /// None: connections are plain.
+    pub tls: Option<Arc<rustls::ServerConfig>>,
+}
+
 /// Shared by all handlers; cheap to clone.
 #[derive(Debug, Clone)]
 pub struct AppState(Arc<Inner>);
@@ -52,6 +64,7 @@ struct Inner {
     metrics: Metrics,
     drain: Drain,
     loaded: OnceLock<Arc<Loaded>>,
+    access: RwLock<Arc<Access>>,
     body_kib: Arc<Semaphore>,
     chats: RunningChats,
 }
@@ -67,6 +80,7 @@ impl AppState {
             metrics,
             drain: Drain::default(),
             loaded: OnceLock::new(),
+            access: RwLock::default(),
             body_kib: Arc::new(body_kib),
             chats: RunningChats::default(),
         }))
@@ -110,6 +124,16 @@ impl AppState {
     /// 503 while draining.
     pub fn begin_work(&self) -> Result<WorkGuard, ApiError> {
         self.0.drain.enter().ok_or(ApiError::Draining)
+    }
+
+    /// Replaces keys and certificate; requests and connections that have begun keep theirs.
+    pub fn set_access(&self, access: Access) {
+        *self.0.access.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(access);
+    }
+
+    /// Keys and certificate as of now; before [`AppState::set_access`] the server is open and plain.
+    pub(super) fn access(&self) -> Arc<Access> {
+        self.0.access.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Limits and settings.

@@ -10,102 +10,166 @@ use serde::{
     de::{MapAccess, SeqAccess, Visitor, value},
 };
 use serde_json::{Map, Number, Value};
+use utoipa::ToSchema;
+
+use super::openapi::parts;
 
 /// Fields without a place of their own.
 pub type Extra = Map<String, Value>;
 
 /// Body of `POST /v1/chat/completions`.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, ToSchema)]
 pub struct ChatRequest {
+    /// The served model; may be left out.
     pub model: Option<String>,
+    /// system or developer (optional, first), then user and assistant in turn, user last.
+    #[schema(min_items = 1, max_items = 128)]
     pub messages: Vec<Message>,
     pub stream: Option<bool>,
     pub stream_options: Option<StreamOptions>,
+    /// 0 is greedy.
+    #[schema(minimum = 0, maximum = 2)]
     pub temperature: Option<f64>,
+    #[schema(exclusive_minimum = 0, maximum = 1)]
     pub top_p: Option<f64>,
+    /// -1 and 0 mean no limit.
+    #[schema(minimum = -1)]
     pub top_k: Option<i64>,
+    #[schema(minimum = 0, maximum = 1)]
     pub min_p: Option<f64>,
+    #[schema(minimum = 0.01, maximum = 10)]
     pub repetition_penalty: Option<f64>,
+    #[schema(minimum = -2, maximum = 2)]
     pub frequency_penalty: Option<f64>,
+    #[schema(minimum = -2, maximum = 2)]
     pub presence_penalty: Option<f64>,
     /// Token id (as text, for JSON keys are text) to bias.
     pub logit_bias: Option<BTreeMap<String, f64>>,
+    /// The same seed gives the same text.
+    #[schema(value_type = Option<i64>)]
     pub seed: Option<Number>,
+    #[schema(minimum = 1)]
     pub max_tokens: Option<u64>,
+    /// The same as `max_tokens`.
+    #[schema(minimum = 1)]
     pub max_completion_tokens: Option<u64>,
+    #[schema(schema_with = parts::stop, required = false)]
     pub stop: Option<TextOr<Vec<String>>>,
     pub stop_token_ids: Option<Vec<u64>>,
     pub ignore_eos: Option<bool>,
+    /// text, json_object, or json_schema with `json_schema.schema`: what the answer must be. The thinking stays free.
+    #[schema(value_type = Option<Object>)]
     pub response_format: Option<Value>,
+    /// Exactly one of `choice` (a list of texts), `regex`, `json` (a schema), `grammar` (Lark's notation), `json_object`.
+    #[schema(value_type = Option<Object>)]
     pub structured_outputs: Option<Value>,
+    /// The same as `structured_outputs.choice`.
+    #[schema(value_type = Option<Vec<String>>)]
     pub guided_choice: Option<Value>,
+    /// The same as `structured_outputs.regex`.
+    #[schema(value_type = Option<String>)]
     pub guided_regex: Option<Value>,
+    /// The same as `structured_outputs.json`; a schema, or its text.
     pub guided_json: Option<Value>,
+    /// The same as `structured_outputs.grammar`.
+    #[schema(value_type = Option<String>)]
     pub guided_grammar: Option<Value>,
+    /// After so many tokens of thinking the model is made to answer.
     pub thinking_token_budget: Option<u64>,
+    /// The same as `thinking_token_budget`.
     pub max_thinking_tokens: Option<u64>,
+    /// Replies on one prompt, which is computed once. Choice 0 is the reply to the same seed alone.
+    #[schema(minimum = 1, maximum = 8)]
     pub n: Option<u64>,
+    /// Must equal `n`: all choices are returned.
     pub best_of: Option<u64>,
+    /// Log probabilities of all tokens of the reply, those of the thinking and the tags included unless the thinking is hidden:
+    /// of the model's own distribution, before penalties, bias and temperature.
     pub logprobs: Option<bool>,
+    /// The most probable tokens beside each of the reply's; needs `logprobs`.
+    #[schema(minimum = 0, maximum = 20)]
     pub top_logprobs: Option<u64>,
-    /// Our own: the probability of each option letter where the answer begins.
+    /// Tells of each choice how probable every option letter was where the answer began. The options are lines of the last
+    /// message that begin with "A.", "A:", "A)" or "(A)", or else A to D.
     pub answer_logprobs: Option<bool>,
-    /// Our own: the majority of the choices' answers.
+    /// Takes the majority of the answers of `n` choices: by letter when the question has options, else by the text.
     pub vote: Option<bool>,
+    /// false leaves the thinking out of the reply.
     pub include_reasoning: Option<bool>,
+    /// auto, parsed, deepseek: thinking in fields of its own; hidden: left out; none: text as it is, tags and all, in the content.
     pub reasoning_format: Option<String>,
+    /// none asks for the answer without thinking; minimal, low, medium, high and xhigh are one and the same.
     pub reasoning_effort: Option<String>,
     pub chat_template_kwargs: Option<ChatTemplateKwargs>,
     pub media_io_kwargs: Option<MediaIoKwargs>,
     #[serde(flatten)]
+    #[schema(ignore)]
     pub extra: Extra,
 }
 
-#[derive(Debug, Deserialize)]
+/// The same request as `multipart/form-data`; read by `http/body.rs`, this is its description.
+#[derive(Debug, ToSchema)]
+#[expect(dead_code, reason = "for the document only")]
+pub struct ChatForm {
+    /// The JSON. Its video part may be left out: the video then belongs to the last message.
+    request: ChatRequest,
+    /// The video file.
+    #[schema(value_type = Option<String>, format = Binary)]
+    video: Option<Vec<u8>>,
+}
+
+#[derive(Debug, Deserialize, ToSchema)]
 pub struct StreamOptions {
     pub include_usage: Option<bool>,
     #[serde(flatten)]
+    #[schema(ignore)]
     pub extra: Extra,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, ToSchema)]
 pub struct ChatTemplateKwargs {
     pub enable_thinking: Option<bool>,
     #[serde(flatten)]
+    #[schema(ignore)]
     pub extra: Extra,
 }
 
 /// What clients of vLLM and LMDeploy send through `extra_body`.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, ToSchema)]
 pub struct MediaIoKwargs {
     pub video: Option<SamplingKnobs>,
     #[serde(flatten)]
+    #[schema(ignore)]
     pub extra: Extra,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, ToSchema)]
 pub struct Message {
     pub role: String,
+    #[schema(schema_with = parts::content, required = false)]
     pub content: Option<TextOr<Vec<ContentPart>>>,
     #[serde(flatten)]
+    #[schema(ignore)]
     pub extra: Extra,
 }
 
 /// One part of a message's content; `kind` says which of the fields must be there.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, ToSchema)]
 pub struct ContentPart {
     #[serde(rename = "type")]
     pub kind: String,
     pub text: Option<String>,
+    #[schema(schema_with = parts::video_url, required = false)]
     pub video_url: Option<TextOr<VideoUrl>>,
     pub uuid: Option<String>,
     #[serde(flatten)]
+    #[schema(ignore)]
     pub extra: Extra,
 }
 
 /// A video and, in the same object, how its frames are sampled.
 // The knobs are listed again and not flattened: a flattened structure loses the path of a fault.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, ToSchema)]
 pub struct VideoUrl {
     /// May be left out when the video comes as a part of a multipart body.
     pub url: Option<String>,
@@ -116,6 +180,7 @@ pub struct VideoUrl {
     pub start: Option<f64>,
     pub end: Option<f64>,
     #[serde(flatten)]
+    #[schema(ignore)]
     pub extra: Extra,
 }
 
@@ -134,7 +199,7 @@ impl VideoUrl {
 }
 
 /// How frames are sampled.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, ToSchema)]
 pub struct SamplingKnobs {
     pub num_frames: Option<i64>,
     pub fps: Option<f64>,
@@ -142,6 +207,7 @@ pub struct SamplingKnobs {
     pub start: Option<f64>,
     pub end: Option<f64>,
     #[serde(flatten)]
+    #[schema(ignore)]
     pub extra: Extra,
 }
 

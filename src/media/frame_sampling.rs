@@ -55,7 +55,10 @@ impl Sampling {
                     "`max_frames` bounds `fps`; give `fps` with it, or `num_frames` instead".into(),
                 ));
             }
-            (None, None) => FrameCount::Trained(config.num_frames),
+            (None, None) => match config.default_fps {
+                None => FrameCount::Trained(config.num_frames),
+                Some(fps) => FrameCount::PerSecond { fps, max_frames: config.max_frames },
+            },
             (Some(n), None) => {
                 check_count("num_frames", n, config.max_frames)?;
                 // The model's own number means the same whether it is written out or not.

@@ -24,6 +24,7 @@ use bytes::Bytes;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 use tokio::sync::{Semaphore, SemaphorePermit};
+use utoipa::ToSchema;
 
 use self::{
     decode::{Decoded, Decoder, FrameMap},
@@ -70,7 +71,7 @@ pub struct FrameSampling {
 }
 
 /// What was sampled, for the reply's `video` object.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, ToSchema)]
 pub struct VideoInfo {
     /// Frames of the source's video stream.
     pub source_frames: usize,

@@ -20,6 +20,7 @@ mod shards;
 pub mod siglip;
 pub mod synth;
 pub mod tinyllava;
+pub mod variant;
 pub mod weights;
 
 use std::{ops::Range, sync::Arc};

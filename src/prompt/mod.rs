@@ -10,7 +10,7 @@ pub mod tokenizer;
 mod tokenizer_files;
 
 pub use grammar::{Constraint, Grammar, GrammarCompiler, GrammarError};
-pub use template::{with_instruction, with_option_only};
+pub use template::{Instruction, with_instruction};
 pub use tokenizer::Tokenizer;
 
 use crate::scheduler::VISUAL_TOKEN;

@@ -22,6 +22,28 @@ pub const THINK_OPENING: &str = " <think>";
 /// Ends a thinking that has no more time, in the model's own voice, and opens the answer.
 pub const THINK_CLOSING: &str = "\n\nI have to answer now.\n</think> <answer>";
 
+/// What the last question of a conversation is asked to be answered with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Instruction {
+    /// Thinking and answer, each in its tags.
+    Think,
+    /// The option alone.
+    OptionOnly,
+    /// What the question itself says.
+    AsAsked,
+}
+
+impl Instruction {
+    /// `text` with the instruction, unless it has it already.
+    pub fn add_to(self, text: &str) -> String {
+        match self {
+            Instruction::Think => with_instruction(text),
+            Instruction::OptionOnly => with_option_only(text),
+            Instruction::AsAsked => text.to_owned(),
+        }
+    }
+}
+
 /// `text` with the reasoning instruction on a line of its own, unless it already asks for both tags.
 pub fn with_instruction(text: &str) -> String {
     if text.contains("<think>") && text.contains("<answer>") {

@@ -82,6 +82,7 @@ fn load_any(state: &AppState, model: Box<dyn VideoLanguageModel>, tokenizer: Tok
         guides: Guides::new(&tokenizer, &[]).unwrap(),
         tokenizer: Arc::new(tokenizer),
         model: ModelCard {
+            thinks: true,
             id: config.served_model_name.clone(),
             created: 1,
             max_model_len: limits.context,

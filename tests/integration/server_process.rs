@@ -14,18 +14,25 @@ pub struct Server {
 
 impl Server {
     pub fn start(more: &[&str]) -> Self {
+        Server::start_in(&[], more)
+    }
+
+    /// With more environment.
+    pub fn start_in(environment: &[(&str, &str)], more: &[&str]) -> Self {
         let mut process = Command::new(env!("CARGO_BIN_EXE_tinyllava"))
             .args(["serve", "--port", "0"])
             .args(more)
+            .envs(environment.iter().copied())
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
         let mut log = BufReader::new(process.stderr.take().unwrap()).lines();
-        let ready = log
-            .by_ref()
-            .map(Result::unwrap)
-            .find(|line| line.contains("ready: "))
-            .expect("the server starts");
+        let mut before = Vec::new();
+        let ready = log.by_ref().map(Result::unwrap).find(|line| {
+            before.push(line.clone());
+            line.contains("ready: ")
+        });
+        let ready = ready.unwrap_or_else(|| panic!("the server did not start: {before:#?}"));
         let url = ready.split("ready: ").nth(1).unwrap().split('"').next().unwrap().to_string();
         Server { process, log, url }
     }
@@ -55,8 +62,18 @@ impl Server {
     }
 
     pub fn terminate(&self) {
-        let told = Command::new("kill").args(["-TERM", &self.process.id().to_string()]).status().unwrap();
+        self.signal("-TERM");
+    }
+
+    pub fn signal(&self, signal: &str) {
+        let told = Command::new("kill").args([signal, &self.process.id().to_string()]).status().unwrap();
         assert!(told.success());
+    }
+
+    /// Waits for a line with `text` in it.
+    pub fn until_logged(&mut self, text: &str) {
+        let found = self.log.by_ref().map(Result::unwrap).any(|line| line.contains(text));
+        assert!(found, "\"{text}\" was never logged");
     }
 }
 

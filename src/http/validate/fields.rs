@@ -8,7 +8,7 @@ use super::{InvalidRequest, shorten};
 use crate::http::types::Extra;
 
 /// Sent by OpenAI's own clients; without effect on the reply's text.
-pub(super) const HARMLESS: [&str; 9] = [
+pub const HARMLESS: [&str; 9] = [
     "metadata",
     "parallel_tool_calls",
     "prompt_cache_key",

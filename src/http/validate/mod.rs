@@ -10,15 +10,15 @@ mod sampling;
 mod video;
 
 pub use choices::ValidChoices;
-use tempfile::NamedTempFile;
-
+pub use fields::HARMLESS;
 pub use guided::Guided;
+use tempfile::NamedTempFile;
 
 use super::types::{ChatRequest, Extra};
 use crate::{
     config::Config,
     media::{FrameSampling, VideoSource},
-    prompt::Conversation,
+    prompt::{Conversation, Instruction},
     scheduler::SamplingParams,
 };
 
@@ -31,8 +31,8 @@ pub struct ValidRequest {
     pub sampling: ValidSampling,
     pub choices: ValidChoices,
     pub stop_strings: Vec<String>,
-    /// Whether the model is asked to think before it answers.
-    pub thinking: bool,
+    /// How the last question is to be answered.
+    pub instruction: Instruction,
     /// Most tokens of thinking.
     pub thinking_budget: Option<usize>,
     /// What the answer must be.
@@ -41,6 +41,13 @@ pub struct ValidRequest {
     pub stream: bool,
     /// Whether a stream ends with a chunk of usage.
     pub include_usage: bool,
+}
+
+impl ValidRequest {
+    /// Whether the model is asked to think before it answers.
+    pub fn thinks(&self) -> bool {
+        self.instruction == Instruction::Think
+    }
 }
 
 /// The one video of a request.
@@ -82,6 +89,8 @@ pub struct Limits<'a> {
     pub default_sampling: &'a SamplingParams,
     /// Token ids are below it.
     pub vocab_size: usize,
+    /// Whether a request that does not say is asked to think.
+    pub thinks: bool,
 }
 
 /// Why a request is refused; one sentence for the client.
@@ -112,7 +121,7 @@ pub fn validate(
     check_model(request.model.as_deref(), limits.model_id)?;
     fields::check_top_level(&request.extra)?;
     let include_usage = include_usage(&request)?;
-    let thinking = thinking(&request)?;
+    let instruction = instruction(&request, limits.thinks)?;
     let thinking_budget = guided::thinking_budget(&request)?;
     let guided = guided::validate(&request, limits.config)?;
     let reasoning = reasoning(&request)?;
@@ -128,7 +137,7 @@ pub fn validate(
         sampling,
         choices,
         stop_strings,
-        thinking,
+        instruction,
         thinking_budget,
         guided,
         reasoning,
@@ -156,8 +165,8 @@ fn include_usage(request: &ChatRequest) -> Result<bool, InvalidRequest> {
     Ok(options.include_usage.unwrap_or(false))
 }
 
-/// The efforts but `none` are one and the same to this model.
-fn thinking(request: &ChatRequest) -> Result<bool, InvalidRequest> {
+/// The efforts but `none` are one and the same to this model. `thinks`: what happens when the request does not say.
+fn instruction(request: &ChatRequest, thinks: bool) -> Result<Instruction, InvalidRequest> {
     let by_effort = match request.reasoning_effort.as_deref() {
         None => None,
         Some("none") => Some(false),
@@ -179,7 +188,12 @@ fn thinking(request: &ChatRequest) -> Result<bool, InvalidRequest> {
             "chat_template_kwargs.enable_thinking",
             "enable_thinking and reasoning_effort contradict each other; send one of them",
         )),
-        (effort, template) => Ok(effort.or(template).unwrap_or(true)),
+        (effort, template) => Ok(match effort.or(template) {
+            Some(true) => Instruction::Think,
+            Some(false) => Instruction::OptionOnly,
+            None if thinks => Instruction::Think,
+            None => Instruction::AsAsked,
+        }),
     }
 }
 

@@ -10,8 +10,13 @@ use super::*;
 fn with_upload(request: Value, upload: bool) -> Result<ValidRequest, InvalidRequest> {
     let config = Config::default();
     let default_sampling = SamplingParams::greedy(1);
-    let limits =
-        Limits { config: &config, model_id: "nano", default_sampling: &default_sampling, vocab_size: 257 };
+    let limits = Limits {
+        config: &config,
+        model_id: "nano",
+        default_sampling: &default_sampling,
+        vocab_size: 257,
+        thinks: true,
+    };
     let request = serde_json::from_value(request).expect("the test's request has the right types");
     validate(request, upload.then(|| NamedTempFile::new().unwrap()), limits)
 }
@@ -49,7 +54,8 @@ fn plain_text_is_a_turn_with_defaults() {
     let valid = check(request(json!("Hi"), json!({"model": "nano"}))).unwrap();
     assert_eq!(valid.conversation.turns.len(), 1);
     assert_eq!(valid.conversation.turns[0].user, "Hi");
-    assert!(valid.video.is_none() && !valid.stream && valid.thinking);
+    assert!(valid.video.is_none() && !valid.stream);
+    assert_eq!(valid.instruction, Instruction::Think);
     assert_eq!(valid.sampling.max_tokens, None);
     assert_eq!(valid.reasoning, Reasoning::Separate);
 }
@@ -274,9 +280,10 @@ fn thinking_can_be_hidden_kept_raw_or_not_asked_for() {
     let ask = |more: Value| check(request(json!("Hi"), more)).unwrap();
     assert_eq!(ask(json!({"include_reasoning": false})).reasoning, Reasoning::Hidden);
     assert_eq!(ask(json!({"reasoning_format": "none"})).reasoning, Reasoning::Raw);
-    assert!(!ask(json!({"reasoning_effort": "none"})).thinking);
-    assert!(!ask(json!({"chat_template_kwargs": {"enable_thinking": false}})).thinking);
-    assert!(ask(json!({"reasoning_effort": "low"})).thinking);
+    assert_eq!(ask(json!({"reasoning_effort": "none"})).instruction, Instruction::OptionOnly);
+    let off = json!({"chat_template_kwargs": {"enable_thinking": false}});
+    assert_eq!(ask(off).instruction, Instruction::OptionOnly);
+    assert_eq!(ask(json!({"reasoning_effort": "low"})).instruction, Instruction::Think);
 }
 
 #[test]
@@ -291,7 +298,7 @@ fn long_client_text_is_cut_in_errors() {
 
 #[test]
 fn the_lists_of_fields_do_not_overlap() {
-    let all: Vec<&str> = fields::HARMLESS.iter().chain(&fields::NOT_YET).copied().collect();
+    let all: Vec<&str> = HARMLESS.iter().chain(&fields::NOT_YET).copied().collect();
     assert_eq!(all.iter().collect::<BTreeSet<_>>().len(), all.len());
 }
 

@@ -1,0 +1,80 @@
+//! Schemas that no derive can make: text or a structure, and which fields a request may have.
+//!
+//! Called by the wire types' attributes and by `mod.rs`.
+
+use utoipa::openapi::{
+    Array, Object, OneOfBuilder, OpenApi, Ref, RefOr, Schema, Type,
+    schema::{AdditionalProperties, ArrayBuilder, ObjectBuilder, SchemaType},
+};
+
+use crate::{config::Config, http::validate::HARMLESS};
+
+/// Requests and what is in them: an unknown field is refused.
+const CLOSED: [&str; 8] = [
+    "ChatRequest",
+    "StreamOptions",
+    "ChatTemplateKwargs",
+    "MediaIoKwargs",
+    "Message",
+    "ContentPart",
+    "VideoUrl",
+    "SamplingKnobs",
+];
+
+/// `additionalProperties: false` where it holds, and the fields that are let through without effect.
+pub(super) fn finish(document: &mut OpenApi) {
+    let Some(components) = &mut document.components else { return };
+    for name in CLOSED {
+        if let Some(RefOr::T(Schema::Object(object))) = components.schemas.get_mut(name) {
+            object.additional_properties = Some(Box::new(AdditionalProperties::FreeForm(false)));
+        }
+    }
+    if let Some(RefOr::T(Schema::Object(object))) = components.schemas.get_mut("ChatRequest") {
+        for field in HARMLESS {
+            let any = Object::builder()
+                .schema_type(SchemaType::AnyValue)
+                .description(Some("Accepted, without effect on the reply."));
+            object.properties.entry(field.into()).or_insert_with(|| any.build().into());
+        }
+    }
+}
+
+fn string() -> ObjectBuilder {
+    ObjectBuilder::new().schema_type(Type::String)
+}
+
+fn null() -> ObjectBuilder {
+    ObjectBuilder::new().schema_type(Type::Null)
+}
+
+/// Text, or a list of so many of `name`.
+fn text_or_list(name: &str, max_items: usize) -> OneOfBuilder {
+    let list: Array =
+        ArrayBuilder::new().items(Ref::from_schema_name(name)).max_items(Some(max_items)).build();
+    OneOfBuilder::new().item(string()).item(list)
+}
+
+/// `messages[].content`
+pub fn content() -> Schema {
+    text_or_list("ContentPart", Config::default().max_content_parts).build().into()
+}
+
+/// A URL, or an object that holds it.
+pub fn video_url() -> Schema {
+    let url = string().description(Some("https:, http:, data: or, where the operator allows it, file:"));
+    OneOfBuilder::new().item(url).item(Ref::from_schema_name("VideoUrl")).build().into()
+}
+
+/// `stop`
+pub fn stop() -> Schema {
+    let config = Config::default();
+    let text = || string().min_length(Some(1)).max_length(Some(config.max_stop_string_bytes));
+    let list = ArrayBuilder::new().items(text()).max_items(Some(config.max_stop_strings));
+    OneOfBuilder::new()
+        .description(Some("Texts that end the reply; they are not part of it."))
+        .item(text())
+        .item(list)
+        .item(null())
+        .build()
+        .into()
+}
