@@ -54,7 +54,10 @@ pub struct ServeArgs {
     /// Longest video, seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 10_800.0)]
     pub max_video_seconds: f64,
-    /// Most frames a request may ask for.
+    /// Videos and pictures in one request, all messages together.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub max_videos_per_request: usize,
+    /// Most frames a video.
     #[arg(long, value_name = "N", default_value_t = 64)]
     pub max_frames: usize,
     /// Longest time for probing and decoding one video, seconds.
@@ -109,15 +112,19 @@ impl ServeArgs {
             max_concurrent_decodes: self.max_concurrent_decodes,
             ..MediaConfig::default()
         };
+        let defaults = EngineConfig::default();
         let engine = EngineConfig {
+            // One request must find room for all of its videos.
+            max_cached_videos: defaults.max_cached_videos.max(self.max_videos_per_request),
             max_running_sequences: self.max_running.max(1),
             max_waiting_sequences: self.max_waiting,
             max_prefill_tokens: self.max_prefill_tokens.max(1),
             max_encode_frames: self.max_encode_frames.max(1),
             prefix_cache: !self.no_prefix_cache,
-            ..EngineConfig::default()
+            ..defaults
         };
         Config {
+            max_videos_per_request: self.max_videos_per_request,
             listen: SocketAddr::new(self.host, self.port),
             metrics_listen: self.metrics_port.map(|port| SocketAddr::new(self.host, port)),
             cors_origins: self.access.cors_origins.clone(),

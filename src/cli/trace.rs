@@ -107,6 +107,7 @@ pub async fn trace(args: TraceArgs) -> anyhow::Result<()> {
     let sequence = NewSequence {
         token_ids: prompt.token_ids.clone(),
         videos: vec![VideoInput { span: span.clone(), digest: [0; 32], frames }],
+        cache_salt: None,
         sampling: SamplingParams::greedy(args.max_tokens),
         guide: None,
     };

@@ -35,6 +35,8 @@ pub struct NewSequence {
     pub token_ids: Vec<TokenId>,
     /// Its videos, in the order of their spans.
     pub videos: Vec<VideoInput>,
+    /// Cached blocks are shared with sequences of the same one only.
+    pub cache_salt: Option<Arc<str>>,
     /// How to sample the completion.
     pub sampling: SamplingParams,
     /// What the reply must be, and when its thinking ends.
@@ -136,6 +138,8 @@ pub struct EngineLimits {
     pub max_sequences: usize,
     /// Visual tokens a video becomes.
     pub visual_tokens: usize,
+    /// Most videos a sequence.
+    pub max_videos: usize,
     /// Side of the model's square input, pixels.
     pub image_size: usize,
 }
@@ -249,6 +253,9 @@ impl EngineLimits {
         let needed = (prompt_tokens + max_tokens).div_ceil(self.block_size);
         if needed > self.num_blocks {
             return Err(SubmitError::KvCacheTooSmall { needed, total: self.num_blocks });
+        }
+        if sequence.videos.len() > self.max_videos {
+            return Err(SubmitError::Invalid("more videos than the encoder cache holds".into()));
         }
         for video in &sequence.videos {
             let span_fits = video.span.end <= prompt_tokens && video.span.len() == self.visual_tokens;

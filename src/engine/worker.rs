@@ -128,6 +128,7 @@ fn engine_limits(model: &dyn VideoLanguageModel, config: &EngineConfig) -> Engin
         block_size: config.block_size,
         max_sequences: config.max_running_sequences + config.max_waiting_sequences,
         visual_tokens: shape.visual_tokens,
+        max_videos: config.max_cached_videos,
         image_size: shape.image_size,
     }
 }
@@ -229,6 +230,7 @@ impl Worker {
             specs.push(SequenceSpec {
                 token_ids: sequence.token_ids,
                 spans: sequence.videos.iter().map(span).collect(),
+                cache_salt: sequence.cache_salt,
                 max_tokens: sequence.sampling.max_tokens,
                 ignore_eos: sequence.sampling.ignore_eos,
                 stop_token_ids: sequence.sampling.stop_token_ids.clone(),

@@ -122,8 +122,8 @@ async fn fold(
     if let Some(winner) = vote.as_ref().and_then(|vote| vote.winner) {
         choices[..=winner].rotate_right(1);
     }
-    let (usage, video) = (generation.counts().into(), generation.video.take());
-    Ok(ChatCompletion { head, choices, usage, video, vote })
+    let (usage, videos) = (generation.counts().into(), std::mem::take(&mut generation.videos).into());
+    Ok(ChatCompletion { head, choices, usage, videos, vote })
 }
 
 fn choice(index: usize, reply: Reply, view: &ChoiceView) -> Choice {

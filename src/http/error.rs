@@ -31,6 +31,9 @@ pub enum ApiError {
     Body(#[from] BodyError),
     #[error(transparent)]
     Media(#[from] MediaError),
+    /// One of the request's videos; `param` is the path of what is at fault.
+    #[error("{error}")]
+    Video { param: String, error: MediaError },
     #[error(transparent)]
     Prompt(#[from] PromptError),
     #[error(transparent)]
@@ -44,7 +47,7 @@ pub enum ApiError {
     #[error("the engine has stopped; the server must be restarted")]
     EngineStopped,
     #[error("the request took longer than {seconds} s; ask for fewer tokens or send a shorter video")]
-    DeadlineExceeded { seconds: u64 },
+    DeadlineExceeded { seconds: f64 },
     #[error("there is nothing at this path; see /openapi.json for what there is")]
     NoSuchRoute,
     #[error("no such chat completion is running; it may be over")]
@@ -116,6 +119,7 @@ impl ApiError {
             ApiError::Auth(_) => Row::bad(S::UNAUTHORIZED, Some("invalid_api_key")),
             ApiError::Body(error) => body_row(error),
             ApiError::Media(error) => media_row(error),
+            ApiError::Video { param, error } => media_row(error).param(param),
             ApiError::Prompt(error) => match error {
                 PromptError::Empty | PromptError::MissingReply | PromptError::TextTooLong { .. } => {
                     Row::bad(S::BAD_REQUEST, None).param("messages")
@@ -309,7 +313,7 @@ mod tests {
         assert_eq!(row(ApiError::EngineStopped), (503, "engine_failed", true));
         assert_eq!(row(ReserveError::Stopped), (503, "engine_failed", true));
         assert_eq!(row(SubmitError::Stopped), (503, "engine_failed", true));
-        assert_eq!(row(ApiError::DeadlineExceeded { seconds: 1 }), (504, "deadline_exceeded", false));
+        assert_eq!(row(ApiError::DeadlineExceeded { seconds: 1.0 }), (504, "deadline_exceeded", false));
     }
 
     #[test]

@@ -26,8 +26,8 @@ pub struct Generation {
     /// Assembled, not handed out yet.
     ready: VecDeque<(usize, OutputEvent)>,
     reasoning: Reasoning,
-    /// What was sampled of the video.
-    pub video: Option<VideoInfo>,
+    /// What was sampled of the videos.
+    pub videos: Vec<VideoInfo>,
     progress: Progress,
     running: Option<RunningChat>,
 }
@@ -47,7 +47,7 @@ impl Generation {
     pub fn new(
         sequences: Vec<(TokenStream, OutputAssembler)>,
         reasoning: Reasoning,
-        video: Option<VideoInfo>,
+        videos: Vec<VideoInfo>,
         progress: Progress,
     ) -> Self {
         let choice = |(tokens, assembler)| Choice {
@@ -57,7 +57,7 @@ impl Generation {
             answers: false,
         };
         let choices = sequences.into_iter().map(choice).collect();
-        Generation { choices, turn: 0, ready: VecDeque::new(), reasoning, video, progress, running: None }
+        Generation { choices, turn: 0, ready: VecDeque::new(), reasoning, videos, progress, running: None }
     }
 
     /// Known to others as `running` until it is over, and there as long as it thinks.

@@ -12,7 +12,10 @@ use std::{
 
 use axum::extract::Request;
 use bytes::Bytes;
-use futures_util::{FutureExt, future::BoxFuture};
+use futures_util::{
+    FutureExt,
+    future::{BoxFuture, try_join_all},
+};
 use tempfile::NamedTempFile;
 use tokio::task::spawn_blocking;
 
@@ -29,7 +32,7 @@ use super::{
 use crate::{
     config::Config,
     engine::{EndThinking, Guide, NewSequence, Permit, VideoInput},
-    media::VideoFrames,
+    media::{MediaError, Salt, VideoFrames},
     model::FrameBatch,
     output::{OutputAssembler, WatchedLetters},
     prompt::{self, Conversation, Instruction, Prompt, Tokenizer},
@@ -71,6 +74,9 @@ pub async fn begin<T: Send + 'static>(
     match admitted.and_then(|admitted| admitted) {
         Ok((admitted, shape)) => {
             progress.set_stream(admitted.valid.stream);
+            if let Some(timeout) = admitted.valid.timeout {
+                progress.set_timeout(timeout);
+            }
             let (loaded, end_thinking) = (admitted.loaded.clone(), admitted.end_thinking.clone());
             let preparing = prepare(admitted, progress, state.config().default_max_tokens).boxed();
             Ok(Begun { loaded, preparing, end_thinking, shape })
@@ -149,11 +155,11 @@ async fn prepare(
 ) -> Result<Generation, ApiError> {
     let Admitted { loaded, valid, guide, permit, budget, .. } = admitted;
     let verbatim = guide::verbatim(&valid);
-    let ValidRequest { conversation, video, sampling, choices, stop_strings, instruction, reasoning, .. } =
-        valid;
+    let ValidRequest { conversation, videos, cache_salt, sampling, choices, stop_strings, .. } = valid;
+    let (instruction, reasoning) = (valid.instruction, valid.reasoning);
     let deadline = progress.deadline();
     let stages = async {
-        let frames = load_video(&loaded, video, &mut progress).await?;
+        let frames = load_videos(&loaded, videos, &cache_salt, &mut progress).await?;
         drop(budget);
         let engine_limits = loaded.engine.limits();
         let started = Instant::now();
@@ -168,13 +174,13 @@ async fn prepare(
         let mut sampling = final_sampling(sampling, default_max_tokens.min(room));
         sampling.watched = letters.as_ref().map(WatchedLetters::token_ids).unwrap_or_default();
         guide::check_room(guide.as_ref(), sampling.max_tokens)?;
-        let sequence = NewSequence { guide, ..sequence(prompt, frames.as_deref(), sampling) };
+        let sequence = NewSequence { guide, ..sequence(prompt, &frames, cache_salt, sampling) };
         let streams = permit.submit_siblings(siblings(sequence, choices.count))?;
         progress.submitted();
-        Ok((streams, letters, frames.map(|frames| frames.info.clone())))
+        Ok((streams, letters, frames.iter().map(|frames| frames.info.clone()).collect()))
     };
     match deadline.bound(stages).await.and_then(|done| done) {
-        Ok((streams, letters, video)) => {
+        Ok((streams, letters, videos)) => {
             let raw = reasoning == Reasoning::Raw;
             let assembler = || {
                 OutputAssembler::new(loaded.tokenizer.clone(), stop_strings.clone(), raw)
@@ -182,7 +188,7 @@ async fn prepare(
                     .watching(letters.clone())
             };
             let sequences = streams.into_iter().map(|stream| (stream, assembler())).collect();
-            Ok(Generation::new(sequences, reasoning, video, progress))
+            Ok(Generation::new(sequences, reasoning, videos, progress))
         }
         Err(error) => {
             progress.ended_by(&error);
@@ -191,16 +197,35 @@ async fn prepare(
     }
 }
 
-async fn load_video(
+/// All videos of a request at the same time; the first fault ends the others.
+async fn load_videos(
     loaded: &Loaded,
-    video: Option<ValidVideo>,
+    videos: Vec<ValidVideo>,
+    salt: &Salt,
     progress: &mut Progress,
-) -> Result<Option<Arc<VideoFrames>>, ApiError> {
-    let Some(video) = video else { return Ok(None) };
+) -> Result<Vec<Arc<VideoFrames>>, ApiError> {
     let started = Instant::now();
-    let frames = loaded.media.load(video.source, video.sampling).await?;
-    progress.video_loaded(&frames, started.elapsed());
-    Ok(Some(frames))
+    let load = async |video: ValidVideo| {
+        let ValidVideo { path, knobs_path, source, sampling } = video;
+        let frames = loaded.media.load_isolated(source, sampling, salt.clone()).await;
+        frames.map_err(|error| ApiError::Video { param: at_fault(&error, path, &knobs_path), error })
+    };
+    let frames = try_join_all(videos.into_iter().map(load)).await?;
+    frames.iter().for_each(|frames| progress.video_loaded(frames, started.elapsed()));
+    Ok(frames)
+}
+
+/// The path of the knob that is refused, or of the video.
+fn at_fault(error: &MediaError, path: String, knobs_path: &str) -> String {
+    match error {
+        MediaError::Refused {
+            param: param @ ("num_frames" | "fps" | "max_frames" | "start" | "end"),
+            ..
+        } => {
+            format!("{knobs_path}.{param}")
+        }
+        _ => path,
+    }
 }
 
 /// Renders and tokenises on the blocking pool; the last turn gets its instruction.
@@ -249,11 +274,17 @@ fn final_sampling(valid: ValidSampling, default_max_tokens: usize) -> SamplingPa
     }
 }
 
-fn sequence(prompt: Prompt, frames: Option<&VideoFrames>, sampling: SamplingParams) -> NewSequence {
+fn sequence(
+    prompt: Prompt,
+    frames: &[Arc<VideoFrames>],
+    cache_salt: Salt,
+    sampling: SamplingParams,
+) -> NewSequence {
     let videos = prompt.video_spans.into_iter().zip(frames).map(|(span, frames)| VideoInput {
         span,
         digest: frames.digest,
         frames: FrameBatch { rgb: frames.rgb.clone(), size: frames.size },
     });
-    NewSequence { videos: videos.collect(), token_ids: prompt.token_ids, sampling, guide: None }
+    let videos = videos.collect();
+    NewSequence { videos, token_ids: prompt.token_ids, cache_salt, sampling, guide: None }
 }

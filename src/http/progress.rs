@@ -41,7 +41,7 @@ impl Deadline {
     pub async fn bound<T>(self, work: impl Future<Output = T>) -> Result<T, ApiError> {
         tokio::time::timeout_at(self.at, work)
             .await
-            .map_err(|_| ApiError::DeadlineExceeded { seconds: self.timeout.as_secs() })
+            .map_err(|_| ApiError::DeadlineExceeded { seconds: self.timeout.as_secs_f64() })
     }
 }
 
@@ -70,6 +70,11 @@ impl Progress {
         }
     }
 
+    /// The client wants it sooner than the server's own limit.
+    pub fn set_timeout(&mut self, timeout: Duration) {
+        self.deadline = Deadline::new(self.record.arrival, timeout);
+    }
+
     /// When the request must be over.
     pub fn deadline(&self) -> Deadline {
         self.deadline
@@ -85,10 +90,10 @@ impl Progress {
         self.generation.stream = stream;
     }
 
-    /// The video was fetched and decoded (or found in the cache).
+    /// A video was fetched and decoded (or found in the cache); `took`: with the others, at the same time.
     pub fn video_loaded(&mut self, frames: &VideoFrames, took: Duration) {
         self.generation.media_seconds = Some(took.as_secs_f64());
-        self.generation.num_frames = frames.info.sampled_indices.len();
+        self.generation.num_frames += frames.info.num_frames;
         let timings = &frames.timings;
         self.metrics.stage(Stage::Fetch, timings.fetch_seconds);
         let stages = [
@@ -100,7 +105,7 @@ impl Progress {
         for (stage, seconds) in stages.into_iter().filter(|(_, seconds)| *seconds > 0.0) {
             self.metrics.stage(stage, seconds);
         }
-        self.metrics.video(frames.info.duration, frames.info.sampled_indices.len());
+        self.metrics.video(frames.info.duration.unwrap_or(0.0), frames.info.num_frames);
     }
 
     /// The prompt was rendered and tokenised.
@@ -155,7 +160,7 @@ impl Progress {
     pub fn ended_by(&mut self, error: &ApiError) {
         self.generation.outcome = if error.status().is_server_error() { "failed" } else { "refused" };
         self.generation.detail = error.code();
-        if let ApiError::Media(error) = error {
+        if let ApiError::Media(error) | ApiError::Video { error, .. } = error {
             self.metrics.media_error(error.reason());
         }
     }

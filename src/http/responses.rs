@@ -27,11 +27,28 @@ pub struct ChatCompletion {
     pub head: ReplyHead,
     pub choices: Vec<Choice>,
     pub usage: Usage,
-    /// What was sampled of the video.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub video: Option<VideoInfo>,
+    #[serde(flatten)]
+    pub videos: Videos,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vote: Option<Vote>,
+}
+
+/// What was sampled: `video` of one, `videos` of several, in the order of the request.
+#[derive(Debug, Default, Serialize, ToSchema)]
+pub struct Videos {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    video: Option<VideoInfo>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    videos: Vec<VideoInfo>,
+}
+
+impl From<Vec<VideoInfo>> for Videos {
+    fn from(mut videos: Vec<VideoInfo>) -> Self {
+        match videos.len() {
+            1 => Videos { video: videos.pop(), videos },
+            _ => Videos { video: None, videos },
+        }
+    }
 }
 
 #[derive(Debug, Serialize, ToSchema)]
@@ -66,8 +83,8 @@ pub struct Chunk<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub usage: Option<Usage>,
     /// In the first chunk.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub video: Option<&'a VideoInfo>,
+    #[serde(flatten)]
+    pub videos: Videos,
     /// In a chunk of its own, when all choices have ended.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vote: Option<Vote>,

@@ -23,7 +23,7 @@ use super::{
     error::ApiError,
     generation::{Generation, finish_reason},
     pipeline::Preparing,
-    responses::{Chunk, ChunkChoice, Delta, ReplyHead, Usage},
+    responses::{Chunk, ChunkChoice, Delta, ReplyHead, Usage, Videos},
 };
 use crate::output::{Answer, OutputEvent};
 
@@ -68,10 +68,10 @@ struct Writer {
 impl Writer {
     async fn write_all(&self, preparing: Preparing) -> Result<(), ApiError> {
         let mut generation: Generation = preparing.await?;
+        let mut videos = std::mem::take(&mut generation.videos);
         for index in 0..generation.num_choices() {
-            let video = generation.video.as_ref().filter(|_| index == 0);
-            let first = Chunk { video, ..self.chunk(vec![ChunkChoice::of(index, Delta::role())]) };
-            self.send(&first).await;
+            let videos = std::mem::take(&mut videos).into();
+            self.send(&Chunk { videos, ..self.chunk(vec![ChunkChoice::of(index, Delta::role())]) }).await;
         }
         let mut answers = vec![Answer::default(); generation.num_choices()];
         while let Some((index, event)) = generation.next().await? {
@@ -104,7 +104,7 @@ impl Writer {
     }
 
     fn chunk<'a>(&'a self, choices: Vec<ChunkChoice<'a>>) -> Chunk<'a> {
-        Chunk { head: &self.head, choices, usage: None, video: None, vote: None }
+        Chunk { head: &self.head, choices, usage: None, videos: Videos::default(), vote: None }
     }
 
     async fn send(&self, data: &impl Serialize) {

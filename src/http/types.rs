@@ -102,6 +102,12 @@ pub struct ChatRequest {
     pub reasoning_effort: Option<String>,
     pub chat_template_kwargs: Option<ChatTemplateKwargs>,
     pub media_io_kwargs: Option<MediaIoKwargs>,
+    /// Requests share cached work only with those of the same salt.
+    #[schema(min_length = 1, max_length = 128)]
+    pub cache_salt: Option<String>,
+    /// Seconds from the request's arrival to its last token; at most the server's own limit.
+    #[schema(exclusive_minimum = 0)]
+    pub timeout: Option<f64>,
     #[serde(flatten)]
     #[schema(ignore)]
     pub extra: Extra,
@@ -153,7 +159,7 @@ pub struct Message {
     pub extra: Extra,
 }
 
-/// One part of a message's content; `kind` says which of the fields must be there.
+/// One part of a message's content; `kind` says which one of the fields up to `image_url` must be there.
 #[derive(Debug, Deserialize, ToSchema)]
 pub struct ContentPart {
     #[serde(rename = "type")]
@@ -161,7 +167,23 @@ pub struct ContentPart {
     pub text: Option<String>,
     #[schema(schema_with = parts::video_url, required = false)]
     pub video_url: Option<TextOr<VideoUrl>>,
+    /// llama.cpp's.
+    pub input_video: Option<InputVideo>,
+    /// Qwen's: a URL, or the URLs of frames.
+    #[schema(schema_with = parts::url_or_frames, required = false)]
+    pub video: Option<TextOr<Vec<String>>>,
+    /// OpenAI's.
+    pub file: Option<FilePart>,
+    /// A still: a video of one frame.
+    #[schema(schema_with = parts::image_url, required = false)]
+    pub image_url: Option<TextOr<ImageUrl>>,
     pub uuid: Option<String>,
+    // Qwen's clients send the knobs beside the video.
+    pub num_frames: Option<i64>,
+    pub fps: Option<f64>,
+    pub max_frames: Option<i64>,
+    pub start: Option<f64>,
+    pub end: Option<f64>,
     #[serde(flatten)]
     #[schema(ignore)]
     pub extra: Extra,
@@ -185,17 +207,55 @@ pub struct VideoUrl {
 }
 
 impl VideoUrl {
-    /// Moves the knobs out.
+    /// The knobs in the object; the fields without a place go with them.
     pub fn take_knobs(&mut self) -> SamplingKnobs {
-        SamplingKnobs {
-            num_frames: self.num_frames,
-            fps: self.fps,
-            max_frames: self.max_frames,
-            start: self.start,
-            end: self.end,
-            extra: std::mem::take(&mut self.extra),
-        }
+        let extra = std::mem::take(&mut self.extra);
+        let VideoUrl { num_frames, fps, max_frames, start, end, .. } = *self;
+        SamplingKnobs { num_frames, fps, max_frames, start, end, extra }
     }
+}
+
+impl ContentPart {
+    /// The knobs beside the video; the fields without a place go with them.
+    pub fn take_knobs(&mut self) -> SamplingKnobs {
+        let extra = std::mem::take(&mut self.extra);
+        let ContentPart { num_frames, fps, max_frames, start, end, .. } = *self;
+        SamplingKnobs { num_frames, fps, max_frames, start, end, extra }
+    }
+}
+
+/// A video by its URL or as bare base64.
+#[derive(Debug, Deserialize, ToSchema)]
+pub struct InputVideo {
+    pub url: Option<String>,
+    pub data: Option<String>,
+    #[serde(flatten)]
+    #[schema(ignore)]
+    pub extra: Extra,
+}
+
+/// A video that was uploaded before, or the video itself.
+#[derive(Debug, Deserialize, ToSchema)]
+pub struct FilePart {
+    pub file_id: Option<String>,
+    /// A `data:` URL or bare base64.
+    pub file_data: Option<String>,
+    #[expect(dead_code, reason = "containers are known by their bytes, whatever the file is called")]
+    pub filename: Option<String>,
+    #[serde(flatten)]
+    #[schema(ignore)]
+    pub extra: Extra,
+}
+
+/// A still.
+#[derive(Debug, Deserialize, ToSchema)]
+pub struct ImageUrl {
+    pub url: Option<String>,
+    /// auto, low or high: one and the same here, for the model has one input size.
+    pub detail: Option<String>,
+    #[serde(flatten)]
+    #[schema(ignore)]
+    pub extra: Extra,
 }
 
 /// How frames are sampled.

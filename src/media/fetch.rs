@@ -1,4 +1,4 @@
-//! Downloads a video from a client's URL.
+//! Downloads videos and pictures from clients' URLs.
 //!
 //! Called by `source.rs`. Must never connect to an address that was not checked: names are resolved by our own
 //! resolver, whose checked answers are the ones connected to (there is no second look-up that could differ), and
@@ -9,8 +9,11 @@ use std::{
     fmt,
     net::{IpAddr, SocketAddr},
     path::Path,
+    sync::atomic::{AtomicUsize, Ordering},
     time::Duration,
 };
+
+use futures_util::{StreamExt, TryStreamExt, stream};
 
 use reqwest::{
     Client, Response,
@@ -28,6 +31,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longest URL that is looked at.
 const MAX_URL_BYTES: usize = 8192;
 const WRITE_BUFFER_BYTES: usize = 256 << 10;
+/// Pictures of one list downloaded at the same time.
+const MAX_CONCURRENT_PICTURES: usize = 4;
 
 /// Fetches videos under the server's policy.
 #[derive(Debug, Clone)]
@@ -61,9 +66,16 @@ impl Fetcher {
         })
     }
 
-    /// Downloads `url` into the (empty) file at `target`.
-    pub async fn fetch(&self, url: Url, target: &Path) -> Result<(), MediaError> {
-        tokio::time::timeout(self.timeout, self.fetch_unbounded(url, target)).await.unwrap_or_else(|_| {
+    /// Downloads each URL into the (empty) file beside it: one video, or the pictures of a list, which share the limits
+    /// of one.
+    pub async fn fetch<P: AsRef<Path>>(&self, downloads: Vec<(Url, P)>) -> Result<(), MediaError> {
+        let stored = AtomicUsize::new(0);
+        let all = stream::iter(downloads)
+            .map(Ok)
+            .try_for_each_concurrent(MAX_CONCURRENT_PICTURES, async |(url, target)| {
+                self.fetch_one(url, target.as_ref(), &stored).await
+            });
+        tokio::time::timeout(self.timeout, all).await.unwrap_or_else(|_| {
             let seconds = self.timeout.as_secs();
             Err(MediaError::FetchFailed(format!(
                 "downloading the video took longer than {seconds} s; upload it instead"
@@ -71,7 +83,8 @@ impl Fetcher {
         })
     }
 
-    async fn fetch_unbounded(&self, mut url: Url, target: &Path) -> Result<(), MediaError> {
+    /// `stored`: bytes of all downloads that are one for the limits.
+    async fn fetch_one(&self, mut url: Url, target: &Path, stored: &AtomicUsize) -> Result<(), MediaError> {
         for _ in 0..=self.max_redirects {
             self.check(&url)?;
             let response = self.client.get(url.clone()).send().await.map_err(|error| failed(&error))?;
@@ -85,7 +98,7 @@ impl Fetcher {
                     response.status()
                 )));
             }
-            return self.store(response, target).await;
+            return self.store(response, target, stored).await;
         }
         Err(MediaError::FetchFailed(format!(
             "the video's URL redirects more than {} times; give the final URL",
@@ -123,7 +136,12 @@ impl Fetcher {
     }
 
     /// Streams the body to disk, within the size limit.
-    async fn store(&self, mut response: Response, target: &Path) -> Result<(), MediaError> {
+    async fn store(
+        &self,
+        mut response: Response,
+        target: &Path,
+        stored: &AtomicUsize,
+    ) -> Result<(), MediaError> {
         let max_video_bytes = self.max_video_bytes;
         let too_large = || MediaError::TooManyBytes { max_video_bytes };
         if response.content_length().is_some_and(|length| length > max_video_bytes as u64) {
@@ -132,10 +150,9 @@ impl Fetcher {
         let file = tokio::fs::OpenOptions::new().write(true).open(target).await;
         let mut file =
             BufWriter::with_capacity(WRITE_BUFFER_BYTES, file.map_err(|error| disk_failed(&error))?);
-        let mut stored = 0;
         while let Some(chunk) = response.chunk().await.map_err(|error| failed(&error))? {
-            stored += chunk.len();
-            if stored > max_video_bytes {
+            let before = stored.fetch_add(chunk.len(), Ordering::Relaxed);
+            if before + chunk.len() > max_video_bytes {
                 return Err(too_large());
             }
             file.write_all(&chunk).await.map_err(|error| disk_failed(&error))?;

@@ -42,7 +42,25 @@ pub enum FrameCount {
     PerSecond { fps: f64, max_frames: usize },
 }
 
+/// The knobs that took effect, for the reply.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Applied {
+    pub fps: Option<f64>,
+    pub max_frames: Option<usize>,
+    pub start: Option<f64>,
+    pub end: Option<f64>,
+}
+
 impl Sampling {
+    /// The knobs that take effect.
+    pub fn applied(&self) -> Applied {
+        let (fps, max_frames) = match self.count {
+            FrameCount::PerSecond { fps, max_frames } => (Some(fps), Some(max_frames)),
+            FrameCount::Trained(_) | FrameCount::AtMost(_) => (None, None),
+        };
+        Applied { fps, max_frames, start: self.start, end: self.end }
+    }
+
     /// Checks a request's wishes. Conflicts and values out of range name the field.
     pub fn resolve(request: FrameSampling, config: &MediaConfig) -> Result<Self, MediaError> {
         let count = match (request.num_frames, request.fps) {

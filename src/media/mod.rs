@@ -4,20 +4,27 @@
 
 mod address;
 mod decode;
+mod error;
 mod fetch;
 pub mod ffmpeg;
+mod flights;
 mod frame_cache;
 pub mod frame_sampling;
 mod packet_table;
+mod pictures;
 pub mod pixels;
 mod probe;
 mod sandbox;
 mod source;
+mod tools;
 
 use std::{
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::{Duration, Instant},
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Instant,
 };
 
 use bytes::Bytes;
@@ -30,31 +37,54 @@ use self::{
     decode::{Decoded, Decoder, FrameMap},
     ffmpeg::Tools,
     frame_cache::FrameCache,
-    frame_sampling::Sampling,
+    frame_sampling::{Applied, Sampling},
+    pictures::{Pictures, Selection},
     pixels::Resizer,
     probe::Probe,
-    source::{LocalVideo, SourceReader},
+    source::{LocalFile, SourceReader, is_picture_list},
 };
 use crate::config::MediaConfig;
 
-pub use self::decode::Way;
+pub use self::{
+    decode::Way,
+    error::MediaError,
+    source::Salt,
+    tools::{SamplingBenchmark, SourceFrames},
+};
 
 /// Goes into every digest: changes whenever the same video would give other pixels.
 const PREPROCESSING_VERSION: u32 = 1;
-/// Most memory for frames at source size (only tools ask for those).
-const MAX_SOURCE_FRAMES_BYTES: usize = 2 << 30;
 
 /// Where a video comes from. `http` has checked the form, this module checks the policy.
 #[derive(Debug)]
 pub enum VideoSource {
-    /// `https:`, `http:`, `file:` or `data:`.
+    /// `https:`, `http:`, `file:` or `data:`; `data:video/jpeg;base64,<picture>,<picture>,…` is a list of frames.
     Url(String),
+    /// Frames that the client sampled itself, in order, by URL. `fps` of their sampling is their own rate.
+    Frames(Vec<String>),
+    /// A still, by URL: a video of one frame.
+    Image(String),
+    /// The bytes in base64.
+    Base64(String),
+    /// An uploaded file of earlier.
+    FileId(String),
     /// The bytes themselves (decoded base64, small uploads).
     Bytes(Bytes),
     /// An upload already on disk; removed when dropped.
     TempFile(tempfile::NamedTempFile),
     /// A local file named by the operator on the command line (never by a client).
     LocalFile(PathBuf),
+}
+
+impl VideoSource {
+    /// Whether its frames were sampled by the client.
+    pub fn is_frame_list(&self) -> bool {
+        match self {
+            VideoSource::Frames(_) => true,
+            VideoSource::Url(url) => is_picture_list(url),
+            _ => false,
+        }
+    }
 }
 
 /// What a request asks of the sampling; `None` = the server's own.
@@ -71,20 +101,30 @@ pub struct FrameSampling {
 }
 
 /// What was sampled, for the reply's `video` object.
-#[derive(Debug, Clone, PartialEq, Serialize, ToSchema)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, ToSchema)]
 pub struct VideoInfo {
     /// Frames of the source's video stream.
     pub source_frames: usize,
-    /// Seconds.
-    pub duration: f64,
-    /// Displayed size (after rotation), pixels.
+    /// Seconds; unknown of a list of frames whose rate was not said.
+    pub duration: Option<f64>,
+    /// Displayed size (after rotation), pixels; of a list: its first frame's.
     pub width: usize,
     pub height: usize,
+    /// "image" of a still, "frames" of a list.
     pub container: String,
     pub codec: String,
+    /// How many frames the model saw.
+    pub num_frames: usize,
+    /// The rate asked for, frames a second; of a list: its own. `None` where a number of frames was asked for.
+    pub fps: Option<f64>,
+    /// What bounded the frames that `fps` gave.
+    pub max_frames: Option<usize>,
+    /// The part looked at, seconds; `None`: from the start, to the end.
+    pub start: Option<f64>,
+    pub end: Option<f64>,
     /// Sampled frames, in display order; short videos repeat indices.
     pub sampled_indices: Vec<usize>,
-    /// Their presentation times from the video's start, seconds.
+    /// Their presentation times from the video's start, seconds; empty where they are unknown.
     pub sampled_timestamps: Vec<f64>,
 }
 
@@ -107,70 +147,6 @@ pub struct VideoFrames {
     /// Of the file's bytes, every effective sampling parameter, the size and the preprocessing version.
     pub digest: [u8; 32],
     pub timings: MediaTimings,
-}
-
-/// Why a video could not be used. Every message is one sentence for the client that says what to do.
-/// `http/error.rs` maps the variants to status codes.
-#[derive(Debug, Clone, thiserror::Error)]
-pub enum MediaError {
-    /// 400: the URL or sampling is refused by policy or form; `param` names the field.
-    #[error("{message}")]
-    Refused { param: &'static str, message: String },
-    /// 422: the download failed upstream.
-    #[error("{0}")]
-    FetchFailed(String),
-    /// 413.
-    #[error("the video is larger than the limit of {max_video_bytes} bytes; send a shorter or smaller one")]
-    TooManyBytes { max_video_bytes: usize },
-    /// 415: not an allowed container or codec.
-    #[error("{0}")]
-    Unsupported(String),
-    /// 422: undecodable, no video stream, too long, too large.
-    #[error("{0}")]
-    Undecodable(String),
-    /// 422: the decoder ran over its time.
-    #[error("decoding took longer than {seconds} s; send a shorter or smaller video")]
-    DecodeTimeout { seconds: u64 },
-    /// 500: ffmpeg is missing or could not start, the disk is full...
-    #[error("{0}")]
-    Internal(String),
-}
-
-impl MediaError {
-    /// Short label for the error metric.
-    pub fn reason(&self) -> &'static str {
-        match self {
-            MediaError::Refused { .. } => "refused",
-            MediaError::FetchFailed(_) => "fetch_failed",
-            MediaError::TooManyBytes { .. } => "too_many_bytes",
-            MediaError::Unsupported(_) => "unsupported",
-            MediaError::Undecodable(_) => "undecodable",
-            MediaError::DecodeTimeout { .. } => "decode_timeout",
-            MediaError::Internal(_) => "internal",
-        }
-    }
-}
-
-/// Sampled frames at the source's size, for tools.
-#[derive(Debug)]
-pub struct SourceFrames {
-    /// `[distinct sampled frames, height, width, 3]`, RGB; `info` has the indices, repeats included.
-    pub rgb: Vec<u8>,
-    pub info: VideoInfo,
-}
-
-/// Timings of one video sampled in both ways, for benchmarks.
-#[derive(Debug, Clone, Copy)]
-pub struct SamplingBenchmark {
-    pub probe: Duration,
-    /// The way that is taken for requests.
-    pub chosen: Duration,
-    pub way: Way,
-    /// Decoding every frame.
-    pub whole_file: Duration,
-    pub source_frames: usize,
-    /// Seconds.
-    pub duration: f64,
 }
 
 /// The media stage: fetch, probe, sample, decode, resize, cache.
@@ -204,22 +180,50 @@ impl MediaLoader {
         self.tools.check()
     }
 
-    /// Frames of one video. Dropping the future kills the download and the decoder.
+    /// Frames of one video. Dropping the future kills the download and the decoder, unless others wait for them too.
     pub async fn load(
         &self,
         source: VideoSource,
         sampling: FrameSampling,
     ) -> Result<Arc<VideoFrames>, MediaError> {
-        let sampling = Sampling::resolve(sampling, &self.config)?;
+        self.load_isolated(source, sampling, None).await
+    }
+
+    /// As [`MediaLoader::load`], sharing downloads, frames and the digest with calls of the same `salt` only: no
+    /// client can tell by the time that it takes what others have sent.
+    pub async fn load_isolated(
+        &self,
+        source: VideoSource,
+        sampling: FrameSampling,
+        salt: Salt,
+    ) -> Result<Arc<VideoFrames>, MediaError> {
         let started = Instant::now();
-        let video = self.sources.read(source).await?;
+        let (is_list, is_still) = (source.is_frame_list(), matches!(source, VideoSource::Image(_)));
+        if is_list || is_still {
+            let still = is_still.then(|| Selection::of_still(sampling, &self.config)).transpose()?;
+            let files = self.sources.read(source, &salt).await?;
+            let fetch_seconds = started.elapsed().as_secs_f64();
+            let selection = still.map_or_else(|| Selection::of_list(sampling, files.len()), Ok)?;
+            let digest = self.digest(&files, &selection.digest_bytes, &salt);
+            let load = self.decode_pictures(files, selection, is_list, digest);
+            return self.cached(digest, fetch_seconds, load).await;
+        }
+        let sampling = Sampling::resolve(sampling, &self.config)?;
+        let files = self.sources.read(source, &salt).await?;
         let fetch_seconds = started.elapsed().as_secs_f64();
-        let digest = self.digest(&video, &sampling);
-        let load = async {
-            let frames = self.decode(&video, &sampling, digest).await?;
-            Ok(Arc::new(frames))
-        };
-        let (frames, fresh) = self.cache.get_or_load(digest, load).await?;
+        let digest = self.digest(&files, &sampling.digest_bytes(), &salt);
+        let load = self.decode(&files[0], &sampling, digest);
+        self.cached(digest, fetch_seconds, load).await
+    }
+
+    /// The frames of `digest`, from the cache or by `load`.
+    async fn cached(
+        &self,
+        digest: [u8; 32],
+        fetch_seconds: f64,
+        load: impl Future<Output = Result<VideoFrames, MediaError>>,
+    ) -> Result<Arc<VideoFrames>, MediaError> {
+        let (frames, fresh) = self.cache.get_or_load(digest, async { load.await.map(Arc::new) }).await?;
         // The pixels are shared; only the account of the time is this request's own.
         let spent = if fresh { frames.timings } else { MediaTimings::default() };
         Ok(Arc::new(VideoFrames {
@@ -228,61 +232,50 @@ impl MediaLoader {
         }))
     }
 
-    /// Sampled frames of a local file at its own size.
-    pub async fn source_frames(
+    /// Decodes and resizes pictures on the blocking pool, among the decoders of videos and within their time.
+    async fn decode_pictures(
         &self,
-        file: &Path,
-        sampling: FrameSampling,
-    ) -> Result<SourceFrames, MediaError> {
-        let sampling = Sampling::resolve(sampling, &self.config)?;
-        let video = self.sources.read(VideoSource::LocalFile(file.to_owned())).await?;
-        self.bounded(async {
-            let probe = probe::probe(&self.tools, video.path(), &self.config).await?;
-            let frames = sampling.indices(&probe.timeline)?.len();
-            if frames.saturating_mul(probe.width * probe.height * 3) > MAX_SOURCE_FRAMES_BYTES {
-                return Err(MediaError::Undecodable(
-                    "the frames are too large to hold at their own size; ask for fewer".into(),
-                ));
-            }
-            let map = FrameMap::new(|frame| frame);
-            let decoder = self.decoder(&video, &probe, map);
-            let decoded = decoder.sample(&sampling).await?;
-            let info = video_info(&probe, &decoded);
-            Ok(SourceFrames { rgb: decoded.frames.concat(), info })
-        })
-        .await
-    }
-
-    /// Samples a local file the way requests are, and again by decoding everything.
-    pub async fn benchmark(
-        &self,
-        file: &Path,
-        sampling: FrameSampling,
-    ) -> Result<SamplingBenchmark, MediaError> {
-        let sampling = Sampling::resolve(sampling, &self.config)?;
-        let video = self.sources.read(VideoSource::LocalFile(file.to_owned())).await?;
-        let _place = self.place().await;
-        let started = Instant::now();
-        let probe = probe::probe(&self.tools, video.path(), &self.config).await?;
-        let probed = started.elapsed();
-        let decoder = self.decoder(&video, &probe, self.resizing(&probe));
-        let started = Instant::now();
-        let Decoded { way, timeline, frames, .. } = decoder.sample(&sampling).await?;
-        let chosen = started.elapsed();
-        let started = Instant::now();
-        let all = decoder.sample_whole_file(&sampling).await?;
-        let whole_file = started.elapsed();
-        if all.frames != frames {
-            return Err(MediaError::Internal("both ways must give the same frames: this is a bug".into()));
-        }
-        let (source_frames, duration) = (timeline.times.len(), timeline.duration);
-        Ok(SamplingBenchmark { probe: probed, chosen, way, whole_file, source_frames, duration })
+        files: Vec<LocalFile>,
+        selection: Selection,
+        is_list: bool,
+        digest: [u8; 32],
+    ) -> Result<VideoFrames, MediaError> {
+        let place = self.places.clone().acquire_owned().await;
+        let place = place.expect("the semaphore is never closed: this is a bug");
+        let guard = CancelOnDrop::default();
+        let (cancelled, config, size) = (guard.0.clone(), self.config.clone(), self.image_size);
+        let work = tokio::task::spawn_blocking(move || {
+            // Given back when the work has really ended, whoever still waits for it.
+            let _place = place;
+            pictures::decode(&files, size, &config, &cancelled)
+        });
+        let timeout = self.config.decode_timeout;
+        let decoded = tokio::time::timeout(timeout, work)
+            .await
+            .map_err(|_| MediaError::DecodeTimeout { seconds: timeout.as_secs() })?;
+        let decoded = decoded.map_err(|error| {
+            tracing::error!(%error, "decoding pictures failed");
+            MediaError::Undecodable("a picture could not be decoded; send it in another format".into())
+        })??;
+        let Pictures { frames, width, height, codec, timings } = decoded;
+        let info = VideoInfo {
+            source_frames: frames.len(),
+            duration: selection.duration,
+            width,
+            height,
+            container: if is_list { "frames" } else { "image" }.into(),
+            codec: codec.into(),
+            sampled_timestamps: selection.times,
+            ..applied(selection.applied, selection.indices)
+        };
+        let rgb = repeated(&frames, &info.sampled_indices);
+        Ok(VideoFrames { rgb, size, info, digest, timings })
     }
 
     /// Probe, decode and resize: everything that a cached video skips.
     async fn decode(
         &self,
-        video: &LocalVideo,
+        video: &LocalFile,
         sampling: &Sampling,
         digest: [u8; 32],
     ) -> Result<VideoFrames, MediaError> {
@@ -301,8 +294,9 @@ impl MediaLoader {
                 resize_seconds: map.elapsed().as_secs_f64(),
             };
             tracing::debug!(way = ?decoded.way, ?timings, "frames sampled");
-            let info = video_info(&probe, &decoded);
-            Ok(VideoFrames { rgb: repeated(&decoded), size: self.image_size, info, digest, timings })
+            let info = video_info(&probe, &decoded, sampling);
+            let rgb = repeated(&decoded.frames, &decoded.indices);
+            Ok(VideoFrames { rgb, size: self.image_size, info, digest, timings })
         })
         .await
     }
@@ -313,7 +307,7 @@ impl MediaLoader {
     }
 
     /// To be used by who has a place.
-    fn decoder<'a>(&'a self, video: &'a LocalVideo, probe: &'a Probe, map: FrameMap) -> Decoder<'a> {
+    fn decoder<'a>(&'a self, video: &'a LocalFile, probe: &'a Probe, map: FrameMap) -> Decoder<'a> {
         Decoder { tools: &self.tools, file: video.path(), probe, map, places: &self.places }
     }
 
@@ -331,40 +325,65 @@ impl MediaLoader {
         FrameMap::new(move |frame| resizer.resize(&frame))
     }
 
-    fn digest(&self, video: &LocalVideo, sampling: &Sampling) -> [u8; 32] {
-        Sha256::new()
+    /// `sampling`: every effective parameter.
+    fn digest(&self, files: &[LocalFile], sampling: &[u8], salt: &Salt) -> [u8; 32] {
+        let mut hash = Sha256::new()
             .chain_update(PREPROCESSING_VERSION.to_le_bytes())
             .chain_update((self.image_size as u64).to_le_bytes())
-            .chain_update(video.content_hash)
-            .chain_update(sampling.digest_bytes())
-            .finalize()
-            .into()
+            .chain_update((files.len() as u64).to_le_bytes());
+        files.iter().for_each(|file| hash.update(file.content_hash));
+        // Every part but the last has a known length: no two inputs are the same bytes.
+        hash.update((sampling.len() as u64).to_le_bytes());
+        hash.update(sampling);
+        if let Some(salt) = salt {
+            hash.update([1]);
+            hash.update(salt.as_bytes());
+        }
+        hash.finalize().into()
     }
 }
 
-/// Frames of repeated indices, repeated: `[indices, size, size, 3]`.
-fn repeated(decoded: &Decoded) -> Arc<[u8]> {
+/// Tells work on the blocking pool that nobody waits for it.
+#[derive(Debug, Default)]
+struct CancelOnDrop(Arc<AtomicBool>);
+
+impl Drop for CancelOnDrop {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// One frame for each of the (ascending) `indices`, repeated as they are: `[indices, size, size, 3]`. `frames` are
+/// the distinct ones.
+fn repeated(frames: &[Vec<u8>], indices: &[usize]) -> Arc<[u8]> {
     let mut rgb = Vec::new();
     let mut frame = 0;
-    for (position, index) in decoded.indices.iter().enumerate() {
-        if position > 0 && decoded.indices[position - 1] != *index {
+    for (position, index) in indices.iter().enumerate() {
+        if position > 0 && indices[position - 1] != *index {
             frame += 1;
         }
-        rgb.extend_from_slice(&decoded.frames[frame]);
+        rgb.extend_from_slice(&frames[frame]);
     }
     rgb.into()
 }
 
-fn video_info(probe: &Probe, decoded: &Decoded) -> VideoInfo {
+fn video_info(probe: &Probe, decoded: &Decoded, sampling: &Sampling) -> VideoInfo {
     let timeline = &decoded.timeline;
     VideoInfo {
         source_frames: timeline.times.len(),
-        duration: timeline.duration,
+        duration: Some(timeline.duration),
         width: probe.width,
         height: probe.height,
         container: probe.container.name().to_owned(),
         codec: probe.codec.clone(),
         sampled_timestamps: decoded.indices.iter().map(|&index| timeline.times[index]).collect(),
-        sampled_indices: decoded.indices.clone(),
+        ..applied(sampling.applied(), decoded.indices.clone())
     }
+}
+
+/// What is said of the sampling alone.
+fn applied(applied: Applied, sampled_indices: Vec<usize>) -> VideoInfo {
+    let Applied { fps, max_frames, start, end } = applied;
+    let num_frames = sampled_indices.len();
+    VideoInfo { num_frames, fps, max_frames, start, end, sampled_indices, ..VideoInfo::default() }
 }

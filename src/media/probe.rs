@@ -5,6 +5,8 @@
 
 use std::{fs::File, io::Read, path::Path, sync::Arc};
 
+use image::ImageFormat;
+
 use super::{
     MediaError,
     ffmpeg::{ALLOWED_CODECS, Tools, finish, read_lines},
@@ -169,9 +171,13 @@ async fn sniff_file(file: &Path) -> Result<Container, MediaError> {
         MediaError::Internal("the video file could not be read; try again".into())
     })?;
     Container::sniff(&head).ok_or_else(|| {
-        MediaError::Unsupported(
-            "this is not a video file that is accepted; send mp4, mov, mkv, webm, avi, gif or ts".into(),
-        )
+        let message = match image::guess_format(&head) {
+            Ok(ImageFormat::Jpeg | ImageFormat::Png | ImageFormat::WebP) => {
+                "this is a picture, not a video; send it as an image_url part"
+            }
+            _ => "this is not a video file that is accepted; send mp4, mov, mkv, webm, avi, gif or ts",
+        };
+        MediaError::Unsupported(message.into())
     })
 }
 

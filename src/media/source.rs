@@ -1,7 +1,7 @@
-//! Turns a [`VideoSource`] into a local file that ffmpeg can open, under the server's policy.
+//! Turns a [`VideoSource`] into local files that can be decoded, under the server's policy.
 //!
 //! Called by `mod.rs`. Must never open a path that a client named outside `allowed_media_dir`, and never decode
-//! base64 whose size was not checked first.
+//! base64 whose size was not checked first. A URL that several requests want at the same time is downloaded once.
 
 use std::{
     fs::File,
@@ -14,12 +14,13 @@ use base64::{
     Engine, alphabet,
     engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig},
 };
+use futures_util::FutureExt;
 use sha2::{Digest, Sha256};
-use tempfile::NamedTempFile;
+use tempfile::{NamedTempFile, TempPath};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use url::Url;
 
-use super::{MediaError, VideoSource, fetch::Fetcher};
+use super::{MediaError, VideoSource, fetch::Fetcher, flights::Flights};
 use crate::config::MediaConfig;
 
 /// Clients disagree about `=` at the end.
@@ -29,77 +30,162 @@ const BASE64: GeneralPurpose = GeneralPurpose::new(
 );
 const HASH_CHUNK_BYTES: usize = 1 << 20;
 
-/// A video on disk; a temporary one is removed when dropped.
-#[derive(Debug)]
-pub struct LocalVideo {
+/// A video or a picture on disk; a temporary one is removed with its last clone.
+#[derive(Debug, Clone)]
+pub struct LocalFile {
     path: PathBuf,
     /// SHA-256 of the file's bytes.
     pub content_hash: [u8; 32],
-    _temporary: Option<NamedTempFile>,
+    num_bytes: usize,
+    _temporary: Option<Arc<TempPath>>,
     /// Of a download: its share of the disk, given back after the file is removed.
-    _fetch_place: Option<OwnedSemaphorePermit>,
+    _fetch_place: Option<Arc<OwnedSemaphorePermit>>,
 }
 
-impl LocalVideo {
+impl LocalFile {
     pub fn path(&self) -> &Path {
         &self.path
     }
 }
 
+/// Whose downloads may be shared: requests with the same `cache_salt`.
+pub type Salt = Option<Arc<str>>;
+
 /// Gets videos to disk.
 #[derive(Debug, Clone)]
 pub struct SourceReader {
     fetcher: Fetcher,
+    /// Downloads that run, by salt and URLs.
+    flights: Flights<(Salt, Vec<Url>), Vec<LocalFile>>,
     /// One for each download that is running or waits on disk to be decoded.
     fetch_places: Arc<Semaphore>,
     max_video_bytes: usize,
+    max_frames: usize,
     allowed_media_dir: Option<PathBuf>,
+}
+
+/// Where one file comes from.
+enum Origin {
+    /// A `data:` URL.
+    Data(String),
+    File(Url),
+    Remote(Url),
 }
 
 impl SourceReader {
     pub fn new(config: &MediaConfig) -> Result<Self, MediaError> {
         Ok(SourceReader {
             fetcher: Fetcher::new(config)?,
+            flights: Flights::default(),
             fetch_places: Arc::new(Semaphore::new(config.max_concurrent_fetches.max(1))),
             max_video_bytes: config.max_video_bytes,
+            max_frames: config.max_frames,
             allowed_media_dir: config.allowed_media_dir.clone(),
         })
     }
 
-    /// The source as a file, with the hash of its content.
-    pub async fn read(&self, source: VideoSource) -> Result<LocalVideo, MediaError> {
+    /// The files of `source` in order, with the hashes of their contents: one, or the pictures of a list. Pictures
+    /// of a list share the limits of one video.
+    pub async fn read(&self, source: VideoSource, salt: &Salt) -> Result<Vec<LocalFile>, MediaError> {
         let this = self.clone();
         match source {
-            VideoSource::Url(url)
-                if url.get(..5).is_some_and(|scheme| scheme.eq_ignore_ascii_case("data:")) =>
-            {
-                blocking(move || this.store(&this.decode_data_url(&url)?)).await
+            VideoSource::Url(list) if is_picture_list(&list) => blocking(move || this.joined(&list)).await,
+            VideoSource::Url(url) | VideoSource::Image(url) => self.read_urls(vec![url], salt).await,
+            VideoSource::Frames(urls) => {
+                self.check_num_pictures(urls.len())?;
+                self.read_urls(urls, salt).await
             }
-            VideoSource::Url(url) => self.read_url(&url).await,
-            VideoSource::Bytes(bytes) => blocking(move || this.store(&bytes)).await,
-            VideoSource::TempFile(file) => blocking(move || this.temporary(file)).await,
-            VideoSource::LocalFile(path) => blocking(move || this.operators_file(&path)).await,
+            VideoSource::Base64(text) => one(move || this.store(&this.decode_base64(&text)?)).await,
+            VideoSource::Bytes(bytes) => one(move || this.store(&bytes)).await,
+            VideoSource::TempFile(file) => one(move || this.temporary(file.into_temp_path())).await,
+            VideoSource::LocalFile(path) => one(move || this.operators_file(&path)).await,
+            VideoSource::FileId(id) => Err(MediaError::Refused {
+                param: "file_id",
+                message: format!("there is no file \"{id}\" here; upload it first, or send the video itself"),
+            }),
         }
     }
 
-    async fn read_url(&self, url: &str) -> Result<LocalVideo, MediaError> {
-        let url = Url::parse(url)
-            .map_err(|_| refused("this is not a URL; give an http(s), file or data URL".into()))?;
-        let this = self.clone();
-        match url.scheme() {
-            "http" | "https" => {
-                let place = self.fetch_places.clone().acquire_owned().await;
-                let place = place.expect("the semaphore is never closed: this is a bug");
-                let file = blocking(|| NamedTempFile::new().map_err(|error| disk_failed(&error))).await?;
-                self.fetcher.fetch(url, file.path()).await?;
-                let video = blocking(move || this.temporary(file)).await?;
-                Ok(LocalVideo { _fetch_place: Some(place), ..video })
-            }
-            "file" => blocking(move || this.clients_file(&url)).await,
-            scheme => Err(refused(format!(
-                "URLs beginning with `{scheme}:` are not read; give an http(s), file or data URL"
-            ))),
+    async fn read_urls(&self, urls: Vec<String>, salt: &Salt) -> Result<Vec<LocalFile>, MediaError> {
+        let origins: Vec<Origin> = urls.into_iter().map(origin).collect::<Result<_, _>>()?;
+        let remote = origins.iter().filter_map(|origin| match origin {
+            Origin::Remote(url) => Some(url.clone()),
+            Origin::Data(_) | Origin::File(_) => None,
+        });
+        let fetched = self.fetch(remote.collect(), salt).await?;
+        if fetched.len() == origins.len() {
+            return Ok(fetched);
         }
+        let this = self.clone();
+        blocking(move || {
+            let mut fetched = fetched.into_iter();
+            this.within_limit(origins.into_iter().map(|origin| match origin {
+                Origin::Data(url) => this.store(&this.decode_data_url(&url)?),
+                Origin::File(url) => this.clients_file(&url),
+                Origin::Remote(_) => Ok(fetched.next().expect("every URL was fetched: this is a bug")),
+            }))
+        })
+        .await
+    }
+
+    /// Downloads `urls`, together with whoever wants the same ones just now.
+    async fn fetch(&self, urls: Vec<Url>, salt: &Salt) -> Result<Vec<LocalFile>, MediaError> {
+        if urls.is_empty() {
+            return Ok(Vec::new());
+        }
+        let (this, own_urls) = (self.clone(), urls.clone());
+        self.flights.join((salt.clone(), urls), || async move { this.download(own_urls).await }.boxed()).await
+    }
+
+    async fn download(&self, urls: Vec<Url>) -> Result<Vec<LocalFile>, MediaError> {
+        let place = self.fetch_places.clone().acquire_owned().await;
+        let place = Arc::new(place.expect("the semaphore is never closed: this is a bug"));
+        let num_files = urls.len();
+        let targets: Vec<TempPath> = blocking(move || {
+            let make = || NamedTempFile::new().map(NamedTempFile::into_temp_path);
+            (0..num_files).map(|_| make().map_err(|error| disk_failed(&error))).collect()
+        })
+        .await?;
+        let downloads = urls.into_iter().zip(targets.iter().map(|target| target.to_path_buf()));
+        self.fetcher.fetch(downloads.collect()).await?;
+        let this = self.clone();
+        blocking(move || {
+            let placed = |file| LocalFile { _fetch_place: Some(place.clone()), ..file };
+            targets.into_iter().map(|target| this.temporary(target).map(placed)).collect()
+        })
+        .await
+    }
+
+    /// The pictures of `data:video/jpeg;base64,<picture>,<picture>,…`.
+    fn joined(&self, url: &str) -> Result<Vec<LocalFile>, MediaError> {
+        let pictures = url.split_once(";base64,").map_or("", |(_, pictures)| pictures);
+        self.check_num_pictures(pictures.split(',').count())?;
+        self.within_limit(pictures.split(',').map(|picture| self.store(&self.decode_base64(picture)?)))
+    }
+
+    fn check_num_pictures(&self, num_pictures: usize) -> Result<(), MediaError> {
+        if (1..=self.max_frames).contains(&num_pictures) {
+            return Ok(());
+        }
+        Err(refused(format!(
+            "the list has {num_pictures} frames, but must have 1 to {}; send fewer",
+            self.max_frames
+        )))
+    }
+
+    /// Stops as soon as they are too large together.
+    fn within_limit(
+        &self,
+        files: impl Iterator<Item = Result<LocalFile, MediaError>>,
+    ) -> Result<Vec<LocalFile>, MediaError> {
+        let mut num_bytes = 0;
+        files
+            .map(|file| {
+                let file = file?;
+                num_bytes += file.num_bytes;
+                if num_bytes > self.max_video_bytes { Err(self.too_large()) } else { Ok(file) }
+            })
+            .collect()
     }
 
     /// The bytes of `data:<type>;base64,<text>`.
@@ -107,23 +193,21 @@ impl SourceReader {
         let Some((header, text)) = url.split_once(',') else {
             return Err(refused("this data URL has no comma; write data:video/mp4;base64,<data>".into()));
         };
-        let header = header.to_ascii_lowercase();
-        // Frames that the client sampled itself, comma-separated pictures, would be taken here.
-        if header.starts_with("data:video/jpeg") || header.starts_with("data:image/jpeg") {
-            return Err(refused("pictures in place of a video are not supported; send a video file".into()));
-        }
-        if !header.ends_with(";base64") {
+        if !header.to_ascii_lowercase().ends_with(";base64") {
             return Err(refused("data URLs must be base64; write data:video/mp4;base64,<data>".into()));
         }
+        self.decode_base64(text)
+    }
+
+    fn decode_base64(&self, text: &str) -> Result<Vec<u8>, MediaError> {
         let text = text.trim_ascii();
         if text.len() / 4 * 3 > self.max_video_bytes.saturating_add(2) {
             return Err(self.too_large());
         }
-        BASE64.decode(text).map_err(|error| refused(format!("the data URL is not valid base64 ({error})")))
+        BASE64.decode(text).map_err(|error| refused(format!("the data is not valid base64 ({error})")))
     }
-
     /// A file named by a client: only inside the allowed directory, whatever links and dots say.
-    fn clients_file(&self, url: &Url) -> Result<LocalVideo, MediaError> {
+    fn clients_file(&self, url: &Url) -> Result<LocalFile, MediaError> {
         let Some(allowed) = &self.allowed_media_dir else {
             return Err(refused("file URLs are not read by this server; upload the video".into()));
         };
@@ -144,7 +228,7 @@ impl SourceReader {
     }
 
     /// A file named on the command line.
-    fn operators_file(&self, path: &Path) -> Result<LocalVideo, MediaError> {
+    fn operators_file(&self, path: &Path) -> Result<LocalFile, MediaError> {
         let refused = |why: String| MediaError::Refused { param: "video", message: why };
         let canonical = path
             .canonicalize()
@@ -155,28 +239,28 @@ impl SourceReader {
         self.hashed(canonical, None)
     }
 
-    fn store(&self, bytes: &[u8]) -> Result<LocalVideo, MediaError> {
+    fn store(&self, bytes: &[u8]) -> Result<LocalFile, MediaError> {
         if bytes.len() > self.max_video_bytes {
             return Err(self.too_large());
         }
         let mut file = NamedTempFile::new().map_err(|error| disk_failed(&error))?;
         file.write_all(bytes).map_err(|error| disk_failed(&error))?;
-        self.temporary(file)
+        self.temporary(file.into_temp_path())
     }
 
-    fn temporary(&self, file: NamedTempFile) -> Result<LocalVideo, MediaError> {
+    fn temporary(&self, file: TempPath) -> Result<LocalFile, MediaError> {
         // Absolute, so that no working directory can change what it names.
-        let path = file.path().canonicalize().map_err(|error| disk_failed(&error))?;
+        let path = file.canonicalize().map_err(|error| disk_failed(&error))?;
         self.hashed(path, Some(file))
     }
 
-    fn hashed(&self, path: PathBuf, temporary: Option<NamedTempFile>) -> Result<LocalVideo, MediaError> {
+    fn hashed(&self, path: PathBuf, temporary: Option<TempPath>) -> Result<LocalFile, MediaError> {
         let mut file = File::open(&path).map_err(|error| disk_failed(&error))?;
         let length = file.metadata().map_err(|error| disk_failed(&error))?.len();
         if length > self.max_video_bytes as u64 {
             return Err(self.too_large());
         }
-        let mut hash = Sha256::new();
+        let (mut hash, mut num_bytes) = (Sha256::new(), 0);
         let mut chunk = vec![0u8; HASH_CHUNK_BYTES];
         loop {
             let read = file.read(&mut chunk).map_err(|error| disk_failed(&error))?;
@@ -184,11 +268,13 @@ impl SourceReader {
                 break;
             }
             hash.update(&chunk[..read]);
+            num_bytes += read;
         }
-        Ok(LocalVideo {
+        Ok(LocalFile {
             path,
             content_hash: hash.finalize().into(),
-            _temporary: temporary,
+            num_bytes,
+            _temporary: temporary.map(Arc::new),
             _fetch_place: None,
         })
     }
@@ -196,6 +282,34 @@ impl SourceReader {
     fn too_large(&self) -> MediaError {
         MediaError::TooManyBytes { max_video_bytes: self.max_video_bytes }
     }
+}
+
+/// Whether `url` holds frames that the client sampled itself: `data:video/jpeg;base64,<picture>,<picture>,…`.
+pub fn is_picture_list(url: &str) -> bool {
+    const START: &str = "data:video/jpeg;";
+    url.get(..START.len()).is_some_and(|start| start.eq_ignore_ascii_case(START))
+}
+
+fn origin(url: String) -> Result<Origin, MediaError> {
+    if url.get(..5).is_some_and(|scheme| scheme.eq_ignore_ascii_case("data:")) {
+        return Ok(Origin::Data(url));
+    }
+    let url = Url::parse(&url)
+        .map_err(|_| refused("this is not a URL; give an http(s), file or data URL".into()))?;
+    match url.scheme() {
+        "http" | "https" => Ok(Origin::Remote(url)),
+        "file" => Ok(Origin::File(url)),
+        scheme => Err(refused(format!(
+            "URLs beginning with `{scheme}:` are not read; give an http(s), file or data URL"
+        ))),
+    }
+}
+
+/// Gets one file on the blocking pool.
+async fn one(
+    work: impl FnOnce() -> Result<LocalFile, MediaError> + Send + 'static,
+) -> Result<Vec<LocalFile>, MediaError> {
+    blocking(move || Ok(vec![work()?])).await
 }
 
 /// Runs on the blocking pool.
@@ -223,8 +337,8 @@ mod tests {
     }
 
     async fn read(max_video_bytes: usize, url: &str) -> Result<Vec<u8>, MediaError> {
-        let video = reader(max_video_bytes).read(VideoSource::Url(url.into())).await?;
-        Ok(std::fs::read(video.path()).unwrap())
+        let files = reader(max_video_bytes).read(VideoSource::Url(url.into()), &None).await?;
+        Ok(files.iter().flat_map(|file| std::fs::read(file.path()).unwrap()).collect())
     }
 
     #[tokio::test]
@@ -250,7 +364,8 @@ mod tests {
             "data:video/mp4,hello",
             "data:video/mp4;base64",
             "data:;base64,!!!!",
-            "data:video/jpeg;base64,aa,bb",
+            "data:video/jpeg,aa,bb",
+            "data:video/jpeg;base64,aa,!!",
             "ftp://example.org/a.mp4",
             "concat:a|b",
             "not a url",
@@ -266,11 +381,30 @@ mod tests {
 
     #[tokio::test]
     async fn temporary_files_go_with_their_video() {
-        let video = reader(100).read(VideoSource::Bytes("hello".into())).await.unwrap();
+        let files = reader(100).read(VideoSource::Bytes("hello".into()), &None).await.unwrap();
+        let [video] = &files[..] else { panic!("one file is expected") };
         let path = video.path().to_owned();
         assert!(path.exists());
         assert_eq!(video.content_hash, <[u8; 32]>::from(Sha256::digest(b"hello")));
-        drop(video);
+        let clone = files.clone();
+        drop(files);
+        assert!(path.exists());
+        drop(clone);
         assert!(!path.exists());
+    }
+
+    #[tokio::test]
+    async fn a_list_shares_the_limits_of_one_video() {
+        let list = "data:video/jpeg;base64,aGVsbG8=,d29ybGQ";
+        assert_eq!(read(10, list).await.unwrap(), b"helloworld");
+        assert!(matches!(read(9, list).await, Err(MediaError::TooManyBytes { .. })));
+        let urls = |n: usize| VideoSource::Frames(vec!["data:;base64,aGVsbG8=".into(); n]);
+        assert_eq!(reader(1000).read(urls(64), &None).await.unwrap().len(), 64);
+        assert!(matches!(reader(100).read(urls(64), &None).await, Err(MediaError::TooManyBytes { .. })));
+        for n in [0, 65] {
+            assert!(matches!(reader(1000).read(urls(n), &None).await, Err(MediaError::Refused { .. })));
+        }
+        let long = format!("data:video/jpeg;base64,{}", "aa,".repeat(64));
+        assert!(matches!(read(1000, &long).await, Err(MediaError::Refused { .. })));
     }
 }

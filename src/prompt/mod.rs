@@ -22,7 +22,7 @@ use tokenizer::MAX_TEXT_BYTES;
 pub struct Turn {
     /// The user's text, without any placeholder.
     pub user: String,
-    /// How many videos stand in this turn (0 or 1 for now).
+    /// How many videos stand in this turn, before its text.
     pub num_videos: usize,
     /// The reply to it; `None` for the turn to be answered.
     pub assistant: Option<String>,

@@ -1,10 +1,13 @@
 //! Blocks of the KV cache: who holds them, which can be shared, which are given away first.
 //!
 //! The prefix cache is an exact tree rather than a table of hashes: a block's key is the identity of the block
-//! before it, its tokens, and the videos its visual tokens belong to. Equal keys mean equal content, so no
+//! before it (or, of a first block, the request's cache salt), its tokens, and the videos its visual tokens belong to. Equal keys mean equal content, so no
 //! collision can ever mix two requests, however adversarial.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::{
+    collections::{BTreeMap, HashMap, VecDeque},
+    sync::Arc,
+};
 
 use super::{TokenId, VideoDigest, sequence::Sequence};
 
@@ -21,6 +24,8 @@ pub(super) const ROOT: BlockUid = 0;
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct BlockKey {
     parent: BlockUid,
+    /// Of a first block; the others have their parent's.
+    salt: Option<Arc<str>>,
     tokens: Box<[TokenId]>,
     /// Video and offset into it of each visual span that reaches into the block.
     visuals: Vec<(VideoDigest, isize)>,
@@ -134,7 +139,8 @@ impl BlockManager {
             sequence.spans().iter().filter(|span| span.range.start < end && start < span.range.end);
         let visuals =
             touching.map(|span| (span.digest, start as isize - span.range.start as isize)).collect();
-        BlockKey { parent, tokens: sequence.token_ids()[start..end].into(), visuals }
+        let salt = sequence.cache_salt().filter(|_| index == 0).cloned();
+        BlockKey { parent, salt, tokens: sequence.token_ids()[start..end].into(), visuals }
     }
 
     /// Makes the sequence's newly filled blocks known. A block whose content is known already stays private, but

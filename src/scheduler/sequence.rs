@@ -1,6 +1,6 @@
 //! One sequence: its tokens, how far it is computed, and the blocks it holds.
 
-use std::ops::Range;
+use std::{ops::Range, sync::Arc};
 
 use super::{
     BlockId, StopReason, TokenId, VideoDigest,
@@ -30,6 +30,8 @@ pub struct SequenceSpec {
     pub token_ids: Vec<TokenId>,
     /// In order, not overlapping.
     pub spans: Vec<VisualSpan>,
+    /// Blocks are shared with sequences of the same one only.
+    pub cache_salt: Option<Arc<str>>,
     /// Most tokens of the completion.
     pub max_tokens: usize,
     /// Go on after an end token.
@@ -93,6 +95,10 @@ impl Sequence {
 
     pub fn spans(&self) -> &[VisualSpan] {
         &self.spec.spans
+    }
+
+    pub(super) fn cache_salt(&self) -> Option<&Arc<str>> {
+        self.spec.cache_salt.as_ref()
     }
 
     /// Block table: entry `i` holds positions `[i * block_size, (i + 1) * block_size)`.

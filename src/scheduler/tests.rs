@@ -1,6 +1,6 @@
 //! Invariants over many random operations, with a shadow cache that knows what each slot must hold.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, sync::Arc};
 
 use proptest::prelude::*;
 
@@ -22,21 +22,35 @@ fn limits(num_blocks: usize) -> SchedulerLimits {
 }
 
 fn spec(token_ids: Vec<TokenId>, max_tokens: usize) -> SequenceSpec {
-    SequenceSpec { token_ids, spans: vec![], max_tokens, ignore_eos: false, stop_token_ids: vec![] }
+    SequenceSpec {
+        token_ids,
+        spans: vec![],
+        cache_salt: None,
+        max_tokens,
+        ignore_eos: false,
+        stop_token_ids: vec![],
+    }
 }
 
-/// `before` text tokens, a video of six visual tokens, then `after`.
-fn video_spec(before: &[TokenId], video: u8, after: &[TokenId], max_tokens: usize) -> SequenceSpec {
+/// `before` text tokens, videos of six visual tokens each, then `after`.
+fn videos_spec(before: &[TokenId], videos: &[u8], after: &[TokenId], max_tokens: usize) -> SequenceSpec {
     let mut token_ids = before.to_vec();
-    token_ids.extend([VISUAL_TOKEN; 6]);
+    let mut spans = vec![];
+    for video in videos {
+        let start = token_ids.len();
+        token_ids.extend([VISUAL_TOKEN; 6]);
+        spans.push(VisualSpan { range: start..start + 6, digest: [*video; 32], num_frames: 4 });
+    }
     token_ids.extend(after);
-    let range = before.len()..before.len() + 6;
-    let spans = vec![VisualSpan { range, digest: [video; 32], num_frames: 4 }];
     SequenceSpec { spans, ..spec(token_ids, max_tokens) }
 }
 
-/// A token and, where it is visual, its place in its video.
-type Content = (TokenId, Option<(VideoDigest, usize)>);
+fn video_spec(before: &[TokenId], video: u8, after: &[TokenId], max_tokens: usize) -> SequenceSpec {
+    videos_spec(before, &[video], after, max_tokens)
+}
+
+/// A token, where it is visual its place in its video, and the salt it was computed under.
+type Content = (TokenId, Option<(VideoDigest, usize)>, Option<Arc<str>>);
 
 /// Runs steps the way the engine does, and checks that every position a step relies on holds the right content.
 struct Shadow {
@@ -64,7 +78,8 @@ impl Shadow {
             let span = sequence.spans().iter().find(|span| span.range.contains(&position))?;
             Some((span.digest, position - span.range.start))
         };
-        (0..end).map(|position| (sequence.token_ids()[position], visual(position))).collect()
+        let salt = sequence.cache_salt();
+        (0..end).map(|position| (sequence.token_ids()[position], visual(position), salt.cloned())).collect()
     }
 
     fn run(&mut self, plan: &StepPlan) {
@@ -131,9 +146,10 @@ impl Shadow {
 enum Op {
     Add {
         before: Vec<TokenId>,
-        video: Option<u8>,
+        videos: Vec<u8>,
         after: Vec<TokenId>,
         max_tokens: usize,
+        salt: Option<bool>,
         num_siblings: usize,
     },
     Step {
@@ -151,8 +167,8 @@ enum Op {
 fn op() -> impl Strategy<Value = Op> {
     let text = |most| prop::collection::vec(0..2u32, 1..most);
     prop_oneof![
-        3 => (text(9), prop::option::of(0..4u8), text(6), 1..8usize, prop_oneof![3 => Just(1), 2 => 2..8usize]).prop_map(
-            |(before, video, after, max_tokens, num_siblings)| Op::Add { before, video, after, max_tokens, num_siblings }
+        3 => (text(9), prop::collection::vec(0..4u8, 0..=2), text(6), 1..8usize, any::<Option<bool>>(), prop_oneof![3 => Just(1), 2 => 2..8usize]).prop_map(
+            |(before, videos, after, max_tokens, salt, num_siblings)| Op::Add { before, videos, after, max_tokens, salt, num_siblings }
         ),
         8 => prop_oneof![5 => 0..2u32, 1 => Just(9u32)].prop_map(|token| Op::Step { token }),
         1 => Just(Op::FailStep),
@@ -177,11 +193,9 @@ proptest! {
         let mut ids = vec![];
         for op in ops {
             match op {
-                Op::Add { before, video, after, max_tokens, num_siblings } => {
-                    let spec = match video {
-                        Some(video) => video_spec(&before, video, &after, max_tokens),
-                        None => spec([before, after].concat(), max_tokens),
-                    };
+                Op::Add { before, videos, after, max_tokens, salt, num_siblings } => {
+                    let cache_salt = salt.map(|salt| salt.to_string().into());
+                    let spec = SequenceSpec { cache_salt, ..videos_spec(&before, &videos, &after, max_tokens) };
                     ids.extend(shadow.scheduler.add_siblings(vec![spec; num_siblings]));
                 }
                 Op::Step { token } => { shadow.step(|_| token); }
@@ -254,6 +268,22 @@ fn two_videos_never_share_blocks_and_the_same_video_does() {
     let same = shadow.scheduler.add(video_spec(&[1, 1], 1, &[0, 1, 1], 1));
     assert_eq!(shadow.step(|_| 1).admitted, [(same, 8)]);
     shadow.drain();
+}
+
+#[test]
+fn blocks_are_shared_within_a_salt_only() {
+    let mut shadow = Shadow::new(30);
+    let salted = |salt: Option<&str>| SequenceSpec {
+        cache_salt: salt.map(Into::into),
+        ..video_spec(&[1, 1], 1, &[0, 1, 0], 1)
+    };
+    for (salt, known) in
+        [(None, 0), (Some("a"), 0), (Some("b"), 0), (Some("a"), 8), (None, 8), (Some("b"), 8), (Some(""), 0)]
+    {
+        let id = shadow.scheduler.add(salted(salt));
+        assert_eq!(shadow.step(|_| 1).admitted, [(id, known)], "{salt:?}");
+        shadow.drain();
+    }
 }
 
 #[test]

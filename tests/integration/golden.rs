@@ -96,6 +96,7 @@ impl Checkpoint {
         NewSequence {
             token_ids,
             videos,
+            cache_salt: None,
             sampling: SamplingParams { ignore_eos: true, ..SamplingParams::greedy(24) },
             guide: None,
         }

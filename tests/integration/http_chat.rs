@@ -144,7 +144,12 @@ async fn every_row_of_the_error_table_has_its_status() {
             json!("context_length_exceeded"),
             json!("messages"),
         ),
-        (about(unreachable, json!({})), 422, json!("video_fetch_failed"), Value::Null),
+        (
+            about(unreachable, json!({})),
+            422,
+            json!("video_fetch_failed"),
+            json!("messages[0].content[1].video_url"),
+        ),
     ] {
         for stream in [false, true] {
             let mut body = body.clone();

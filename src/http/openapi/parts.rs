@@ -10,7 +10,7 @@ use utoipa::openapi::{
 use crate::{config::Config, http::validate::HARMLESS};
 
 /// Requests and what is in them: an unknown field is refused.
-const CLOSED: [&str; 8] = [
+const CLOSED: [&str; 11] = [
     "ChatRequest",
     "StreamOptions",
     "ChatTemplateKwargs",
@@ -18,6 +18,9 @@ const CLOSED: [&str; 8] = [
     "Message",
     "ContentPart",
     "VideoUrl",
+    "InputVideo",
+    "FilePart",
+    "ImageUrl",
     "SamplingKnobs",
 ];
 
@@ -59,10 +62,25 @@ pub fn content() -> Schema {
     text_or_list("ContentPart", Config::default().max_content_parts).build().into()
 }
 
+fn url() -> ObjectBuilder {
+    string().description(Some("https:, http:, data: or, where the operator allows it, file:"))
+}
+
 /// A URL, or an object that holds it.
 pub fn video_url() -> Schema {
-    let url = string().description(Some("https:, http:, data: or, where the operator allows it, file:"));
-    OneOfBuilder::new().item(url).item(Ref::from_schema_name("VideoUrl")).build().into()
+    OneOfBuilder::new().item(url()).item(Ref::from_schema_name("VideoUrl")).build().into()
+}
+
+/// A URL, or an object that holds it.
+pub fn image_url() -> Schema {
+    OneOfBuilder::new().item(url()).item(Ref::from_schema_name("ImageUrl")).build().into()
+}
+
+/// A URL, or those of the frames that the client sampled itself.
+pub fn url_or_frames() -> Schema {
+    let max_frames = Config::default().media.max_frames;
+    let frames = ArrayBuilder::new().items(url()).min_items(Some(1)).max_items(Some(max_frames));
+    OneOfBuilder::new().item(url()).item(frames).build().into()
 }
 
 /// `stop`

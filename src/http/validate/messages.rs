@@ -1,21 +1,19 @@
-//! From wire messages to a conversation of turns, and the video part found on the way.
+//! From wire messages to a conversation of turns, and the videos found on the way.
 //!
-//! Called by `validate`. Roles must come as: system (optional), then user and assistant in turn, user last.
+//! Called by `validate`. Roles must come as: system (optional), then user and assistant in turn, user last. What an
+//! assistant's earlier reply thought (`reasoning_content`) is let through and left out of the prompt: the template's
+//! finished turns hold the answer alone.
 
-use super::{InvalidRequest, refuse_unknown, shorten};
+use super::{
+    InvalidRequest,
+    parts::{self, Part, VideoPart},
+    shorten,
+};
 use crate::{
     config::Config,
-    http::types::{ContentPart, Extra, Message, TextOr, VideoUrl},
+    http::types::{ContentPart, Extra, Message, TextOr},
     prompt::{Conversation, Turn},
 };
-
-/// A `video_url` part and where it stood.
-#[derive(Debug)]
-pub struct VideoPart {
-    /// As in `messages[0].content[1]`.
-    pub path: String,
-    pub video: VideoUrl,
-}
 
 /// Fields of a message that clients echo back or send along without effect on the prompt.
 const HARMLESS: [&str; 7] =
@@ -26,7 +24,7 @@ pub fn validate(
     messages: Vec<Message>,
     upload: bool,
     config: &Config,
-) -> Result<(Conversation, Option<VideoPart>), InvalidRequest> {
+) -> Result<(Conversation, Vec<VideoPart>), InvalidRequest> {
     if messages.is_empty() || messages.len() > config.max_messages {
         let message =
             format!("messages has {} entries, but must have 1 to {}", messages.len(), config.max_messages);
@@ -42,19 +40,19 @@ pub fn validate(
 #[derive(Default)]
 struct Builder {
     conversation: Conversation,
-    video: Option<VideoPart>,
+    videos: Vec<VideoPart>,
     text_bytes: usize,
 }
 
 impl Builder {
     fn push(&mut self, path: &str, message: Message, config: &Config) -> Result<(), InvalidRequest> {
         check_message_fields(path, &message.extra)?;
-        let before = self.video.is_some();
+        let before = self.videos.len();
         let text = self.content(path, message.content, config)?;
-        let has_video = self.video.is_some() && !before;
+        let num_videos = self.videos.len() - before;
         let turns = &mut self.conversation.turns;
         let role = message.role.as_str();
-        if has_video && role != "user" {
+        if num_videos > 0 && role != "user" {
             return Err(InvalidRequest::field(
                 format!("{path}.content"),
                 "a video must be in a user message",
@@ -73,7 +71,7 @@ impl Builder {
                 return out_of_order("two user messages follow each other; join them");
             }
             ("user", _) => {
-                turns.push(Turn { user: text, num_videos: usize::from(has_video), assistant: None });
+                turns.push(Turn { user: text, num_videos, assistant: None });
             }
             ("assistant", Some(turn)) if turn.assistant.is_none() => turn.assistant = Some(text),
             ("assistant", _) => return out_of_order("an assistant message must follow a user message"),
@@ -112,7 +110,7 @@ impl Builder {
             Some(TextOr::Other(parts)) => {
                 let mut texts = Vec::new();
                 for (i, part) in parts.into_iter().enumerate() {
-                    let text = self.part(format!("{path}[{i}]"), part)?;
+                    let text = self.part(format!("{path}[{i}]"), part, config)?;
                     // One more for the newline.
                     self.count(
                         text.as_ref().map_or(0, |text| text.len() + usize::from(!texts.is_empty())),
@@ -137,47 +135,19 @@ impl Builder {
     }
 
     /// The text of a part, if it is one of text.
-    fn part(&mut self, path: String, part: ContentPart) -> Result<Option<String>, InvalidRequest> {
-        match part.kind.as_str() {
-            "text" => {
-                refuse_unknown(&part.extra, &path, &["type", "text"])?;
-                if part.video_url.is_some() {
-                    return Err(InvalidRequest::field(
-                        path,
-                        "a part of type \"text\" cannot have a video_url",
-                    ));
-                }
-                part.text
-                    .map(Some)
-                    .ok_or_else(|| InvalidRequest::field(format!("{path}.text"), "the part has no text"))
-            }
-            "video_url" => {
-                refuse_unknown(&part.extra, &path, &["type", "video_url", "uuid"])?;
-                if part.text.is_some() {
-                    return Err(InvalidRequest::field(
-                        path,
-                        "a part of type \"video_url\" cannot have a text",
-                    ));
-                }
-                if self.video.is_some() {
-                    return Err(InvalidRequest::field(path, "only one video per request is supported"));
-                }
-                let mut video = match part.video_url {
-                    None => VideoUrl::default(),
-                    Some(TextOr::Text(url)) => VideoUrl { url: Some(url), ..Default::default() },
-                    Some(TextOr::Other(video)) => video,
-                };
-                video.uuid = video.uuid.or(part.uuid);
-                self.video = Some(VideoPart { path, video });
+    fn part(
+        &mut self,
+        path: String,
+        part: ContentPart,
+        config: &Config,
+    ) -> Result<Option<String>, InvalidRequest> {
+        match parts::read(&path, part)? {
+            Part::Text(text) => Ok(Some(text)),
+            Part::Video(video) if self.videos.len() < config.max_videos_per_request => {
+                self.videos.push(video);
                 Ok(None)
             }
-            kind => Err(InvalidRequest::field(
-                format!("{path}.type"),
-                format!(
-                    "content parts of type \"{}\" are not supported; use text or video_url",
-                    shorten(kind)
-                ),
-            )),
+            Part::Video(_) => Err(InvalidRequest::field(path, too_many_videos(config))),
         }
     }
 
@@ -185,26 +155,33 @@ impl Builder {
         mut self,
         upload: bool,
         config: &Config,
-    ) -> Result<(Conversation, Option<VideoPart>), InvalidRequest> {
+    ) -> Result<(Conversation, Vec<VideoPart>), InvalidRequest> {
         let Some(last) = self.conversation.turns.last_mut().filter(|turn| turn.assistant.is_none()) else {
             return Err(InvalidRequest::field("messages", "the last message must be the user's"));
         };
-        if upload && self.video.is_none() {
+        // An upload without a place of its own stands in the last turn.
+        if upload && self.videos.is_empty() {
+            if config.max_videos_per_request == 0 {
+                return Err(InvalidRequest::field("video", too_many_videos(config)));
+            }
             last.num_videos = 1;
         }
-        let num_videos: usize = self.conversation.turns.iter().map(|turn| turn.num_videos).sum();
-        if num_videos > config.max_videos_per_request {
-            return Err(InvalidRequest::field("messages", "this server accepts no videos"));
-        }
-        let last_is_empty = self.conversation.turns.last().is_some_and(|turn| turn.user.trim().is_empty());
-        if last_is_empty && num_videos == 0 {
+        if last.user.trim().is_empty() && self.conversation.turns.iter().all(|turn| turn.num_videos == 0) {
             return Err(InvalidRequest::field(
                 "messages",
                 "the last message is empty; send a question or a video",
             ));
         }
-        Ok((self.conversation, self.video))
+        Ok((self.conversation, self.videos))
     }
+}
+
+fn too_many_videos(config: &Config) -> String {
+    format!(
+        "this server accepts at most {} videos and pictures in a request (--max-videos-per-request), of all \
+         messages together; send fewer",
+        config.max_videos_per_request
+    )
 }
 
 fn check_message_fields(path: &str, extra: &Extra) -> Result<(), InvalidRequest> {

@@ -6,12 +6,16 @@ mod choices;
 mod fields;
 mod guided;
 mod messages;
+mod parts;
 mod sampling;
 mod video;
 
 pub use choices::ValidChoices;
 pub use fields::HARMLESS;
 pub use guided::Guided;
+
+use std::{sync::Arc, time::Duration};
+
 use tempfile::NamedTempFile;
 
 use super::types::{ChatRequest, Extra};
@@ -25,9 +29,14 @@ use crate::{
 /// A request that can be served, but for what only later stages can know (the video, the prompt's length).
 #[derive(Debug)]
 pub struct ValidRequest {
-    /// The video's place is in the turn that counts one.
+    /// Each video's place is in the turn that counts it.
     pub conversation: Conversation,
-    pub video: Option<ValidVideo>,
+    /// In the order of their places.
+    pub videos: Vec<ValidVideo>,
+    /// Cached work is shared with requests of the same one only.
+    pub cache_salt: Option<Arc<str>>,
+    /// From the arrival to the last token; `None`: the server's own.
+    pub timeout: Option<Duration>,
     pub sampling: ValidSampling,
     pub choices: ValidChoices,
     pub stop_strings: Vec<String>,
@@ -50,9 +59,13 @@ impl ValidRequest {
     }
 }
 
-/// The one video of a request.
+/// One video of a request.
 #[derive(Debug)]
 pub struct ValidVideo {
+    /// Where it is in the request, as in `messages[0].content[1].video_url`.
+    pub path: String,
+    /// Where its knobs are.
+    pub knobs_path: String,
     pub source: VideoSource,
     pub sampling: FrameSampling,
 }
@@ -127,13 +140,17 @@ pub fn validate(
     let reasoning = reasoning(&request)?;
     let stop_strings = sampling::stop_strings(&request, limits.config)?;
     let sampling = sampling::validate(&request, limits)?;
-    let (conversation, part) =
+    let cache_salt = cache_salt(request.cache_salt.take())?;
+    let timeout = timeout(request.timeout, limits.config.request_timeout)?;
+    let (conversation, parts) =
         messages::validate(std::mem::take(&mut request.messages), upload.is_some(), limits.config)?;
     let choices = choices::validate(&request, &conversation, sampling.params.temperature, limits)?;
-    let video = video::validate(part, upload, request.media_io_kwargs, limits.config)?;
+    let videos = video::validate(parts, upload, request.media_io_kwargs, &limits.config.media)?;
     Ok(ValidRequest {
         conversation,
-        video,
+        videos,
+        cache_salt,
+        timeout,
         sampling,
         choices,
         stop_strings,
@@ -154,6 +171,30 @@ fn check_model(asked: Option<&str>, served: &str) -> Result<(), InvalidRequest> 
         }
         _ => Ok(()),
     }
+}
+
+fn cache_salt(salt: Option<String>) -> Result<Option<Arc<str>>, InvalidRequest> {
+    const MAX_SALT_BYTES: usize = 128;
+    match salt {
+        Some(salt) if salt.is_empty() || salt.len() > MAX_SALT_BYTES => {
+            let message = format!("cache_salt must have 1 to {MAX_SALT_BYTES} bytes");
+            Err(InvalidRequest::field("cache_salt", message))
+        }
+        salt => Ok(salt.map(Into::into)),
+    }
+}
+
+/// A longer time than the server's own is refused rather than cut: nobody shall count on it.
+fn timeout(seconds: Option<f64>, longest: Duration) -> Result<Option<Duration>, InvalidRequest> {
+    let Some(seconds) = seconds else { return Ok(None) };
+    if !(seconds > 0.0 && seconds <= longest.as_secs_f64()) {
+        let message = format!(
+            "timeout is {seconds} s, but must be greater than 0 and at most {} s, the server's own limit",
+            longest.as_secs_f64()
+        );
+        return Err(InvalidRequest::field("timeout", message));
+    }
+    Ok(Some(Duration::from_secs_f64(seconds)))
 }
 
 fn include_usage(request: &ChatRequest) -> Result<bool, InvalidRequest> {

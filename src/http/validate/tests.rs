@@ -8,10 +8,13 @@ use serde_json::{Value, json};
 use super::*;
 
 fn with_upload(request: Value, upload: bool) -> Result<ValidRequest, InvalidRequest> {
-    let config = Config::default();
+    with_config(request, upload, &Config::default())
+}
+
+fn with_config(request: Value, upload: bool, config: &Config) -> Result<ValidRequest, InvalidRequest> {
     let default_sampling = SamplingParams::greedy(1);
     let limits = Limits {
-        config: &config,
+        config,
         model_id: "nano",
         default_sampling: &default_sampling,
         vocab_size: 257,
@@ -47,6 +50,12 @@ fn video(object: Value) -> Value {
     json!([{"type": "text", "text": "What?"}, {"type": "video_url", "video_url": object}])
 }
 
+/// The one video of a request that has one.
+fn only(valid: ValidRequest) -> ValidVideo {
+    let [video] = <[ValidVideo; 1]>::try_from(valid.videos).expect("one video");
+    video
+}
+
 const URL: &str = "https://example.org/a.mp4";
 
 #[test]
@@ -54,7 +63,7 @@ fn plain_text_is_a_turn_with_defaults() {
     let valid = check(request(json!("Hi"), json!({"model": "nano"}))).unwrap();
     assert_eq!(valid.conversation.turns.len(), 1);
     assert_eq!(valid.conversation.turns[0].user, "Hi");
-    assert!(valid.video.is_none() && !valid.stream);
+    assert!(valid.videos.is_empty() && !valid.stream);
     assert_eq!(valid.instruction, Instruction::Think);
     assert_eq!(valid.sampling.max_tokens, None);
     assert_eq!(valid.reasoning, Reasoning::Separate);
@@ -66,7 +75,101 @@ fn every_form_of_a_video_url_means_the_same() {
         let valid = check(request(video(part), json!({}))).unwrap();
         assert_eq!(valid.conversation.turns[0].num_videos, 1);
         assert_eq!(valid.conversation.turns[0].user, "What?");
-        assert!(matches!(valid.video.unwrap().source, VideoSource::Url(url) if url == URL));
+        assert!(matches!(only(valid).source, VideoSource::Url(url) if url == URL));
+    }
+}
+
+#[test]
+fn every_form_of_a_part_becomes_its_source() {
+    let data = "data:video/mp4;base64,aa";
+    for (part, source) in [
+        (json!({"type": "video", "video": URL}), format!("Url({URL:?})")),
+        (json!({"type": "video", "video": [URL, data]}), format!("Frames([{URL:?}, {data:?}])")),
+        (json!({"type": "input_video", "input_video": {"url": URL}}), format!("Url({URL:?})")),
+        (json!({"type": "input_video", "input_video": {"data": "aa"}}), "Base64(\"aa\")".into()),
+        (json!({"type": "input_video", "input_video": {"data": data}}), format!("Url({data:?})")),
+        (json!({"type": "file", "file": {"file_id": "file-1"}}), "FileId(\"file-1\")".into()),
+        (json!({"type": "file", "file": {"file_data": data, "filename": "a.mp4"}}), format!("Url({data:?})")),
+        (json!({"type": "image_url", "image_url": URL}), format!("Image({URL:?})")),
+        (json!({"type": "image_url", "image_url": {"url": URL, "detail": "low"}}), format!("Image({URL:?})")),
+    ] {
+        let video = only(check(request(json!([part]), json!({}))).unwrap());
+        assert_eq!(format!("{:?}", video.source), source);
+        assert_eq!(video.path, format!("messages[0].content[0].{}", part["type"].as_str().unwrap()));
+        assert_eq!(video.sampling, FrameSampling::default());
+    }
+}
+
+#[test]
+fn knobs_stand_beside_a_video_too_and_minus_one_is_all_frames() {
+    let sampling = |part: Value, top: Value| {
+        let more = json!({"media_io_kwargs": {"video": top}});
+        check(request(json!([part]), more)).map(|valid| only(valid).sampling)
+    };
+    let plain = json!({"type": "video", "video": URL});
+    let beside =
+        sampling(json!({"type": "video", "video": URL, "fps": 2.0, "max_frames": 8}), json!({})).unwrap();
+    assert_eq!((beside.fps, beside.max_frames), (Some(2.0), Some(8)));
+    let all = sampling(plain.clone(), json!({"num_frames": -1})).unwrap();
+    assert_eq!(all, FrameSampling { num_frames: Some(64), ..FrameSampling::default() });
+    let all = sampling(plain.clone(), json!({"num_frames": -1, "fps": -1})).unwrap();
+    assert_eq!(all.num_frames, Some(64));
+    let rate = sampling(plain.clone(), json!({"num_frames": -1, "fps": 3})).unwrap();
+    assert_eq!((rate.num_frames, rate.fps), (None, Some(3.0)));
+    let bounded = sampling(plain, json!({"num_frames": -1, "max_frames": 5})).unwrap();
+    assert_eq!((bounded.num_frames, bounded.max_frames), (Some(5), None));
+    // The rate of a list is its own: a number of frames beside it is a bound that it keeps or not.
+    let list = json!({"type": "video", "video": [URL, URL], "fps": 2.0});
+    let list = sampling(list, json!({"num_frames": 2})).unwrap();
+    assert_eq!((list.num_frames, list.fps), (Some(2), Some(2.0)));
+}
+
+#[test]
+fn several_videos_are_taken_in_order_up_to_the_limit() {
+    let config = Config { max_videos_per_request: 3, ..Config::default() };
+    let part = |n: usize| json!({"type": "video_url", "video_url": {"url": format!("https://a/{n}"), "num_frames": n}});
+    let messages = |parts: [Vec<usize>; 2]| {
+        let [first, last] = parts.map(|numbers| numbers.into_iter().map(part).collect::<Vec<_>>());
+        json!({"messages": [{"role": "user", "content": first}, {"role": "assistant", "content": "B"},
+            {"role": "user", "content": last}], "media_io_kwargs": {"video": {"start": 1.0}}})
+    };
+    let valid = with_config(messages([vec![1, 2], vec![3]]), false, &config).unwrap();
+    let nums: Vec<_> = valid.videos.iter().map(|video| video.sampling.num_frames.unwrap()).collect();
+    assert_eq!(nums, [1, 2, 3]);
+    assert!(valid.videos.iter().all(|video| video.sampling.start == Some(1.0)));
+    assert_eq!(valid.conversation.turns.iter().map(|turn| turn.num_videos).collect::<Vec<_>>(), [2, 1]);
+    let refused = with_config(messages([vec![1, 2], vec![3, 4]]), false, &config).unwrap_err();
+    let InvalidRequest::Field { param: at, message } = refused else { panic!("{refused:?}") };
+    assert_eq!(at, "messages[2].content[1]");
+    assert!(message.contains("at most 3") && message.contains("--max-videos-per-request"), "{message}");
+
+    // The upload takes the place of the part without a source, and needs one beside other videos.
+    let marked = json!([part(1), {"type": "video_url"}]);
+    let valid = with_config(request(marked, json!({})), true, &config).unwrap();
+    assert!(matches!(valid.videos[1].source, VideoSource::TempFile(_)));
+    let unplaced = with_config(request(json!([part(1)]), json!({})), true, &config);
+    assert_eq!(param(unplaced), "messages[0].content[0].video_url.url");
+    let twice = json!([{"type": "video_url"}, {"type": "video_url"}]);
+    let twice = with_config(request(twice, json!({})), true, &config);
+    assert_eq!(param(twice), "messages[0].content[1].video_url.url");
+    let none = Config { max_videos_per_request: 0, ..Config::default() };
+    assert_eq!(param(with_config(request(json!("x"), json!({})), true, &none)), "video");
+}
+
+#[test]
+fn salt_and_timeout_have_their_limits() {
+    let ask = |more: Value| check(request(json!("Hi"), more));
+    let valid = ask(json!({"cache_salt": "me", "timeout": 1.5})).unwrap();
+    assert_eq!(valid.cache_salt.as_deref(), Some("me"));
+    assert_eq!(valid.timeout, Some(Duration::from_millis(1500)));
+    for (more, fault) in [
+        (json!({"cache_salt": ""}), "cache_salt"),
+        (json!({"cache_salt": "x".repeat(129)}), "cache_salt"),
+        (json!({"timeout": 0}), "timeout"),
+        (json!({"timeout": -1}), "timeout"),
+        (json!({"timeout": 600.5}), "timeout"),
+    ] {
+        assert_eq!(param(ask(more)), fault);
     }
 }
 
@@ -163,7 +266,31 @@ fn each_fault_names_its_field() {
 fn each_fault_of_a_part_names_its_path() {
     let content = "messages[0].content";
     for (part, fault) in [
-        (json!({"type": "image_url", "image_url": {"url": "https://a/b.png"}}), "[0].type"),
+        (json!({"type": "input_audio", "input_audio": {"data": "aa"}}), "[0].type"),
+        (json!({"type": "text", "text": "x", "video_url": URL}), "[0].video_url"),
+        (json!({"type": "text", "text": "x", "fps": 1}), "[0].fps"),
+        (json!({"type": "video_url", "video_url": URL, "video": URL}), "[0].video"),
+        (json!({"type": "video_url", "video_url": URL, "odd": 1}), "[0].odd"),
+        (
+            json!({"type": "video_url", "video_url": {"url": URL, "uuid": "x".repeat(257)}}),
+            "[0].video_url.uuid",
+        ),
+        (json!({"type": "video_url", "video_url": {"url": URL, "fps": 1}, "fps": 2}), "[0].fps"),
+        (json!({"type": "input_video"}), "[0].input_video"),
+        (json!({"type": "input_video", "input_video": {"data": "aa", "url": URL}}), "[0].input_video.data"),
+        (json!({"type": "input_video", "input_video": {"url": "x"}}), "[0].input_video.url"),
+        (json!({"type": "input_video", "input_video": {"data": "aa", "odd": 1}}), "[0].input_video.odd"),
+        (json!({"type": "video", "video": []}), "[0].video"),
+        (json!({"type": "video", "video": [URL, "x"]}), "[0].video[1]"),
+        (json!({"type": "video", "video": "x"}), "[0].video"),
+        (json!({"type": "file", "file": {}}), "[0].file"),
+        (json!({"type": "file", "file": {"file_id": ""}}), "[0].file.file_id"),
+        (json!({"type": "file", "file": {"file_id": "file-1", "file_data": "aa"}}), "[0].file.file_data"),
+        (json!({"type": "file", "file": {"file_id": "file-1", "odd": 1}}), "[0].file.odd"),
+        (json!({"type": "image_url"}), "[0].image_url.url"),
+        (json!({"type": "image_url", "image_url": {"url": "x"}}), "[0].image_url.url"),
+        (json!({"type": "image_url", "image_url": {"url": URL, "detail": "odd"}}), "[0].image_url.detail"),
+        (json!({"type": "image_url", "image_url": URL, "num_frames": 1}), "[0].num_frames"),
         (json!({"type": "text"}), "[0].text"),
         (json!({"type": "text", "text": "x", "odd": 1}), "[0].odd"),
         (json!({"type": "video_url"}), "[0].video_url.url"),
@@ -196,7 +323,7 @@ fn knobs_of_two_places_complete_or_contradict_each_other() {
         check(request(video(part), json!({"media_io_kwargs": {"video": top}})))
     };
     let own = "messages[0].content[1].video_url";
-    let sampling = ask(json!({"fps": 2.0}), json!({"max_frames": 8})).unwrap().video.unwrap().sampling;
+    let sampling = only(ask(json!({"fps": 2.0}), json!({"max_frames": 8})).unwrap()).sampling;
     assert_eq!((sampling.fps, sampling.max_frames), (Some(2.0), Some(8)));
     assert!(ask(json!({"num_frames": 8}), json!({"num_frames": 8})).is_ok());
     assert_eq!(
@@ -237,10 +364,10 @@ fn only_the_start_of_a_url_is_looked_at_for_its_scheme() {
 fn an_upload_is_the_video_of_the_last_turn_or_of_the_part_without_url() {
     let valid = with_upload(request(json!("What?"), json!({})), true).unwrap();
     assert_eq!(valid.conversation.turns[0].num_videos, 1);
-    assert!(matches!(valid.video.unwrap().source, VideoSource::TempFile(_)));
+    assert!(matches!(only(valid).source, VideoSource::TempFile(_)));
 
     let marked = request(video(json!({"num_frames": 8})), json!({}));
-    let found = with_upload(marked, true).unwrap().video.unwrap();
+    let found = only(with_upload(marked, true).unwrap());
     assert_eq!(found.sampling.num_frames, Some(8));
     assert!(matches!(found.source, VideoSource::TempFile(_)));
 
@@ -352,7 +479,7 @@ proptest! {
         let part = json!({"url": URL, "num_frames": num_frames, "fps": fps, "max_frames": max_frames,
             "start": start, "end": end});
         if let Ok(valid) = check(request(video(part), json!({}))) {
-            let sampling = valid.video.expect("there is one").sampling;
+            let sampling = only(valid).sampling;
             prop_assert!(sampling.num_frames.is_none_or(|n| (1..=64).contains(&n)));
             prop_assert!(sampling.fps.is_none_or(|fps| fps > 0.0 && sampling.num_frames.is_none()));
             prop_assert!(sampling.start.zip(sampling.end).is_none_or(|(start, end)| start < end));

@@ -1,175 +1,199 @@
-//! The one video of a request: where it comes from and how its frames are sampled.
+//! The videos of a request: which of them is the upload, and how their frames are sampled.
 //!
-//! Called by `validate`. Checks form and ranges; whether a URL may be fetched is for [`crate::media`] to say.
+//! Called by `validate`. The knobs of one video may stand in three places: in its object, beside it in the part, and
+//! in `media_io_kwargs` for all videos. They complete each other and never contradict.
+
+use std::fmt::Display;
 
 use tempfile::NamedTempFile;
 
-use super::{InvalidRequest, ValidVideo, messages::VideoPart, refuse_unknown, shorten};
+use super::{InvalidRequest, ValidVideo, parts::VideoPart, refuse_unknown};
 use crate::{
-    config::{Config, MediaConfig},
+    config::MediaConfig,
     http::types::{MediaIoKwargs, SamplingKnobs},
     media::{FrameSampling, VideoSource},
 };
 
 /// Where the knobs of the whole request are.
 const TOP_LEVEL: &str = "media_io_kwargs.video";
-/// Longest URL that is not `data:` (which the body limit bounds).
-const MAX_URL_BYTES: usize = 8 << 10;
-/// Longest scheme of a URL that is known.
-const MAX_SCHEME_BYTES: usize = 5;
-/// Longest `uuid` of a video. It is accepted, but frames are cached by their content only.
-const MAX_UUID_BYTES: usize = 256;
+/// The part of a multipart body with the video.
+const UPLOAD: &str = "video";
 /// Most frames a second that can be asked for.
 const MAX_FPS: f64 = 1000.0;
 
-/// Brings together the video part, the upload and the top-level knobs.
+/// How many frames, as vLLM's clients say it.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum NumFrames {
+    /// -1
+    All,
+    Count(usize),
+}
+
+/// Knobs in range.
+#[derive(Debug, Clone, Copy, Default)]
+struct Knobs {
+    num_frames: Option<NumFrames>,
+    fps: Option<f64>,
+    max_frames: Option<usize>,
+    start: Option<f64>,
+    end: Option<f64>,
+}
+
+/// Knobs and the path of the object they are in.
+type Placed = (String, Knobs);
+
+/// Brings together the video parts, the upload and the top-level knobs.
 pub fn validate(
-    part: Option<VideoPart>,
+    parts: Vec<VideoPart>,
     upload: Option<NamedTempFile>,
     top_level: Option<MediaIoKwargs>,
-    config: &Config,
-) -> Result<Option<ValidVideo>, InvalidRequest> {
-    let top_level = match top_level {
-        None => None,
-        Some(kwargs) => {
-            refuse_unknown(&kwargs.extra, "media_io_kwargs", &["video"])?;
-            kwargs.video.map(|knobs| check(TOP_LEVEL, &knobs, &config.media)).transpose()?
+    media: &MediaConfig,
+) -> Result<Vec<ValidVideo>, InvalidRequest> {
+    let mut for_all: Vec<Placed> = vec![];
+    if let Some(kwargs) = top_level {
+        refuse_unknown(&kwargs.extra, "media_io_kwargs", &["video"])?;
+        if let Some(knobs) = kwargs.video {
+            refuse_unknown(&knobs.extra, TOP_LEVEL, &["num_frames", "fps", "max_frames", "start", "end"])?;
+            for_all.push((TOP_LEVEL.into(), check(TOP_LEVEL, &knobs, media)?));
         }
     }
-    .unwrap_or_default();
-    // Where the knobs of the video itself are.
-    let own_path = part.as_ref().map(|part| format!("{}.video_url", part.path)).unwrap_or_default();
-    let (source, own) = match (part, upload) {
-        (None, None) => return Ok(None),
-        (None, Some(file)) => (VideoSource::TempFile(file), FrameSampling::default()),
-        (Some(mut part), upload) => {
-            let knobs = part.video.take_knobs();
-            if part.video.uuid.is_some_and(|uuid| uuid.len() > MAX_UUID_BYTES) {
-                let message = format!("uuid is longer than {MAX_UUID_BYTES} bytes");
-                return Err(InvalidRequest::field(format!("{own_path}.uuid"), message));
+    if parts.is_empty() {
+        let sampled = |file| valid(UPLOAD.into(), VideoSource::TempFile(file), for_all, media);
+        return Ok(upload.map(sampled).transpose()?.into_iter().collect());
+    }
+    let unplaced = parts.iter().find(|_| upload.is_some() && parts.iter().all(|part| part.source.is_some()));
+    if let Some(part) = unplaced {
+        return Err(InvalidRequest::field(
+            &part.source_path,
+            "there are two sources for one video: this one and the uploaded part \"video\"; send one, or mark the \
+             place of the upload with a video_url part without url",
+        ));
+    }
+    let mut upload = upload.map(VideoSource::TempFile);
+    parts
+        .into_iter()
+        .map(|part| {
+            let missing =
+                || InvalidRequest::field(&part.source_path, "the video has no source; send its URL");
+            let source = part.source.or_else(|| upload.take()).ok_or_else(missing)?;
+            let mut places: Vec<Placed> = vec![];
+            for (path, knobs) in part.knobs {
+                let checked = check(&path, &knobs, media)?;
+                places.push((path, checked));
             }
-            let own = check(&own_path, &knobs, &config.media)?;
-            (source(&own_path, part.video.url, upload)?, own)
-        }
+            places.extend(for_all.iter().cloned());
+            valid(part.path, source, places, media)
+        })
+        .collect()
+}
+
+fn valid(
+    path: String,
+    source: VideoSource,
+    places: Vec<Placed>,
+    media: &MediaConfig,
+) -> Result<ValidVideo, InvalidRequest> {
+    let has_any = |(_, k): &&Placed| {
+        k.num_frames.is_some()
+            || k.fps.is_some()
+            || k.max_frames.is_some()
+            || k.start.is_some()
+            || k.end.is_some()
     };
-    Ok(Some(ValidVideo { source, sampling: merge(&own_path, own, top_level)? }))
+    let knobs_path = places.iter().find(has_any).map_or_else(|| path.clone(), |(path, _)| path.clone());
+    let sampling = merge(&places, source.is_frame_list(), media)?;
+    Ok(ValidVideo { path, knobs_path, source, sampling })
 }
 
-fn source(
-    path: &str,
-    url: Option<String>,
-    upload: Option<NamedTempFile>,
-) -> Result<VideoSource, InvalidRequest> {
-    let param = format!("{path}.url");
-    match (url, upload) {
-        (Some(_), Some(_)) => Err(InvalidRequest::field(
-            param,
-            "there are two sources for one video: this URL and the uploaded part \"video\"; send one",
-        )),
-        (None, Some(file)) => Ok(VideoSource::TempFile(file)),
-        (None, None) => Err(InvalidRequest::field(param, "the video has no URL")),
-        (Some(url), None) => check_url(param, url).map(VideoSource::Url),
-    }
-}
-
-/// Scheme and length only.
-fn check_url(param: String, url: String) -> Result<String, InvalidRequest> {
-    // Not `split_once`: what is sent here may be megabytes without a colon.
-    let start = &url.as_bytes()[..url.len().min(MAX_SCHEME_BYTES + 1)];
-    let scheme = start.iter().position(|byte| *byte == b':').map(|end| url[..end].to_ascii_lowercase());
-    match scheme.as_deref() {
-        Some("data") => Ok(url),
-        Some("http" | "https" | "file") if url.len() <= MAX_URL_BYTES => Ok(url),
-        Some("http" | "https" | "file") => {
-            Err(InvalidRequest::field(param, format!("the URL is longer than {MAX_URL_BYTES} bytes")))
-        }
-        _ => {
-            let start = shorten(&url);
-            let message = format!("\"{start}\" is no https:, http:, data: or file: URL");
-            Err(InvalidRequest::field(param, message))
-        }
-    }
-}
-
-/// Ranges of the knobs in one place of the request.
-fn check(path: &str, knobs: &SamplingKnobs, media: &MediaConfig) -> Result<FrameSampling, InvalidRequest> {
-    refuse_unknown(&knobs.extra, path, &["num_frames", "fps", "max_frames", "start", "end"])?;
+/// Ranges of the knobs in one place of the request. As vLLM's clients mean it, -1 is all frames, or no rate.
+fn check(path: &str, knobs: &SamplingKnobs, media: &MediaConfig) -> Result<Knobs, InvalidRequest> {
     let fault = |name: &str, message: String| InvalidRequest::field(format!("{path}.{name}"), message);
     let frames = |name: &str, value: Option<i64>| match value.map(usize::try_from) {
         None => Ok(None),
         Some(Ok(frames)) if (1..=media.max_frames).contains(&frames) => Ok(Some(frames)),
         Some(_) => Err(fault(name, format!("{name} must be from 1 to {}", media.max_frames))),
     };
-    let sampling = FrameSampling {
-        num_frames: frames("num_frames", knobs.num_frames)?,
-        fps: knobs.fps,
+    let checked = Knobs {
+        num_frames: match knobs.num_frames {
+            Some(-1) => Some(NumFrames::All),
+            asked => frames("num_frames", asked)?.map(NumFrames::Count),
+        },
+        fps: knobs.fps.filter(|fps| *fps != -1.0),
         max_frames: frames("max_frames", knobs.max_frames)?,
         start: knobs.start,
         end: knobs.end,
     };
-    if sampling.fps.is_some_and(|fps| !(fps > 0.0 && fps <= MAX_FPS)) {
+    if checked.fps.is_some_and(|fps| !(fps > 0.0 && fps <= MAX_FPS)) {
         return Err(fault("fps", format!("fps must be greater than 0 and at most {MAX_FPS}")));
     }
-    for (name, time) in [("start", sampling.start), ("end", sampling.end)] {
+    for (name, time) in [("start", checked.start), ("end", checked.end)] {
         if time.is_some_and(|time| !(0.0..=media.max_video_seconds).contains(&time)) {
             return Err(fault(name, format!("{name} must be from 0 to {} seconds", media.max_video_seconds)));
         }
     }
-    if let (Some(start), Some(end)) = (sampling.start, sampling.end)
-        && start >= end
-    {
-        return Err(fault("end", format!("end ({end}) must be after start ({start})")));
-    }
-    Ok(sampling)
+    Ok(checked)
 }
 
-/// The part's knobs and the top-level ones may complete each other, never contradict.
-fn merge(
-    own_path: &str,
-    own: FrameSampling,
-    top_level: FrameSampling,
-) -> Result<FrameSampling, InvalidRequest> {
-    let fault = |name: &str, is_own: bool, message: String| {
-        let path = if is_own { own_path } else { TOP_LEVEL };
+/// One sampling out of all places. The rate of a list of frames is what it was sampled at, and contradicts nothing.
+fn merge(places: &[Placed], is_list: bool, media: &MediaConfig) -> Result<FrameSampling, InvalidRequest> {
+    let fps = same("fps", places, |knobs| knobs.fps)?;
+    let mut max_frames = same("max_frames", places, |knobs| knobs.max_frames)?;
+    let num_frames = match same("num_frames", places, |knobs| knobs.num_frames)? {
+        Some(NumFrames::Count(count)) => Some(count),
+        // All frames, as many as the bounds allow.
+        Some(NumFrames::All) if fps.is_none() => Some(max_frames.take().unwrap_or(media.max_frames)),
+        Some(NumFrames::All) | None => None,
+    };
+    let start = same("start", places, |knobs| knobs.start)?;
+    let end = same("end", places, |knobs| knobs.end)?;
+    let fault = |name: &str, has: fn(&Knobs) -> bool, message: String| {
+        let place = places.iter().find(|(_, knobs)| has(knobs));
+        let path = place.map_or(TOP_LEVEL, |(path, _)| path);
         Err(InvalidRequest::field(format!("{path}.{name}"), message))
     };
-    let merged = FrameSampling {
-        num_frames: same("num_frames", own.num_frames, top_level.num_frames)?,
-        fps: same("fps", own.fps, top_level.fps)?,
-        max_frames: same("max_frames", own.max_frames, top_level.max_frames)?,
-        start: same("start", own.start, top_level.start)?,
-        end: same("end", own.end, top_level.end)?,
-    };
-    if merged.num_frames.is_some() && merged.fps.is_some() {
+    if num_frames.is_some() && fps.is_some() && !is_list {
         let message = "num_frames and fps contradict each other; send one of them";
-        return fault("fps", own.fps.is_some(), message.into());
+        return fault("fps", |knobs| knobs.fps.is_some(), message.into());
     }
-    if merged.num_frames.is_some() && merged.max_frames.is_some() {
+    if num_frames.is_some() && max_frames.is_some() && !is_list {
         let message = "max_frames bounds what fps gives and contradicts num_frames; send one of them";
-        return fault("max_frames", own.max_frames.is_some(), message.into());
+        return fault("max_frames", |knobs| knobs.max_frames.is_some(), message.into());
     }
-    if merged.max_frames.is_some() && merged.fps.is_none() {
+    if max_frames.is_some() && fps.is_none() && !is_list {
         let message = "max_frames bounds what fps gives; send fps with it, or num_frames instead";
-        return fault("max_frames", own.max_frames.is_some(), message.into());
+        return fault("max_frames", |knobs| knobs.max_frames.is_some(), message.into());
     }
-    if let (Some(start), Some(end)) = (merged.start, merged.end)
+    if let (Some(start), Some(end)) = (start, end)
         && start >= end
     {
-        return fault("end", own.end.is_some(), format!("end ({end}) must be after start ({start})"));
+        let message = format!("end ({end}) must be after start ({start})");
+        return fault("end", |knobs| knobs.end.is_some(), message);
     }
-    Ok(merged)
+    Ok(FrameSampling { num_frames, fps, max_frames, start, end })
 }
 
-fn same<T: PartialEq + std::fmt::Display>(
+/// The value of a knob, the same in all places that have it.
+fn same<T: PartialEq + Copy + Display>(
     name: &str,
-    own: Option<T>,
-    top_level: Option<T>,
+    places: &[Placed],
+    knob: impl Fn(&Knobs) -> Option<T>,
 ) -> Result<Option<T>, InvalidRequest> {
-    match (own, top_level) {
-        (Some(own), Some(top)) if own != top => Err(InvalidRequest::field(
-            format!("{TOP_LEVEL}.{name}"),
-            format!("{name} is {own} in video_url but {top} in media_io_kwargs; send one of them"),
+    let mut values = places.iter().filter_map(|(path, knobs)| Some((path, knob(knobs)?)));
+    let Some((first_path, first)) = values.next() else { return Ok(None) };
+    match values.find(|(_, value)| *value != first) {
+        None => Ok(Some(first)),
+        Some((path, value)) => Err(InvalidRequest::field(
+            format!("{path}.{name}"),
+            format!("{name} is {first} in {first_path} but {value} in {path}; send one of them"),
         )),
-        (own, top) => Ok(own.or(top)),
+    }
+}
+
+impl Display for NumFrames {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            NumFrames::All => f.write_str("-1"),
+            NumFrames::Count(count) => count.fmt(f),
+        }
     }
 }

@@ -1,0 +1,240 @@
+//! One content part: its text, or where its video comes from.
+//!
+//! Called by `messages.rs`. Every form that clients of the big servers send ends in the same [`VideoSource`].
+
+use super::{InvalidRequest, refuse_unknown, shorten};
+use crate::{
+    http::types::{ContentPart, FilePart, ImageUrl, InputVideo, SamplingKnobs, TextOr, VideoUrl},
+    media::VideoSource,
+};
+
+/// Longest URL that is not `data:` (which the body limit bounds).
+const MAX_URL_BYTES: usize = 8 << 10;
+/// Longest scheme of a URL that is known.
+const MAX_SCHEME_BYTES: usize = 5;
+/// Longest `uuid` of a video (vLLM's clients name what they have sent before). It is accepted, but frames are cached
+/// by their content only.
+const MAX_UUID_BYTES: usize = 256;
+/// Longest `file_id`.
+const MAX_FILE_ID_BYTES: usize = 128;
+
+/// What a part is.
+#[derive(Debug)]
+pub enum Part {
+    Text(String),
+    Video(VideoPart),
+}
+
+/// A video or a still, and where it stood.
+#[derive(Debug)]
+pub struct VideoPart {
+    /// As in `messages[0].content[1].video_url`.
+    pub path: String,
+    /// The field that names the source, or would.
+    pub source_path: String,
+    /// `None`: the upload.
+    pub source: Option<VideoSource>,
+    /// Knobs and the paths of the objects they are in.
+    pub knobs: Vec<(String, SamplingKnobs)>,
+}
+
+/// Reads a part of any known form.
+pub fn read(path: &str, mut part: ContentPart) -> Result<Part, InvalidRequest> {
+    check_one_source(path, &part)?;
+    let beside = part.take_knobs();
+    let kind = part.kind.as_str();
+    if kind == "text" {
+        refuse_unknown(&beside.extra, path, &["type", "text"])?;
+        refuse_knobs(path, kind, &beside)?;
+        let missing = || InvalidRequest::field(format!("{path}.text"), "the part has no text");
+        return part.text.map(Part::Text).ok_or_else(missing);
+    }
+    check_uuid(path, part.uuid.as_deref())?;
+    let own = format!("{path}.{kind}");
+    let mut knobs = vec![];
+    let (source_path, source) = match kind {
+        "video_url" => {
+            let mut video = match part.video_url {
+                None => VideoUrl::default(),
+                Some(TextOr::Text(url)) => VideoUrl { url: Some(url), ..VideoUrl::default() },
+                Some(TextOr::Other(video)) => video,
+            };
+            let in_it = video.take_knobs();
+            refuse_unknown(
+                &in_it.extra,
+                &own,
+                &["url", "uuid", "num_frames", "fps", "max_frames", "start", "end"],
+            )?;
+            check_uuid(&own, video.uuid.as_deref())?;
+            knobs.push((own.clone(), in_it));
+            let source_path = format!("{own}.url");
+            (
+                source_path.clone(),
+                video.url.map(|url| check_url(&source_path, url)).transpose()?.map(VideoSource::Url),
+            )
+        }
+        "input_video" => {
+            part.input_video.map_or_else(|| Ok((own.clone(), None)), |video| input_video(&own, video))?
+        }
+        "video" => (own.clone(), part.video.map(|video| qwen_video(&own, video)).transpose()?),
+        "file" => part.file.map_or_else(|| Ok((own.clone(), None)), |file| self::file(&own, file))?,
+        "image_url" => {
+            refuse_knobs(path, kind, &beside)?;
+            let missing = || InvalidRequest::field(format!("{own}.url"), "the picture has no URL");
+            (format!("{own}.url"), Some(image(&own, part.image_url.ok_or_else(missing)?)?))
+        }
+        kind => {
+            let kind = shorten(kind);
+            let message = format!(
+                "content parts of type \"{kind}\" are not supported; use text, video_url, input_video, video, file \
+                 or image_url"
+            );
+            return Err(InvalidRequest::field(format!("{path}.type"), message));
+        }
+    };
+    refuse_unknown(
+        &beside.extra,
+        path,
+        &["type", kind, "uuid", "num_frames", "fps", "max_frames", "start", "end"],
+    )?;
+    knobs.push((path.to_owned(), beside));
+    Ok(Part::Video(VideoPart { path: own, source_path, source, knobs }))
+}
+
+/// Only the field of the part's own type may be there.
+fn check_one_source(path: &str, part: &ContentPart) -> Result<(), InvalidRequest> {
+    let fields = [
+        ("text", part.text.is_some()),
+        ("video_url", part.video_url.is_some()),
+        ("input_video", part.input_video.is_some()),
+        ("video", part.video.is_some()),
+        ("file", part.file.is_some()),
+        ("image_url", part.image_url.is_some()),
+    ];
+    match fields.iter().find(|(name, there)| *there && *name != part.kind) {
+        None => Ok(()),
+        Some((name, _)) => {
+            let kind = shorten(&part.kind);
+            let message =
+                format!("a part of type \"{kind}\" cannot have the field \"{name}\"; send a part for each");
+            Err(InvalidRequest::field(format!("{path}.{name}"), message))
+        }
+    }
+}
+
+fn refuse_knobs(path: &str, kind: &str, knobs: &SamplingKnobs) -> Result<(), InvalidRequest> {
+    let SamplingKnobs { num_frames, fps, max_frames, start, end, .. } = knobs;
+    let there = [
+        ("num_frames", num_frames.is_some()),
+        ("fps", fps.is_some()),
+        ("max_frames", max_frames.is_some()),
+        ("start", start.is_some()),
+        ("end", end.is_some()),
+    ];
+    match there.iter().find(|(_, there)| *there) {
+        None => Ok(()),
+        Some((name, _)) => Err(InvalidRequest::field(
+            format!("{path}.{name}"),
+            format!("a part of type \"{kind}\" has no frames to sample; remove {name}"),
+        )),
+    }
+}
+
+type Sourced = (String, Option<VideoSource>);
+
+fn input_video(path: &str, video: InputVideo) -> Result<Sourced, InvalidRequest> {
+    refuse_unknown(&video.extra, path, &["url", "data"])?;
+    match (video.url, video.data) {
+        (Some(_), Some(_)) => Err(two_sources(format!("{path}.data"), "url", "data")),
+        (Some(url), None) => {
+            let path = format!("{path}.url");
+            Ok((path.clone(), Some(VideoSource::Url(check_url(&path, url)?))))
+        }
+        (None, Some(data)) => Ok((format!("{path}.data"), Some(bytes(data)))),
+        (None, None) => Ok((path.to_owned(), None)),
+    }
+}
+
+fn qwen_video(path: &str, video: TextOr<Vec<String>>) -> Result<VideoSource, InvalidRequest> {
+    match video {
+        TextOr::Text(url) => check_url(path, url).map(VideoSource::Url),
+        TextOr::Other(urls) if urls.is_empty() => {
+            Err(InvalidRequest::field(path, "the list has no frames; send the URL of each"))
+        }
+        TextOr::Other(urls) => {
+            let urls = urls.into_iter().enumerate().map(|(i, url)| check_url(&format!("{path}[{i}]"), url));
+            Ok(VideoSource::Frames(urls.collect::<Result<_, _>>()?))
+        }
+    }
+}
+
+fn file(path: &str, file: FilePart) -> Result<Sourced, InvalidRequest> {
+    refuse_unknown(&file.extra, path, &["file_id", "file_data", "filename"])?;
+    match (file.file_id, file.file_data) {
+        (Some(_), Some(_)) => Err(two_sources(format!("{path}.file_data"), "file_id", "file_data")),
+        (Some(id), None) if id.is_empty() || id.len() > MAX_FILE_ID_BYTES => Err(InvalidRequest::field(
+            format!("{path}.file_id"),
+            "this is no id of a file; send one that POST /v1/files gave",
+        )),
+        (Some(id), None) => Ok((format!("{path}.file_id"), Some(VideoSource::FileId(id)))),
+        (None, Some(data)) => Ok((format!("{path}.file_data"), Some(bytes(data)))),
+        (None, None) => Ok((path.to_owned(), None)),
+    }
+}
+
+fn image(path: &str, image: TextOr<ImageUrl>) -> Result<VideoSource, InvalidRequest> {
+    let url_path = format!("{path}.url");
+    let url = match image {
+        TextOr::Text(url) => url,
+        TextOr::Other(image) => {
+            refuse_unknown(&image.extra, path, &["url", "detail"])?;
+            if image.detail.is_some_and(|detail| !matches!(detail.as_str(), "auto" | "low" | "high")) {
+                return Err(InvalidRequest::field(
+                    format!("{path}.detail"),
+                    "detail must be auto, low or high",
+                ));
+            }
+            image.url.ok_or_else(|| InvalidRequest::field(&url_path, "the picture has no URL"))?
+        }
+    };
+    check_url(&url_path, url).map(VideoSource::Image)
+}
+
+/// Bare base64, or a `data:` URL.
+fn bytes(data: String) -> VideoSource {
+    match data.get(..MAX_SCHEME_BYTES) {
+        Some(scheme) if scheme.eq_ignore_ascii_case("data:") => VideoSource::Url(data),
+        _ => VideoSource::Base64(data),
+    }
+}
+
+fn two_sources(path: String, one: &str, other: &str) -> InvalidRequest {
+    InvalidRequest::field(path, format!("there are two sources for one video, {one} and {other}; send one"))
+}
+
+/// Scheme and length only. Whether a URL may be fetched is for [`crate::media`] to say.
+fn check_url(param: &str, url: String) -> Result<String, InvalidRequest> {
+    // Not `split_once`: what is sent here may be megabytes without a colon.
+    let start = &url.as_bytes()[..url.len().min(MAX_SCHEME_BYTES + 1)];
+    let scheme = start.iter().position(|byte| *byte == b':').map(|end| url[..end].to_ascii_lowercase());
+    match scheme.as_deref() {
+        Some("data") => Ok(url),
+        Some("http" | "https" | "file") if url.len() <= MAX_URL_BYTES => Ok(url),
+        Some("http" | "https" | "file") => {
+            Err(InvalidRequest::field(param, format!("the URL is longer than {MAX_URL_BYTES} bytes")))
+        }
+        _ => {
+            let start = shorten(&url);
+            let message = format!("\"{start}\" is no https:, http:, data: or file: URL");
+            Err(InvalidRequest::field(param, message))
+        }
+    }
+}
+
+fn check_uuid(path: &str, uuid: Option<&str>) -> Result<(), InvalidRequest> {
+    if uuid.is_some_and(|uuid| uuid.len() > MAX_UUID_BYTES) {
+        let message = format!("uuid is longer than {MAX_UUID_BYTES} bytes");
+        return Err(InvalidRequest::field(format!("{path}.uuid"), message));
+    }
+    Ok(())
+}
