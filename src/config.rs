@@ -42,6 +42,10 @@ pub struct Config {
     pub max_stop_string_bytes: usize,
     /// Most values in a JSON body (lists, objects and what they hold): parsed, each takes far more memory than its text.
     pub max_json_values: usize,
+    /// Most replies to one request (`n`).
+    pub max_choices: usize,
+    /// Most tokens that are reported beside each chosen one (`top_logprobs`).
+    pub max_top_logprobs: usize,
     /// Most messages a conversation.
     pub max_messages: usize,
     /// Most content parts a message.
@@ -50,6 +54,10 @@ pub struct Config {
     pub max_text_bytes: usize,
     /// Most entries of `logit_bias` and of `stop_token_ids`.
     pub max_token_list: usize,
+    /// Longest schema, grammar or regular expression for the answer, and all choices together.
+    pub max_guide_bytes: usize,
+    /// Most choices for the answer.
+    pub max_guide_choices: usize,
     /// Most videos a request.
     pub max_videos_per_request: usize,
     pub responses: ResponsesConfig,
@@ -171,10 +179,14 @@ impl Default for Config {
             max_stop_strings: 4,
             max_stop_string_bytes: 256,
             max_json_values: 20_000,
+            max_choices: 8,
+            max_top_logprobs: 20,
             max_messages: 128,
             max_content_parts: 64,
             max_text_bytes: 128 << 10,
             max_token_list: 1024,
+            max_guide_bytes: 64 << 10,
+            max_guide_choices: 256,
             max_videos_per_request: 1,
             responses: ResponsesConfig::default(),
             media: MediaConfig::default(),

@@ -109,6 +109,7 @@ pub async fn trace(args: TraceArgs) -> anyhow::Result<()> {
         videos: vec![VideoInput { span: span.clone(), digest: [0; 32], frames }],
         cache_salt: None,
         sampling: SamplingParams::greedy(args.max_tokens),
+        guide: None,
     };
     let ids = generate(&started.engine, sequence).await?;
 
@@ -200,7 +201,7 @@ async fn generate(engine: &crate::engine::EngineHandle, sequence: NewSequence) -
     while let Some(event) = stream.next().await {
         match event {
             TokenEvent::Started { .. } => {}
-            TokenEvent::Token(id) => ids.push(id),
+            TokenEvent::Token { id, .. } => ids.push(id),
             TokenEvent::Finished(_) => return Ok(ids),
             TokenEvent::Failed(error) => bail!("the model failed: {error}"),
         }

@@ -11,9 +11,10 @@ use std::{
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 
+use super::guidance::Guide;
 use crate::{
     model::FrameBatch,
-    scheduler::{SamplingParams, StopReason, TokenId, VideoDigest},
+    scheduler::{SamplingParams, StopReason, TokenId, TokenLogprobs, VideoDigest},
 };
 
 /// One video of a sequence.
@@ -38,6 +39,8 @@ pub struct NewSequence {
     pub cache_salt: Option<Arc<str>>,
     /// How to sample the completion.
     pub sampling: SamplingParams,
+    /// What the reply must be, and when its thinking ends.
+    pub guide: Option<Guide>,
 }
 
 /// What comes back, one a channel message.
@@ -45,8 +48,8 @@ pub struct NewSequence {
 pub enum TokenEvent {
     /// The sequence was admitted; `cached_tokens` of its prompt came from the prefix cache.
     Started { cached_tokens: usize },
-    /// The next token of the completion (end tokens are not sent).
-    Token(TokenId),
+    /// The next token of the completion (end tokens are not sent); log probabilities where they were asked for.
+    Token { id: TokenId, logprobs: Option<Box<TokenLogprobs>> },
     /// The end; nothing follows.
     Finished(StopReason),
     /// The step that held this sequence failed; nothing follows. The text is for the log.
@@ -83,9 +86,12 @@ pub enum EngineStatus {
 /// Why no place could be reserved.
 #[derive(Debug, thiserror::Error)]
 pub enum ReserveError {
-    /// All places are taken.
-    #[error("the server already holds {max_sequences} requests; try again in {} s", retry_after.as_secs())]
-    QueueFull { max_sequences: usize, retry_after: Duration },
+    /// There are not enough free places.
+    #[error(
+        "the server already holds {num_taken} requests and has no room for {wanted} more; try again in {} s",
+        retry_after.as_secs()
+    )]
+    QueueFull { num_taken: usize, wanted: usize, retry_after: Duration },
     /// The engine thread is gone.
     #[error("the engine has stopped")]
     Stopped,
@@ -110,7 +116,7 @@ pub enum SubmitError {
     Stopped,
 }
 
-/// A message to the engine thread.
+/// One sequence of a message to the engine thread; the message is all siblings.
 #[derive(Debug)]
 pub(super) struct Submission {
     pub sequence: NewSequence,
@@ -142,22 +148,36 @@ pub struct EngineLimits {
 #[derive(Debug, Clone)]
 pub struct EngineHandle {
     pub(super) places: Arc<Semaphore>,
-    pub(super) submissions: mpsc::Sender<Submission>,
+    pub(super) submissions: mpsc::Sender<Vec<Submission>>,
     pub(super) status: watch::Receiver<EngineStatus>,
     pub(super) limits: EngineLimits,
 }
 
 impl EngineHandle {
     /// Takes a place in the queue, before anything is downloaded or decoded.
+    ///
+    /// # Errors
+    /// As [`EngineHandle::reserve_many`].
     pub fn reserve(&self) -> Result<Permit, ReserveError> {
+        self.reserve_many(1)
+    }
+
+    /// Takes places for `wanted` siblings, all or none.
+    ///
+    /// # Errors
+    /// When fewer are free, or the engine has stopped.
+    pub fn reserve_many(&self, wanted: usize) -> Result<Permit, ReserveError> {
         if self.status() == EngineStatus::Failed {
             return Err(ReserveError::Stopped);
         }
-        let place = self.places.clone().try_acquire_owned().map_err(|_| ReserveError::QueueFull {
-            max_sequences: self.limits.max_sequences,
-            retry_after: Duration::from_secs(1),
-        })?;
-        Ok(Permit { place, engine: self.clone() })
+        let num_permits = u32::try_from(wanted).unwrap_or(u32::MAX);
+        let places =
+            self.places.clone().try_acquire_many_owned(num_permits).map_err(|_| ReserveError::QueueFull {
+                num_taken: self.limits.max_sequences - self.places.available_permits(),
+                wanted,
+                retry_after: Duration::from_secs(1),
+            })?;
+        Ok(Permit { places, engine: self.clone() })
     }
 
     /// The engine's life, now.
@@ -177,10 +197,10 @@ impl EngineHandle {
     }
 }
 
-/// A place in the queue; given back when dropped, or when the engine is done with the sequence made of it.
+/// Places in the queue; given back when dropped, or each when the engine is done with the sequence made of it.
 #[derive(Debug)]
 pub struct Permit {
-    place: OwnedSemaphorePermit,
+    places: OwnedSemaphorePermit,
     engine: EngineHandle,
 }
 
@@ -190,12 +210,28 @@ impl Permit {
     /// # Errors
     /// When it can never run: longer than the context or the whole KV cache, or frames of a wrong size.
     pub fn submit(self, sequence: NewSequence) -> Result<TokenStream, SubmitError> {
-        self.engine.limits.check(&sequence)?;
-        // Room for every event the sequence can produce: the engine never waits for a slow client.
-        let (sender, events) = mpsc::channel(sequence.sampling.max_tokens + 2 /* started, finished */);
-        let submission = Submission { sequence, events: sender, place: self.place };
-        self.engine.submissions.try_send(submission).map_err(|_| SubmitError::Stopped)?;
-        Ok(TokenStream { events })
+        let stream = self.submit_siblings(vec![sequence])?.pop();
+        Ok(stream.expect("one stream for one sequence: this is a bug"))
+    }
+
+    /// Hands over sequences on one and the same prompt, which is computed once for all of them. Gives their streams in
+    /// the same order; there must be a place for each.
+    ///
+    /// # Errors
+    /// As [`Permit::submit`]; then none of them runs.
+    pub fn submit_siblings(mut self, sequences: Vec<NewSequence>) -> Result<Vec<TokenStream>, SubmitError> {
+        let (mut siblings, mut streams) = (Vec::new(), Vec::new());
+        for sequence in sequences {
+            self.engine.limits.check(&sequence)?;
+            let place = self.places.split(1).expect("more sequences than places: this is a bug");
+            // Room for every event the sequence can produce: the engine never waits for a slow client.
+            let (sender, events) =
+                mpsc::channel(sequence.sampling.max_tokens + 2 /* started, finished */);
+            siblings.push(Submission { sequence, events: sender, place });
+            streams.push(TokenStream { events });
+        }
+        self.engine.submissions.try_send(siblings).map_err(|_| SubmitError::Stopped)?;
+        Ok(streams)
     }
 }
 

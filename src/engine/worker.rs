@@ -5,7 +5,7 @@
 use std::{
     collections::HashMap,
     panic::{AssertUnwindSafe, catch_unwind},
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     thread::JoinHandle,
     time::Instant,
 };
@@ -13,15 +13,16 @@ use std::{
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 
 use super::{
+    guidance::Guide,
     handle::{EngineHandle, EngineLimits, EngineStatus, Submission, TokenEvent, VideoInput},
-    runner::{Requests, Runner},
+    runner::{Requests, Runner, Sampled},
 };
 use crate::{
     config::EngineConfig,
     model::{KvCache, Tap, VideoLanguageModel},
     scheduler::{
         ComputeWork, EncodeWork, SamplingParams, Scheduler, SchedulerLimits, SchedulerStats, SequenceId,
-        SequenceSpec, StepPlan, TokenId, VisualSpan,
+        SequenceSpec, SequenceUpdate, StepPlan, StopReason, TokenId, VisualSpan,
     },
 };
 
@@ -145,6 +146,7 @@ impl Drop for FailOnDrop {
 struct Request {
     sampling: SamplingParams,
     videos: Vec<VideoInput>,
+    guide: Option<Mutex<Guide>>,
     events: mpsc::Sender<TokenEvent>,
     _place: OwnedSemaphorePermit,
 }
@@ -158,6 +160,10 @@ impl Requests for RequestTable {
 
     fn videos(&self, id: SequenceId) -> &[VideoInput] {
         &self.0[&id].videos
+    }
+
+    fn guide(&self, id: SequenceId) -> Option<&Mutex<Guide>> {
+        self.0[&id].guide.as_ref()
     }
 }
 
@@ -196,40 +202,48 @@ impl Worker {
         Worker { scheduler, runner, requests, observer: options.observer, num_blocks: limits.num_blocks }
     }
 
-    fn run(&mut self, mut inbox: mpsc::Receiver<Submission>) {
+    fn run(&mut self, mut inbox: mpsc::Receiver<Vec<Submission>>) {
         loop {
             if !self.scheduler.has_work() {
                 // Nothing to do: sleep until someone asks for something, or all handles are gone.
                 match inbox.blocking_recv() {
-                    Some(submission) => self.take_in(submission),
+                    Some(siblings) => self.take_in(siblings),
                     None => return,
                 }
             }
-            while let Ok(submission) = inbox.try_recv() {
-                self.take_in(submission);
+            while let Ok(siblings) = inbox.try_recv() {
+                self.take_in(siblings);
             }
             self.drop_cancelled();
             self.step();
         }
     }
 
-    fn take_in(&mut self, submission: Submission) {
-        let Submission { sequence, events, place } = submission;
-        let span = |video: &VideoInput| VisualSpan {
-            range: video.span.clone(),
-            digest: video.digest,
-            num_frames: video.frames.num_frames(),
-        };
-        let id = self.scheduler.add(SequenceSpec {
-            token_ids: sequence.token_ids,
-            spans: sequence.videos.iter().map(span).collect(),
-            cache_salt: sequence.cache_salt,
-            max_tokens: sequence.sampling.max_tokens,
-            ignore_eos: sequence.sampling.ignore_eos,
-            stop_token_ids: sequence.sampling.stop_token_ids.clone(),
-        });
-        let request = Request { sampling: sequence.sampling, videos: sequence.videos, events, _place: place };
-        self.requests.0.insert(id, request);
+    fn take_in(&mut self, siblings: Vec<Submission>) {
+        let (mut specs, mut requests) = (Vec::new(), Vec::new());
+        for Submission { sequence, events, place } in siblings {
+            let span = |video: &VideoInput| VisualSpan {
+                range: video.span.clone(),
+                digest: video.digest,
+                num_frames: video.frames.num_frames(),
+            };
+            specs.push(SequenceSpec {
+                token_ids: sequence.token_ids,
+                spans: sequence.videos.iter().map(span).collect(),
+                cache_salt: sequence.cache_salt,
+                max_tokens: sequence.sampling.max_tokens,
+                ignore_eos: sequence.sampling.ignore_eos,
+                stop_token_ids: sequence.sampling.stop_token_ids.clone(),
+            });
+            requests.push(Request {
+                sampling: sequence.sampling,
+                videos: sequence.videos,
+                guide: sequence.guide.map(Mutex::new),
+                events,
+                _place: place,
+            });
+        }
+        self.requests.0.extend(self.scheduler.add_siblings(specs).into_iter().zip(requests));
     }
 
     /// A dropped stream is how clients cancel.
@@ -272,7 +286,7 @@ impl Worker {
         let outcome = guarded(|| self.runner.encode(&work, &self.requests.videos(work.sequence)[work.video]));
         let part = StepPlan { encode: vec![work], ..StepPlan::default() };
         match outcome {
-            Ok(()) => self.deliver(&part, &[]),
+            Ok(()) => self.deliver(&part, Vec::new()),
             Err(error) => self.fail(&part, &error),
         }
     }
@@ -286,7 +300,7 @@ impl Worker {
         }
         let outcome = guarded(|| self.runner.compute(&works, &self.scheduler, &self.requests));
         match outcome {
-            Ok(sampled) => self.deliver(&StepPlan { compute: works, ..StepPlan::default() }, &sampled),
+            Ok(sampled) => self.deliver(&StepPlan { compute: works, ..StepPlan::default() }, sampled),
             Err(error) if works.len() == 1 => {
                 self.fail(&StepPlan { compute: works, ..StepPlan::default() }, &error)
             }
@@ -294,19 +308,42 @@ impl Worker {
         }
     }
 
-    fn deliver(&mut self, plan: &StepPlan, sampled: &[TokenId]) {
-        for update in self.scheduler.complete(plan, sampled) {
+    /// `sampled`: one for each work of the plan that samples, in order.
+    fn deliver(&mut self, plan: &StepPlan, sampled: Vec<Sampled>) {
+        let ids: Vec<TokenId> = sampled.iter().map(|sampled| sampled.token).collect();
+        let sampling = plan.compute.iter().filter(|work| work.samples).map(|work| work.sequence);
+        let mut logprobs: HashMap<_, _> =
+            sampling.zip(sampled).filter_map(|(id, sampled)| Some((id, sampled.logprobs?))).collect();
+        for update in self.scheduler.complete(plan, &ids) {
             // The prompt is computed: its pixels are not needed any more.
             if let Some(request) = self.requests.0.get_mut(&update.sequence) {
                 request.videos = Vec::new();
             }
-            if let Some(token) = update.token {
-                self.send(update.sequence, TokenEvent::Token(token));
+            if let Some(id) = update.token {
+                let logprobs = logprobs.remove(&update.sequence);
+                self.send(update.sequence, TokenEvent::Token { id, logprobs });
             }
-            if let Some(reason) = update.finished {
+            let complete = self.advance_guide(&update);
+            if complete && update.finished.is_none() {
+                self.scheduler.abort(update.sequence);
+            }
+            if let Some(reason) = complete.then_some(StopReason::EndOfSequence).or(update.finished) {
                 self.send(update.sequence, TokenEvent::Finished(reason));
                 self.requests.0.remove(&update.sequence);
             }
+        }
+    }
+
+    /// Tells the guide of a sequence what it got; the answer is whether the reply is complete: then no step is spent on
+    /// an end token, and a reply that is whole was not cut off.
+    fn advance_guide(&mut self, update: &SequenceUpdate) -> bool {
+        let request = self.requests.0.get_mut(&update.sequence);
+        let guide = request.and_then(|request| request.guide.as_mut());
+        match (guide, update.token) {
+            (Some(guide), Some(token)) => {
+                guide.get_mut().unwrap_or_else(PoisonError::into_inner).advance(token)
+            }
+            _ => false,
         }
     }
 

@@ -14,10 +14,12 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use bytes::Bytes;
+use futures_util::{FutureExt, TryFutureExt};
 use tempfile::NamedTempFile;
 
 use super::{
     body,
+    choices::ChoiceView,
     error::ApiError,
     generation::{Generation, finish_reason},
     openapi::Refused,
@@ -29,14 +31,19 @@ use super::{
     types::{ChatForm, ChatRequest},
     validate::{self, Limits, ValidRequest},
 };
-use crate::output::Reply;
+use crate::{
+    config::Config,
+    output::{Answer, Reply},
+};
 
 /// What the reply looks like.
-struct Shape {
+pub struct Shape {
     stream: bool,
     /// Whether a stream ends with a chunk of usage.
-    include_usage: bool,
-    num_choices: usize,
+    pub include_usage: bool,
+    pub view: ChoiceView,
+    /// Choices that think before they answer.
+    num_thinking: usize,
 }
 
 /// The handler.
@@ -49,7 +56,8 @@ struct Shape {
     responses(
         (status = 200, description = "The reply. With `\"stream\": true` server-sent events: first a delta with the role, then deltas \
             of thinking (`reasoning_content` and `reasoning`, the same text), then deltas of `content`, then a chunk with \
-            `finish_reason`, with `stream_options.include_usage` one with `usage`, and `data: [DONE]`. Comments keep the \
+            `finish_reason`, with `stream_options.include_usage` one with `usage`, and `data: [DONE]`. Chunks of several \
+            choices mix; each has the index of its own, and with `vote` a chunk without choices follows the last of them. Comments keep the \
             connection alive while the video is fetched and decoded. An error after the first byte is an event with \
             `error`, and the end of the stream.",
             content((ChatCompletion = "application/json"), (Chunk = "text/event-stream"))),
@@ -59,53 +67,68 @@ pub async fn completions(
     Extension(record): Extension<Arc<RequestRecord>>,
     request: Request,
 ) -> Result<Response, ApiError> {
-    let Begun { loaded, preparing, shape } = pipeline::begin(&state, record, request, check).await?;
-    let head = reply_head(&loaded, shape.stream);
+    let begun = pipeline::begin(&state, record.clone(), request, check).await?;
+    let Begun { loaded, preparing, end_thinking, shape } = begun;
+    let object = if shape.stream { "chat.completion.chunk" } else { "chat.completion" };
+    let head = reply_head(&loaded, "chatcmpl", object);
+    let running = state.chats().enter([&head.id, &record.id], end_thinking, shape.num_thinking);
+    let preparing = preparing.map_ok(|generation| generation.listed(running)).boxed();
     if !shape.stream {
-        return Ok(Json(fold(preparing.await?, head, shape).await?).into_response());
+        return Ok(Json(fold(preparing.await?, head, &shape.view).await?).into_response());
     }
     let interval = state.config().keep_alive_interval;
     let preparing = pipeline::settle(preparing, interval).await?;
-    Ok(sse::reply(preparing, head, shape.include_usage, interval))
+    Ok(sse::reply(preparing, head, shape, interval))
 }
 
 /// From bytes to a valid request.
 fn check(
     json: &Bytes,
     upload: Option<NamedTempFile>,
-    limits: Limits<'_>,
+    config: &Config,
+    loaded: &Loaded,
 ) -> Result<(ValidRequest, Shape), ApiError> {
-    let request: ChatRequest = body::parse(json, limits.config.max_json_values)?;
-    let valid = validate::validate(request, upload, limits)?;
-    let shape = Shape { stream: valid.stream, include_usage: valid.include_usage, num_choices: 1 };
+    let request: ChatRequest = body::parse(json, config.max_json_values)?;
+    let valid = validate::validate(request, upload, Limits::new(config, loaded))?;
+    let view = ChoiceView { wanted: valid.choices.clone(), tokenizer: loaded.tokenizer.clone() };
+    let num_thinking = if valid.thinks() { valid.choices.count } else { 0 };
+    let shape = Shape { stream: valid.stream, include_usage: valid.include_usage, view, num_thinking };
     Ok((valid, shape))
 }
 
-fn reply_head(loaded: &Loaded, stream: bool) -> ReplyHead {
+/// A new reply, of now.
+pub fn reply_head(loaded: &Loaded, id_prefix: &str, object: &'static str) -> ReplyHead {
     let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
     ReplyHead {
-        id: format!("chatcmpl-{}", uuid::Uuid::new_v4().simple()),
-        object: if stream { "chat.completion.chunk" } else { "chat.completion" },
+        id: format!("{id_prefix}-{}", uuid::Uuid::new_v4().simple()),
+        object,
         created,
         model: loaded.model.id.clone(),
     }
 }
 
-/// The unary reply: the same events as a stream's, put together.
-async fn fold(mut generation: Generation, head: ReplyHead, shape: Shape) -> Result<ChatCompletion, ApiError> {
-    let mut replies = vec![Reply::default(); shape.num_choices];
+/// The unary reply: the same events as a stream's, put together. The winner of a vote comes first.
+async fn fold(
+    mut generation: Generation,
+    head: ReplyHead,
+    view: &ChoiceView,
+) -> Result<ChatCompletion, ApiError> {
+    let mut replies = vec![Reply::default(); generation.num_choices()];
     while let Some((index, event)) = generation.next().await? {
         replies[index].add(event);
     }
-    Ok(ChatCompletion {
-        head,
-        choices: replies.into_iter().enumerate().map(choice).collect(),
-        usage: generation.counts().into(),
-        videos: std::mem::take(&mut generation.videos).into(),
-    })
+    let answers: Vec<Answer> = replies.iter().map(|reply| reply.answer.clone()).collect();
+    let vote = view.vote(&answers);
+    let choices = replies.into_iter().enumerate().map(|(index, reply)| choice(index, reply, view));
+    let mut choices: Vec<Choice> = choices.collect();
+    if let Some(winner) = vote.as_ref().and_then(|vote| vote.winner) {
+        choices[..=winner].rotate_right(1);
+    }
+    let (usage, videos) = (generation.counts().into(), std::mem::take(&mut generation.videos).into());
+    Ok(ChatCompletion { head, choices, usage, videos, vote })
 }
 
-fn choice((index, reply): (usize, Reply)) -> Choice {
+fn choice(index: usize, reply: Reply, view: &ChoiceView) -> Choice {
     let reasoning = (!reply.think.is_empty()).then_some(reply.think);
     let message = ReplyMessage {
         role: "assistant",
@@ -114,5 +137,11 @@ fn choice((index, reply): (usize, Reply)) -> Choice {
         reasoning,
         refusal: None,
     };
-    Choice { index, message, logprobs: None, finish_reason: finish_reason(reply.reason) }
+    Choice {
+        index,
+        message,
+        logprobs: view.logprobs(&reply.tokens),
+        finish_reason: finish_reason(reply.reason),
+        answer: view.answer_scores(&reply.answer),
+    }
 }

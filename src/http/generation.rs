@@ -8,11 +8,11 @@ use std::{
     time::Instant,
 };
 
-use super::{error::ApiError, progress::Progress, validate::Reasoning};
+use super::{error::ApiError, progress::Progress, running::RunningChat, validate::Reasoning};
 use crate::{
     engine::{TokenEvent, TokenStream},
     media::VideoInfo,
-    output::{OutputAssembler, OutputEvent, Segment},
+    output::{Ending, OutputAssembler, OutputEvent, Segment},
     scheduler::StopReason,
     telemetry::metrics::TokenCounts,
 };
@@ -29,6 +29,7 @@ pub struct Generation {
     /// What was sampled of the videos.
     pub videos: Vec<VideoInfo>,
     progress: Progress,
+    running: Option<RunningChat>,
 }
 
 /// One of the replies to a request.
@@ -38,6 +39,7 @@ struct Choice {
     tokens: Option<TokenStream>,
     assembler: OutputAssembler,
     last_token: Option<Instant>,
+    answers: bool,
 }
 
 impl Generation {
@@ -48,9 +50,19 @@ impl Generation {
         videos: Vec<VideoInfo>,
         progress: Progress,
     ) -> Self {
-        let choice = |(tokens, assembler)| Choice { tokens: Some(tokens), assembler, last_token: None };
+        let choice = |(tokens, assembler)| Choice {
+            tokens: Some(tokens),
+            assembler,
+            last_token: None,
+            answers: false,
+        };
         let choices = sequences.into_iter().map(choice).collect();
-        Generation { choices, turn: 0, ready: VecDeque::new(), reasoning, videos, progress }
+        Generation { choices, turn: 0, ready: VecDeque::new(), reasoning, videos, progress, running: None }
+    }
+
+    /// Known to others as `running` until it is over, and there as long as it thinks.
+    pub fn listed(self, running: RunningChat) -> Self {
+        Generation { running: Some(running), ..self }
     }
 
     /// The next event and the index of its choice. Each choice ends with one [`OutputEvent::Finished`]; `None` follows
@@ -84,8 +96,10 @@ impl Generation {
     async fn advance(&mut self) -> Result<Option<(usize, OutputEvent)>, ApiError> {
         loop {
             while let Some((index, event)) = self.ready.pop_front() {
-                let thinking = matches!(event, OutputEvent::Delta { segment: Segment::Think, .. });
-                if !(thinking && self.reasoning == Reasoning::Hidden) {
+                self.note_answer(index, &event);
+                let shown =
+                    if self.reasoning == Reasoning::Hidden { without_thinking(event) } else { Some(event) };
+                if let Some(event) = shown {
                     return Ok(Some((index, event)));
                 }
             }
@@ -95,6 +109,15 @@ impl Generation {
                 None => return Ok(None),
                 Some((index, event)) => self.take(index, event.ok_or(ApiError::EngineStopped)?)?,
             }
+        }
+    }
+
+    fn note_answer(&mut self, index: usize, event: &OutputEvent) {
+        let answers = matches!(event, OutputEvent::Delta { segment: Segment::Answer, .. });
+        let choice = self.choices.get_mut(index).filter(|choice| answers && !choice.answers);
+        if let (Some(choice), Some(running)) = (choice, &self.running) {
+            choice.answers = true;
+            running.answers();
         }
     }
 
@@ -120,10 +143,10 @@ impl Generation {
             // What the first one found in the cache; the others found what the first one had computed.
             TokenEvent::Started { cached_tokens } if index == 0 => self.progress.started(cached_tokens),
             TokenEvent::Started { .. } => {}
-            TokenEvent::Token(id) => {
+            TokenEvent::Token { id, logprobs } => {
                 let now = Instant::now();
                 self.progress.token(choice.last_token.replace(now), now);
-                let events = choice.assembler.push(id);
+                let events = choice.assembler.push_scored(id, logprobs);
                 let stopped = choice.assembler.stopped();
                 self.ready.extend(events.into_iter().map(|event| (index, event)));
                 if stopped {
@@ -142,12 +165,19 @@ impl Generation {
         // Dropping the stream tells the engine to stop, if it has not.
         choice.tokens = None;
         for event in choice.assembler.finish(reason) {
-            if let OutputEvent::Finished { reason, reasoning_tokens, .. } = event {
-                self.progress.choice_completed(finish_reason(reason), reasoning_tokens);
+            if let OutputEvent::Finished(ending) = &event {
+                self.progress.choice_completed(finish_reason(ending.reason), ending.reasoning_tokens);
             }
             self.ready.push_back((index, event));
         }
     }
+}
+
+/// What is left of an event when the thinking is hidden, its tokens included.
+fn without_thinking(mut event: OutputEvent) -> Option<OutputEvent> {
+    let (OutputEvent::Delta { tokens, .. } | OutputEvent::Finished(Ending { tokens, .. })) = &mut event;
+    tokens.retain(|token| !token.thinking);
+    (!matches!(event, OutputEvent::Delta { segment: Segment::Think, .. })).then_some(event)
 }
 
 /// OpenAI's names.

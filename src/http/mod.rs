@@ -6,11 +6,14 @@
 mod auth;
 mod body;
 mod chat;
+mod choices;
+mod completions;
 mod compression;
 pub mod cors;
 mod error;
 mod files;
 mod generation;
+mod guide;
 mod multipart;
 pub mod openapi;
 mod pipeline;
@@ -19,6 +22,7 @@ mod progress;
 mod record;
 mod responses;
 mod responses_api;
+mod running;
 mod server;
 mod sse;
 mod state;
@@ -41,11 +45,13 @@ use tower_http::{catch_panic::CatchPanicLayer, timeout::RequestBodyTimeoutLayer}
 
 pub use auth::ApiKey;
 pub use error::ApiError;
+pub use guide::Guides;
 pub use server::{run, run_metrics};
 pub use state::{Access, AppState, Loaded, ModelCard};
 
 /// The routes that generate; their requests are logged one by one.
 const CHAT_COMPLETIONS: &str = "/v1/chat/completions";
+const COMPLETIONS: &str = "/v1/completions";
 const RESPONSES: &str = "/v1/responses";
 /// The route that may have a port of its own.
 const METRICS: &str = "/metrics";
@@ -54,6 +60,7 @@ const METRICS: &str = "/metrics";
 fn routes() -> Vec<(Method, &'static str, MethodRouter<AppState>)> {
     vec![
         (Method::POST, CHAT_COMPLETIONS, post(chat::completions)),
+        (Method::POST, COMPLETIONS, post(completions::create)),
         (Method::POST, RESPONSES, post(responses_api::create)),
         (Method::GET, "/v1/responses/{id}", get(responses_api::get)),
         (Method::DELETE, "/v1/responses/{id}", delete(responses_api::delete)),
@@ -64,6 +71,7 @@ fn routes() -> Vec<(Method, &'static str, MethodRouter<AppState>)> {
         (Method::GET, "/v1/files/{id}/content", get(files::content)),
         (Method::POST, "/tokenize", post(tokenize::tokenize)),
         (Method::POST, "/detokenize", post(tokenize::detokenize)),
+        (Method::POST, "/v1/chat/completions/{id}/end_thinking", post(running::end_thinking)),
         (Method::GET, "/v1/models", get(probes::models)),
         (Method::GET, "/v1/models/{*id}", get(probes::model)),
         (Method::GET, "/health", get(probes::health)),

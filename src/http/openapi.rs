@@ -15,7 +15,7 @@ use axum::{
 use serde_json::Value;
 use utoipa::{Modify, OpenApi, openapi::OpenApi as Document};
 
-pub use responses::{NotReady, Refused};
+pub use responses::{NotReady, NotRunning, Refused};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -29,9 +29,10 @@ pub use responses::{NotReady, Refused};
     ),
     security((), ("bearer" = [])),
     servers((url = "http://127.0.0.1:8000")),
-    tags((name = "chat"), (name = "responses"), (name = "files"), (name = "models"), (name = "operating")),
+    tags((name = "chat"), (name = "completions"), (name = "responses"), (name = "files"), (name = "models"), (name = "operating")),
     paths(
         super::chat::completions,
+        super::completions::create,
         super::responses_api::create,
         super::responses_api::get,
         super::responses_api::delete,
@@ -42,6 +43,7 @@ pub use responses::{NotReady, Refused};
         super::files::content,
         super::tokenize::tokenize,
         super::tokenize::detokenize,
+        super::running::end_thinking,
         super::probes::models,
         super::probes::model,
         super::probes::health,

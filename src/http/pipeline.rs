@@ -23,16 +23,18 @@ use super::{
     body::{self, Budget, Received},
     error::ApiError,
     generation::Generation,
+    guide,
     progress::Progress,
     record::RequestRecord,
     state::{AppState, Loaded},
-    validate::{Limits, Reasoning, ValidRequest, ValidSampling, ValidVideo},
+    validate::{RawPrompt, Reasoning, ValidChoices, ValidRequest, ValidSampling, ValidVideo},
 };
 use crate::{
-    engine::{NewSequence, Permit, VideoInput},
+    config::Config,
+    engine::{EndThinking, Guide, NewSequence, Permit, VideoInput},
     media::{MediaError, Salt, VideoFrames},
     model::FrameBatch,
-    output::OutputAssembler,
+    output::{OutputAssembler, WatchedLetters},
     prompt::{self, Conversation, Instruction, Prompt, Tokenizer},
     scheduler::SamplingParams,
 };
@@ -47,6 +49,8 @@ pub type Checked<T> = Result<(ValidRequest, T), ApiError>;
 pub struct Begun<T> {
     pub loaded: Arc<Loaded>,
     pub preparing: Preparing,
+    /// Ends the thinking of all its choices.
+    pub end_thinking: EndThinking,
     /// What the endpoint's check kept for itself.
     pub shape: T,
 }
@@ -61,7 +65,7 @@ pub async fn begin<T: Send + 'static>(
     state: &AppState,
     record: Arc<RequestRecord>,
     request: Request,
-    check: impl FnOnce(&Bytes, Option<NamedTempFile>, Limits<'_>) -> Checked<T> + Send + 'static,
+    check: impl FnOnce(&Bytes, Option<NamedTempFile>, &Config, &Loaded) -> Checked<T> + Send + 'static,
 ) -> Result<Begun<T>, ApiError> {
     let work = state.begin_work().inspect_err(|error| state.metrics().rejection(error.code()))?;
     let timeout = state.config().request_timeout;
@@ -70,10 +74,12 @@ pub async fn begin<T: Send + 'static>(
     match admitted.and_then(|admitted| admitted) {
         Ok((admitted, shape)) => {
             progress.set_stream(admitted.valid.stream);
-            admitted.valid.timeout.into_iter().for_each(|timeout| progress.set_timeout(timeout));
-            let loaded = admitted.loaded.clone();
+            if let Some(timeout) = admitted.valid.timeout {
+                progress.set_timeout(timeout);
+            }
+            let (loaded, end_thinking) = (admitted.loaded.clone(), admitted.end_thinking.clone());
             let preparing = prepare(admitted, progress, state.config().default_max_tokens).boxed();
-            Ok(Begun { loaded, preparing, shape })
+            Ok(Begun { loaded, preparing, end_thinking, shape })
         }
         Err(error) => {
             if error.is_rejection() {
@@ -100,6 +106,8 @@ pub async fn settle(mut preparing: Preparing, patience: Duration) -> Result<Prep
 struct Admitted {
     loaded: Arc<Loaded>,
     valid: ValidRequest,
+    guide: Option<Guide>,
+    end_thinking: EndThinking,
     permit: Permit,
     budget: Budget,
 }
@@ -107,21 +115,25 @@ struct Admitted {
 async fn admit<T: Send + 'static>(
     state: &AppState,
     request: Request,
-    check: impl FnOnce(&Bytes, Option<NamedTempFile>, Limits<'_>) -> Checked<T> + Send + 'static,
+    check: impl FnOnce(&Bytes, Option<NamedTempFile>, &Config, &Loaded) -> Checked<T> + Send + 'static,
 ) -> Result<(Admitted, T), ApiError> {
     let loaded = state.ready()?;
     // Refuse before the body is read; the place itself is taken after, so that slow senders hold none.
     drop(loaded.engine.reserve()?);
     let received = body::receive(state, request).await?;
     let (own_state, own_loaded) = (state.clone(), loaded.clone());
+    let end_thinking = EndThinking::default();
+    let own_end = end_thinking.clone();
     let checked = body::check(received, move |received| {
         let Received { json, upload, budget } = received;
-        let limits = Limits::new(own_state.config(), &own_loaded);
-        Ok((check(&json, upload, limits)?, budget))
+        let (valid, shape) = check(&json, upload, own_state.config(), &own_loaded)?;
+        let guide = own_loaded.guides.guide(&valid, &own_end)?;
+        guide::check_room(guide.as_ref(), valid.sampling.max_tokens.unwrap_or(usize::MAX))?;
+        Ok(((valid, guide, shape), budget))
     });
-    let ((valid, shape), budget) = checked.await?;
-    let permit = loaded.engine.reserve()?;
-    Ok((Admitted { loaded, valid, permit, budget }, shape))
+    let ((valid, guide, shape), budget) = checked.await?;
+    let permit = loaded.engine.reserve_many(valid.choices.count)?;
+    Ok((Admitted { loaded, valid, guide, end_thinking, permit, budget }, shape))
 }
 
 /// Video, prompt, engine: everything up to the first token.
@@ -130,32 +142,44 @@ async fn prepare(
     mut progress: Progress,
     default_max_tokens: usize,
 ) -> Result<Generation, ApiError> {
-    let Admitted { loaded, valid, permit, budget } = admitted;
-    let ValidRequest { conversation, videos, cache_salt, sampling, stop_strings, .. } = valid;
-    let (instruction, reasoning) = (valid.instruction, valid.reasoning);
+    let Admitted { loaded, valid, guide, permit, budget, .. } = admitted;
+    let verbatim = guide::verbatim(&valid);
+    let ValidRequest { conversation, videos, cache_salt, sampling, choices, stop_strings, .. } = valid;
+    let (instruction, reasoning, raw_prompt) = (valid.instruction, valid.reasoning, valid.raw_prompt);
     let deadline = progress.deadline();
     let stages = async {
         let frames = load_videos(&loaded, videos, &cache_salt, &mut progress).await?;
         drop(budget);
         let engine_limits = loaded.engine.limits();
         let started = Instant::now();
-        let prompt =
-            build_prompt(conversation, instruction, loaded.tokenizer.clone(), engine_limits.visual_tokens)
-                .await?;
+        let (tokenizer, num_visual_tokens) = (loaded.tokenizer.clone(), engine_limits.visual_tokens);
+        let prompt = match raw_prompt {
+            Some(raw) => raw_tokens(raw, tokenizer).await?,
+            None => build_prompt(conversation, instruction, tokenizer, num_visual_tokens).await?,
+        };
         let num_prompt = prompt.token_ids.len();
         let num_visual = prompt.video_spans.iter().map(ExactSizeIterator::len).sum();
         progress.prompt_built(num_prompt, num_visual, started.elapsed());
         let room = engine_limits.context.saturating_sub(num_prompt);
-        let sampling = final_sampling(sampling, default_max_tokens.min(room));
-        let tokens = permit.submit(sequence(prompt, &frames, cache_salt, sampling))?;
+        let letters = watched_letters(&choices, &loaded.tokenizer).await?;
+        let mut sampling = final_sampling(sampling, default_max_tokens.min(room));
+        sampling.watched = letters.as_ref().map(WatchedLetters::token_ids).unwrap_or_default();
+        guide::check_room(guide.as_ref(), sampling.max_tokens)?;
+        let sequence = NewSequence { guide, ..sequence(prompt, &frames, cache_salt, sampling) };
+        let streams = permit.submit_siblings(siblings(sequence, choices.count))?;
         progress.submitted();
-        Ok((tokens, frames.iter().map(|frames| frames.info.clone()).collect()))
+        Ok((streams, letters, frames.iter().map(|frames| frames.info.clone()).collect()))
     };
     match deadline.bound(stages).await.and_then(|done| done) {
-        Ok((tokens, videos)) => {
+        Ok((streams, letters, videos)) => {
             let raw = reasoning == Reasoning::Raw;
-            let assembler = OutputAssembler::new(loaded.tokenizer.clone(), stop_strings, raw);
-            Ok(Generation::new(vec![(tokens, assembler)], reasoning, videos, progress))
+            let assembler = || {
+                OutputAssembler::new(loaded.tokenizer.clone(), stop_strings.clone(), raw)
+                    .verbatim(verbatim)
+                    .watching(letters.clone())
+            };
+            let sequences = streams.into_iter().map(|stream| (stream, assembler())).collect();
+            Ok(Generation::new(sequences, reasoning, videos, progress))
         }
         Err(error) => {
             progress.ended_by(&error);
@@ -209,6 +233,37 @@ async fn build_prompt(
     Ok(built?)
 }
 
+/// A prompt without template; on the blocking pool.
+async fn raw_tokens(raw: RawPrompt, tokenizer: Arc<Tokenizer>) -> Result<Prompt, ApiError> {
+    let token_ids = match raw {
+        RawPrompt::Tokens(ids) => ids,
+        RawPrompt::Text(text) => {
+            let encoded = spawn_blocking(move || tokenizer.encode(&text)).await;
+            encoded.map_err(|error| ApiError::Internal(format!("encoding the prompt: {error}")))??
+        }
+    };
+    Ok(Prompt { token_ids, ..Prompt::default() })
+}
+
+/// The tokens of the options, if their probabilities are wanted; on the blocking pool.
+async fn watched_letters(
+    choices: &ValidChoices,
+    tokenizer: &Arc<Tokenizer>,
+) -> Result<Option<WatchedLetters>, ApiError> {
+    if !choices.answer_logprobs {
+        return Ok(None);
+    }
+    let (options, tokenizer) = (choices.options.clone().unwrap_or_default(), tokenizer.clone());
+    let letters = spawn_blocking(move || WatchedLetters::new(&options, &tokenizer)).await;
+    letters.map(Some).map_err(|error| ApiError::Internal(format!("looking through the vocabulary: {error}")))
+}
+
+/// `count` sequences that differ in their seeds alone.
+fn siblings(sequence: NewSequence, count: usize) -> Vec<NewSequence> {
+    let sampling = |index| sequence.sampling.for_choice(index);
+    (0..count).map(|index| NewSequence { sampling: sampling(index), ..sequence.clone() }).collect()
+}
+
 /// Decides what the request left open.
 fn final_sampling(valid: ValidSampling, default_max_tokens: usize) -> SamplingParams {
     SamplingParams {
@@ -230,5 +285,6 @@ fn sequence(
         digest: frames.digest,
         frames: FrameBatch { rgb: frames.rgb.clone(), size: frames.size },
     });
-    NewSequence { videos: videos.collect(), token_ids: prompt.token_ids, cache_salt, sampling }
+    let videos = videos.collect();
+    NewSequence { videos, token_ids: prompt.token_ids, cache_salt, sampling, guide: None }
 }

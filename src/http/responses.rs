@@ -5,7 +5,10 @@
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use super::state::ModelCard;
+use super::{
+    choices::{AnswerScores, Logprobs, Vote},
+    state::ModelCard,
+};
 use crate::{media::VideoInfo, output::Segment, telemetry::metrics::TokenCounts};
 
 /// What all chunks of a reply, and the whole reply, have in common.
@@ -26,6 +29,8 @@ pub struct ChatCompletion {
     pub usage: Usage,
     #[serde(flatten)]
     pub videos: Videos,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vote: Option<Vote>,
 }
 
 /// What was sampled: `video` of one, `videos` of several, in the order of the request.
@@ -50,8 +55,10 @@ impl From<Vec<VideoInfo>> for Videos {
 pub struct Choice {
     pub index: usize,
     pub message: ReplyMessage,
-    pub logprobs: Option<()>,
+    pub logprobs: Option<Logprobs>,
     pub finish_reason: &'static str,
+    #[serde(flatten)]
+    pub answer: Option<AnswerScores>,
 }
 
 /// `reasoning` and `reasoning_content` hold the same text: clients read one or the other.
@@ -71,21 +78,34 @@ pub struct ReplyMessage {
 pub struct Chunk<'a> {
     #[serde(flatten)]
     pub head: &'a ReplyHead,
-    /// Empty in the chunk of usage.
+    /// Empty in the chunks of the vote and of usage.
     pub choices: Vec<ChunkChoice<'a>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub usage: Option<Usage>,
     /// In the first chunk.
     #[serde(flatten)]
     pub videos: Videos,
+    /// In a chunk of its own, when all choices have ended.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vote: Option<Vote>,
 }
 
 #[derive(Debug, Serialize, ToSchema)]
 pub struct ChunkChoice<'a> {
     pub index: usize,
     pub delta: Delta<'a>,
-    pub logprobs: Option<()>,
+    pub logprobs: Option<Logprobs>,
     pub finish_reason: Option<&'static str>,
+    /// With the finish reason.
+    #[serde(flatten)]
+    pub answer: Option<AnswerScores>,
+}
+
+impl<'a> ChunkChoice<'a> {
+    /// Only text.
+    pub fn of(index: usize, delta: Delta<'a>) -> Self {
+        ChunkChoice { index, delta, logprobs: None, finish_reason: None, answer: None }
+    }
 }
 
 /// Either thinking or content, never both.

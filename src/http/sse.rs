@@ -18,22 +18,24 @@ use tokio_stream::wrappers::ReceiverStream;
 use tracing::Instrument;
 
 use super::{
+    chat::Shape,
+    choices::ChoiceView,
     error::ApiError,
     generation::{Generation, finish_reason},
     pipeline::Preparing,
     responses::{Chunk, ChunkChoice, Delta, ReplyHead, Usage, Videos},
 };
-use crate::output::OutputEvent;
+use crate::output::{Answer, OutputEvent};
 
 /// Events made before the socket takes them. Tokens wait in the sequence's own channel, not here.
 const EVENTS_AHEAD: usize = 1;
 
 /// A response that streams what `preparing` becomes.
-pub fn reply(preparing: Preparing, head: ReplyHead, include_usage: bool, interval: Duration) -> Response {
-    respond(
-        interval,
-        |events| async move { Writer { events, head, include_usage }.write_all(preparing).await },
-    )
+pub fn reply(preparing: Preparing, head: ReplyHead, shape: Shape, interval: Duration) -> Response {
+    respond(interval, |events| async move {
+        let writer = Writer { events, head, view: shape.view, include_usage: shape.include_usage };
+        writer.write_all(preparing).await
+    })
 }
 
 /// A response of the events that `write` sends, with a comment whenever `interval` passes in silence. An error of
@@ -101,6 +103,7 @@ fn json(event: Event, data: &impl Serialize) -> Event {
 struct Writer {
     events: EventSink,
     head: ReplyHead,
+    view: ChoiceView,
     include_usage: bool,
 }
 
@@ -110,31 +113,40 @@ impl Writer {
         let mut videos = std::mem::take(&mut generation.videos);
         for index in 0..generation.num_choices() {
             let videos = std::mem::take(&mut videos).into();
-            self.send(&Chunk { videos, ..self.chunk(index, Delta::role(), None) }).await;
+            self.send(&Chunk { videos, ..self.chunk(vec![ChunkChoice::of(index, Delta::role())]) }).await;
         }
+        let mut answers = vec![Answer::default(); generation.num_choices()];
         while let Some((index, event)) = generation.next().await? {
-            match event {
-                OutputEvent::Delta { segment, text } => {
-                    self.send(&self.chunk(index, Delta::text(segment, &text), None)).await;
+            let chunk = match &event {
+                OutputEvent::Delta { segment, text, tokens } => ChunkChoice {
+                    logprobs: self.view.logprobs(tokens),
+                    ..ChunkChoice::of(index, Delta::text(*segment, text))
+                },
+                OutputEvent::Finished(ending) => {
+                    answers[index] = ending.answer.clone();
+                    ChunkChoice {
+                        logprobs: self.view.logprobs(&ending.tokens),
+                        finish_reason: Some(finish_reason(ending.reason)),
+                        answer: self.view.answer_scores(&ending.answer),
+                        ..ChunkChoice::of(index, Delta::default())
+                    }
                 }
-                OutputEvent::Finished { reason, .. } => {
-                    self.send(&self.chunk(index, Delta::default(), Some(finish_reason(reason)))).await;
-                }
-            }
+            };
+            self.send(&self.chunk(vec![chunk])).await;
+        }
+        if let Some(vote) = self.view.vote(&answers) {
+            self.send(&Chunk { vote: Some(vote), ..self.chunk(vec![]) }).await;
         }
         if self.include_usage {
             let usage: Usage = generation.counts().into();
-            let last =
-                Chunk { head: &self.head, choices: vec![], usage: Some(usage), videos: Videos::default() };
-            self.send(&last).await;
+            self.send(&Chunk { usage: Some(usage), ..self.chunk(vec![]) }).await;
         }
         self.events.send_done().await;
         Ok(())
     }
 
-    fn chunk<'a>(&'a self, index: usize, delta: Delta<'a>, finish_reason: Option<&'static str>) -> Chunk<'a> {
-        let choice = ChunkChoice { index, delta, logprobs: None, finish_reason };
-        Chunk { head: &self.head, choices: vec![choice], usage: None, videos: Videos::default() }
+    fn chunk<'a>(&'a self, choices: Vec<ChunkChoice<'a>>) -> Chunk<'a> {
+        Chunk { head: &self.head, choices, usage: None, videos: Videos::default(), vote: None }
     }
 
     async fn send(&self, data: &impl Serialize) {

@@ -189,11 +189,10 @@ fn from_wire(tokenizer: &Tokenizer, position: usize, id: i64) -> Result<TokenId,
 
 /// The text of `ids`, special tokens and videos by their names.
 fn text_of(tokenizer: &Tokenizer, ids: &[TokenId]) -> String {
-    let mut bytes = Vec::new();
-    for &id in ids {
-        let special = || tokenizer.special_text(id).map(str::as_bytes);
-        let visual = (id == VISUAL_TOKEN).then_some(VISUAL_TEXT.as_bytes());
-        bytes.extend_from_slice(tokenizer.token_bytes(id).or(visual).or_else(special).unwrap_or_default());
-    }
-    String::from_utf8_lossy(&bytes).into_owned()
+    let stretches = ids.split_inclusive(|id| *id == VISUAL_TOKEN);
+    let texts = stretches.map(|stretch| match stretch.split_last() {
+        Some((&VISUAL_TOKEN, text)) => tokenizer.decode_named(text) + VISUAL_TEXT,
+        _ => tokenizer.decode_named(stretch),
+    });
+    texts.collect()
 }

@@ -57,6 +57,43 @@ pub struct ChatRequest {
     pub stop: Option<TextOr<Vec<String>>>,
     pub stop_token_ids: Option<Vec<u64>>,
     pub ignore_eos: Option<bool>,
+    /// text, json_object, or json_schema with `json_schema.schema`: what the answer must be. The thinking stays free.
+    #[schema(value_type = Option<Object>)]
+    pub response_format: Option<Value>,
+    /// Exactly one of `choice` (a list of texts), `regex`, `json` (a schema), `grammar` (Lark's notation), `json_object`.
+    #[schema(value_type = Option<Object>)]
+    pub structured_outputs: Option<Value>,
+    /// The same as `structured_outputs.choice`.
+    #[schema(value_type = Option<Vec<String>>)]
+    pub guided_choice: Option<Value>,
+    /// The same as `structured_outputs.regex`.
+    #[schema(value_type = Option<String>)]
+    pub guided_regex: Option<Value>,
+    /// The same as `structured_outputs.json`; a schema, or its text.
+    pub guided_json: Option<Value>,
+    /// The same as `structured_outputs.grammar`.
+    #[schema(value_type = Option<String>)]
+    pub guided_grammar: Option<Value>,
+    /// After so many tokens of thinking the model is made to answer.
+    pub thinking_token_budget: Option<u64>,
+    /// The same as `thinking_token_budget`.
+    pub max_thinking_tokens: Option<u64>,
+    /// Replies on one prompt, which is computed once. Choice 0 is the reply to the same seed alone.
+    #[schema(minimum = 1, maximum = 8)]
+    pub n: Option<u64>,
+    /// Must equal `n`: all choices are returned.
+    pub best_of: Option<u64>,
+    /// Log probabilities of all tokens of the reply, those of the thinking and the tags included unless the thinking is hidden:
+    /// of the model's own distribution, before penalties, bias and temperature.
+    pub logprobs: Option<bool>,
+    /// The most probable tokens beside each of the reply's; needs `logprobs`.
+    #[schema(minimum = 0, maximum = 20)]
+    pub top_logprobs: Option<u64>,
+    /// Tells of each choice how probable every option letter was where the answer began. The options are lines of the last
+    /// message that begin with "A.", "A:", "A)" or "(A)", or else A to D.
+    pub answer_logprobs: Option<bool>,
+    /// Takes the majority of the answers of `n` choices: by letter when the question has options, else by the text.
+    pub vote: Option<bool>,
     /// false leaves the thinking out of the reply.
     pub include_reasoning: Option<bool>,
     /// auto, parsed, deepseek: thinking in fields of its own; hidden: left out; none: text as it is, tags and all, in the content.

@@ -212,7 +212,7 @@ impl MediaLoader {
             let files = self.sources.read(source, &salt).await?;
             let fetch_seconds = started.elapsed().as_secs_f64();
             let selection = still.map_or_else(|| Selection::of_list(sampling, files.len()), Ok)?;
-            let digest = self.digest(&files, &selection.digest_bytes(), &salt);
+            let digest = self.digest(&files, &selection.digest_bytes, &salt);
             let load = self.decode_pictures(files, selection, is_list, digest);
             return self.cached(digest, fetch_seconds, load).await;
         }

@@ -36,6 +36,8 @@ pub struct Selection {
     pub duration: Option<f64>,
     /// When each of `indices` is shown, seconds; empty as `duration` is unknown.
     pub times: Vec<f64>,
+    /// Every effective parameter, for the digest.
+    pub digest_bytes: Vec<u8>,
 }
 
 impl Selection {
@@ -44,7 +46,8 @@ impl Selection {
         let sampling = Sampling::resolve(request, config)?;
         let indices = sampling.indices(&Timeline { times: vec![0.0], duration: 0.0 })?;
         let times = vec![0.0; indices.len()];
-        Ok(Selection { indices, applied: sampling.applied(), duration: Some(0.0), times })
+        let digest_bytes = [&b"still"[..], &sampling.digest_bytes()].concat();
+        Ok(Selection { indices, applied: sampling.applied(), duration: Some(0.0), times, digest_bytes })
     }
 
     /// A list is taken whole. `fps` is the rate it was sampled at; bounds that the list keeps anyway are fine.
@@ -72,19 +75,15 @@ impl Selection {
                 );
             }
         }
+        // What is not known is no rate.
+        let rate = fps.unwrap_or(-1.0).to_bits().to_le_bytes();
         Ok(Selection {
+            digest_bytes: [&b"list"[..], &rate].concat(),
             indices: (0..num_pictures).collect(),
             applied: Applied { fps, ..Applied::default() },
             duration: fps.map(|fps| num_pictures as f64 / fps),
             times: fps.map_or(Vec::new(), |fps| (0..num_pictures).map(|i| i as f64 / fps).collect()),
         })
-    }
-
-    /// For the digest.
-    pub fn digest_bytes(&self) -> Vec<u8> {
-        let indices = self.indices.iter().flat_map(|&index| (index as u64).to_le_bytes());
-        // What is not known is no rate.
-        indices.chain(self.applied.fps.unwrap_or(-1.0).to_bits().to_le_bytes()).collect()
     }
 }
 

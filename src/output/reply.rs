@@ -2,11 +2,11 @@
 //!
 //! Used by `http` for unary replies and by the commands: the one generation path is the stream.
 
-use super::{OutputEvent, Segment};
+use super::{Answer, Ending, OutputEvent, ScoredToken, Segment};
 use crate::scheduler::StopReason;
 
 /// A whole reply.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Reply {
     /// Text of the think segment, without tags.
     pub think: String,
@@ -18,6 +18,9 @@ pub struct Reply {
     pub reasoning_tokens: usize,
     /// Tokens in all.
     pub completion_tokens: usize,
+    /// All tokens with their log probabilities, if they were asked for.
+    pub tokens: Vec<ScoredToken>,
+    pub answer: Answer,
 }
 
 impl Default for Reply {
@@ -28,6 +31,8 @@ impl Default for Reply {
             reason: StopReason::Aborted,
             reasoning_tokens: 0,
             completion_tokens: 0,
+            tokens: Vec::new(),
+            answer: Answer::default(),
         }
     }
 }
@@ -36,14 +41,19 @@ impl Reply {
     /// Takes the next event.
     pub fn add(&mut self, event: OutputEvent) {
         match event {
-            OutputEvent::Delta { segment: Segment::Think, text } => self.think.push_str(&text),
-            OutputEvent::Delta { segment: Segment::Answer | Segment::Plain, text } => {
-                self.content.push_str(&text)
+            OutputEvent::Delta { segment, text, tokens } => {
+                match segment {
+                    Segment::Think => self.think.push_str(&text),
+                    Segment::Answer | Segment::Plain => self.content.push_str(&text),
+                }
+                self.tokens.extend(tokens);
             }
-            OutputEvent::Finished { reason, reasoning_tokens, completion_tokens } => {
+            OutputEvent::Finished(Ending { reason, reasoning_tokens, completion_tokens, tokens, answer }) => {
                 self.reason = reason;
                 self.reasoning_tokens = reasoning_tokens;
                 self.completion_tokens = completion_tokens;
+                self.tokens.extend(tokens);
+                self.answer = answer;
             }
         }
     }

@@ -4,17 +4,19 @@
 //! segments. The work a token costs does not grow with the reply. It never decides that a reply is over but for a stop
 //! string.
 
-use std::{collections::VecDeque, sync::Arc};
+use std::sync::Arc;
 
 use super::{
-    OutputEvent, Segment,
+    Ending, OutputEvent, ScoredToken, Segment, WatchedLetters,
+    answer::AnswerFinder,
     detokenizer::Detokenizer,
-    segmenter::{Found, Segmenter, Tag, TagScanner},
+    segmenter::{Found, Segmenter, Tag, TagScanner, Verbatim},
     stop_matcher::StopMatcher,
+    token_places::TokenPlaces,
 };
 use crate::{
     prompt::Tokenizer,
-    scheduler::{StopReason, TokenId},
+    scheduler::{StopReason, TokenId, TokenLogprobs},
 };
 
 /// Turns the tokens of one reply into events.
@@ -25,7 +27,8 @@ pub struct OutputAssembler {
     stops: StopMatcher,
     scanner: TagScanner,
     segmenter: Segmenter,
-    reasoning: ReasoningMeter,
+    places: TokenPlaces,
+    answer: AnswerFinder,
     /// Everything is plain text, tags included.
     raw: bool,
     completion_tokens: usize,
@@ -42,18 +45,36 @@ impl OutputAssembler {
             stops: StopMatcher::new(&stop_strings),
             scanner: TagScanner::default(),
             segmenter: Segmenter::default(),
-            reasoning: ReasoningMeter::default(),
+            places: TokenPlaces::default(),
+            answer: AnswerFinder::default(),
             raw,
             completion_tokens: 0,
             finished: false,
         }
     }
 
+    /// Passes a guided answer on as it is.
+    #[must_use]
+    pub fn verbatim(self, verbatim: Verbatim) -> Self {
+        OutputAssembler { segmenter: Segmenter::new(verbatim), ..self }
+    }
+
+    /// Also reads the log probabilities of these letters where the answer begins, if the tokens bring them.
+    #[must_use]
+    pub fn watching(self, letters: Option<WatchedLetters>) -> Self {
+        OutputAssembler { answer: AnswerFinder::watching(letters), ..self }
+    }
+
     /// Takes the next token. Gives at most a few deltas, none of them empty, each of one segment; nothing once
     /// [`Self::stopped`].
     pub fn push(&mut self, token_id: TokenId) -> Vec<OutputEvent> {
+        self.push_scored(token_id, None)
+    }
+
+    /// As [`Self::push`], of a token with its log probabilities.
+    pub fn push_scored(&mut self, id: TokenId, logprobs: Option<Box<TokenLogprobs>>) -> Vec<OutputEvent> {
         let tokenizer = self.tokenizer.clone();
-        self.push_bytes(tokenizer.token_bytes(token_id).unwrap_or_default())
+        self.push_bytes(id, tokenizer.token_bytes(id).unwrap_or_default(), logprobs)
     }
 
     /// Whether a stop string has appeared: the caller then drops the engine's stream and calls [`Self::finish`].
@@ -76,19 +97,28 @@ impl OutputAssembler {
         }
         self.pass(&passed, &mut events);
         let reason = if self.stopped() { StopReason::StopString } else { reason };
-        let cut_off = matches!(reason, StopReason::Length | StopReason::Aborted);
+        // Where the whole reply is passed on as it is, nothing waits for the rest of a tag.
+        let cut_off = matches!(reason, StopReason::Length | StopReason::Aborted)
+            && !(self.segmenter.in_verbatim() && self.segmenter.segment() == Segment::Plain);
         let mut scanner = std::mem::take(&mut self.scanner);
         scanner.finish(cut_off, |found| self.segment(&found, &mut events));
-        self.reasoning.finish(self.segmenter.segment() == Segment::Think);
-        events.push(OutputEvent::Finished {
+        self.places.finish(self.segmenter.segment() == Segment::Think);
+        events.push(OutputEvent::Finished(Ending {
             reason,
-            reasoning_tokens: self.reasoning.tokens,
+            reasoning_tokens: self.places.num_reasoning,
             completion_tokens: self.completion_tokens,
-        });
+            tokens: self.places.take_placed(),
+            answer: self.answer.finish(),
+        }));
         events
     }
 
-    fn push_bytes(&mut self, bytes: &[u8]) -> Vec<OutputEvent> {
+    fn push_bytes(
+        &mut self,
+        id: TokenId,
+        bytes: &[u8],
+        logprobs: Option<Box<TokenLogprobs>>,
+    ) -> Vec<OutputEvent> {
         let mut events = Vec::new();
         if self.stopped() || self.finished {
             return events;
@@ -97,65 +127,41 @@ impl OutputAssembler {
         self.detokenizer.push(bytes, &mut text);
         self.stops.push(&text, &mut passed);
         self.completion_tokens += 1;
-        self.reasoning.token(text.len());
+        self.places.push(id, text.len(), logprobs);
         self.pass(&passed, &mut events);
         events
     }
 
     /// Text that no stop string can take back.
     fn pass(&mut self, text: &str, events: &mut Vec<OutputEvent>) {
-        if self.raw && !text.is_empty() {
-            events.push(OutputEvent::Delta { segment: Segment::Plain, text: text.to_owned() });
-        }
         let mut scanner = std::mem::take(&mut self.scanner);
         scanner.push(text, |found| self.segment(&found, events));
         self.scanner = scanner;
+        if self.raw && !text.is_empty() {
+            let tokens = self.places.take_placed();
+            events.push(OutputEvent::Delta { segment: Segment::Plain, text: text.to_owned(), tokens });
+        }
     }
 
     fn segment(&mut self, found: &Found<'_>, events: &mut Vec<OutputEvent>) {
+        let closes = *found == Found::Tag(Tag::ThinkClose) && !self.segmenter.in_verbatim();
         let delta = self.segmenter.push(found);
-        let thinking = self.segmenter.segment() == Segment::Think || *found == Found::Tag(Tag::ThinkClose);
-        self.reasoning.resolve(found.num_bytes(), thinking);
+        let in_thinking = self.segmenter.segment() == Segment::Think;
+        self.answer.see(found, in_thinking, &self.places);
+        self.places.resolve(found.num_bytes(), in_thinking || closes);
         let Some((segment, text)) = delta.filter(|_| !self.raw) else { return };
-        match events.last_mut() {
-            Some(OutputEvent::Delta { segment: last, text: longer }) if *last == segment => {
-                longer.push_str(&text)
-            }
-            _ => events.push(OutputEvent::Delta { segment, text }),
-        }
+        add_delta(events, segment, text, self.places.take_placed());
     }
 }
 
-/// Counts the tokens of the thinking, tags included. A token counts where its last byte stands.
-#[derive(Debug, Default)]
-struct ReasoningMeter {
-    /// Where the tokens end in the text, as long as it is open what stands there.
-    ends: VecDeque<usize>,
-    num_bytes: usize,
-    resolved_bytes: usize,
-    tokens: usize,
-}
-
-impl ReasoningMeter {
-    /// The next token brought this much text.
-    fn token(&mut self, num_bytes: usize) {
-        self.num_bytes += num_bytes;
-        self.ends.push_back(self.num_bytes);
-    }
-
-    /// The next bytes of the text belong to the thinking, or not.
-    fn resolve(&mut self, num_bytes: usize, thinking: bool) {
-        self.resolved_bytes += num_bytes;
-        while self.ends.front().is_some_and(|&end| end <= self.resolved_bytes) {
-            self.ends.pop_front();
-            self.tokens += usize::from(thinking);
+/// Deltas of one segment that come together are one.
+fn add_delta(events: &mut Vec<OutputEvent>, segment: Segment, text: String, tokens: Vec<ScoredToken>) {
+    match events.last_mut() {
+        Some(OutputEvent::Delta { segment: last, text: longer, tokens: more }) if *last == segment => {
+            longer.push_str(&text);
+            more.extend(tokens);
         }
-    }
-
-    /// The rest was cut off where it was.
-    fn finish(&mut self, thinking: bool) {
-        self.tokens += if thinking { self.ends.len() } else { 0 };
-        self.ends.clear();
+        _ => events.push(OutputEvent::Delta { segment, text, tokens }),
     }
 }
 

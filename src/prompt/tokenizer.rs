@@ -115,9 +115,17 @@ impl Tokenizer {
         self.token_bytes.get(id as usize)?.as_deref()
     }
 
-    /// The name of a special token; `None` for all others.
-    pub fn special_text(&self, id: u32) -> Option<&str> {
-        self.special.iter().find(|(_, special)| **special == id).map(|(name, _)| name.as_str())
+    /// The bytes of one token, or what a special token is called; `None` for unknown ids.
+    pub fn bytes_or_name(&self, id: u32) -> Option<&[u8]> {
+        let name =
+            || self.special.iter().find(|(_, special)| **special == id).map(|(name, _)| name.as_bytes());
+        self.token_bytes(id).or_else(name)
+    }
+
+    /// As [`Self::decode`], with special tokens by their names.
+    pub fn decode_named(&self, ids: &[u32]) -> String {
+        let bytes: Vec<u8> = ids.iter().filter_map(|&id| self.bytes_or_name(id)).flatten().copied().collect();
+        String::from_utf8_lossy(&bytes).into_owned()
     }
 
     /// The text of `ids`: special and unknown ids are left out, invalid UTF-8 becomes U+FFFD.
@@ -160,7 +168,7 @@ mod tests {
         assert_eq!((tokenizer.vocab_size(), tokenizer.end_of_text()), (257, 256));
         assert_eq!(tokenizer.token_bytes(256), None);
         assert_eq!(tokenizer.special_token("<|endoftext|>"), Some(256));
-        assert_eq!((tokenizer.special_text(256), tokenizer.special_text(97)), (Some("<|endoftext|>"), None));
+        assert_eq!(tokenizer.decode_named(&[97, 256, 999]), "a<|endoftext|>");
     }
 
     #[test]

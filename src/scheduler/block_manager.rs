@@ -91,16 +91,22 @@ impl BlockManager {
     /// Blocks for all the sequence may ever hold, shared as far as its prompt is known; `None` when there are too few.
     pub(super) fn allocate(&mut self, sequence: &Sequence) -> Option<PrefixMatch> {
         let (shared, last_uid) = self.lookup(sequence);
+        let num_blocks = shared.len();
+        let blocks = self.extend(shared, sequence)?;
+        Some(PrefixMatch { blocks, num_tokens: num_blocks * self.block_size, num_blocks, last_uid })
+    }
+
+    /// `shared` and as many fresh blocks as the sequence needs behind them; `None` when there are too few.
+    pub(super) fn extend(&mut self, shared: Vec<BlockId>, sequence: &Sequence) -> Option<Vec<BlockId>> {
         let num_fresh = sequence.num_reserved_tokens().div_ceil(self.block_size) - shared.len();
         let num_shared_idle = shared.iter().filter(|&&id| self.blocks[id as usize].num_holders == 0).count();
         if self.free.len() + self.reusable.len() - num_shared_idle < num_fresh {
             return None;
         }
-        shared.iter().for_each(|&id| self.hold(id));
-        let num_blocks = shared.len();
+        self.hold(&shared);
         let mut blocks = shared;
         blocks.extend((0..num_fresh).map(|_| self.take_fresh()));
-        Some(PrefixMatch { blocks, num_tokens: num_blocks * self.block_size, num_blocks, last_uid })
+        Some(blocks)
     }
 
     /// How many tokens of the prompt [`BlockManager::allocate`] would find.
@@ -176,12 +182,15 @@ impl BlockManager {
         }
     }
 
-    fn hold(&mut self, id: BlockId) {
-        let block = &mut self.blocks[id as usize];
-        if block.num_holders == 0 {
-            self.reusable.remove(&block.freed_at);
+    /// One more holder for each of `blocks`.
+    pub(super) fn hold(&mut self, blocks: &[BlockId]) {
+        for &id in blocks {
+            let block = &mut self.blocks[id as usize];
+            if block.num_holders == 0 {
+                self.reusable.remove(&block.freed_at);
+            }
+            block.num_holders += 1;
         }
-        block.num_holders += 1;
     }
 
     fn take_fresh(&mut self) -> BlockId {

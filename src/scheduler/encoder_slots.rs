@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use super::VideoDigest;
+use super::{VideoDigest, sequence::Sequence};
 
 #[derive(Debug, Default)]
 struct Slot {
@@ -38,13 +38,18 @@ impl EncoderSlots {
         others_held.count() + distinct.len() <= self.capacity
     }
 
+    /// Counts for the metrics how many of `videos` are encoded already.
+    pub(super) fn count_query(&mut self, videos: &[(VideoDigest, usize)]) {
+        let encoded = videos.iter().filter(|(digest, num_frames)| self.frames_done(digest) == *num_frames);
+        self.hits += encoded.count() as u64;
+        self.queries += videos.len() as u64;
+    }
+
     /// Holds a slot for each of `videos`, for which there must be room.
     pub(super) fn acquire_all(&mut self, videos: &[(VideoDigest, usize)]) {
         for (digest, num_frames) in videos {
             self.clock += 1;
-            self.queries += 1;
             let slot = self.slots.entry(*digest).or_default();
-            self.hits += u64::from(slot.frames_done == *num_frames);
             slot.num_frames = *num_frames;
             slot.num_holders += 1;
             slot.last_used = self.clock;
@@ -66,6 +71,15 @@ impl EncoderSlots {
         if slot.num_holders == 0 && slot.frames_done < slot.num_frames {
             self.slots.remove(digest);
             self.evicted.push(*digest);
+        }
+    }
+
+    /// Releases the videos that `sequence` has passed since `already_passed` tokens were computed.
+    pub(super) fn release_passed(&mut self, sequence: &Sequence, already_passed: usize) {
+        for span in sequence.spans() {
+            if already_passed < span.range.end && span.range.end <= sequence.num_computed() {
+                self.release(&span.digest);
+            }
         }
     }
 

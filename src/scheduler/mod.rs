@@ -8,12 +8,15 @@
 //! - a running sequence holds blocks for its prompt and all tokens it may still produce, so it is never
 //!   preempted and never runs out of memory;
 //! - a block is free, kept for reuse, or held by exactly as many sequences as its count says;
-//! - blocks are shared only when every token and every video before them is the same.
+//! - blocks are shared only when every token and every video before them is the same;
+//! - siblings (the choices of one request) compute the full blocks of their prompt once.
 
 mod block_manager;
 mod encoder_slots;
+mod plan;
 pub mod sampling_params;
 pub mod sequence;
+mod siblings;
 pub mod step;
 #[cfg(test)]
 mod tests;
@@ -23,9 +26,10 @@ use std::collections::{HashMap, VecDeque};
 use block_manager::BlockManager;
 pub use block_manager::{BlockId, PrefixStats};
 use encoder_slots::EncoderSlots;
-pub use sampling_params::SamplingParams;
+pub use sampling_params::{SamplingParams, TokenLogprobs};
 use sequence::Sequence;
 pub use sequence::{SequenceId, SequenceSpec, VisualSpan};
+use siblings::{Families, Reached};
 pub use step::{ComputeWork, EncodeWork, SequenceUpdate, StepPlan};
 
 /// A token of the model's vocabulary.
@@ -93,6 +97,7 @@ pub struct Scheduler {
     running: Vec<SequenceId>,
     blocks: BlockManager,
     encoder: EncoderSlots,
+    families: Families,
     next_id: u64,
 }
 
@@ -111,6 +116,7 @@ impl Scheduler {
         Scheduler {
             blocks: BlockManager::new(limits.num_blocks, limits.block_size, limits.prefix_cache),
             encoder: EncoderSlots::new(limits.max_cached_videos),
+            families: Families::default(),
             sequences: HashMap::new(),
             waiting: VecDeque::new(),
             running: Vec::new(),
@@ -121,9 +127,29 @@ impl Scheduler {
 
     /// Queues a sequence. It must fit the cache as a whole (the engine's handle has checked that).
     pub fn add(&mut self, spec: SequenceSpec) -> SequenceId {
+        self.queue(spec, None)
+    }
+
+    /// Queues sequences that all have the same prompt, which is then computed only once.
+    pub fn add_siblings(&mut self, specs: Vec<SequenceSpec>) -> Vec<SequenceId> {
+        let Some(spec) = specs.first() else { return Vec::new() };
+        let same = |other: &SequenceSpec| other.token_ids == spec.token_ids && other.spans == spec.spans;
+        assert!(specs.iter().all(same), "siblings have different prompts: this is a bug");
+        // The last prompt token is left to each of them: its logits are wanted.
+        let block_size = self.limits.block_size;
+        let num_shared = (spec.token_ids.len().saturating_sub(1)) / block_size * block_size;
+        let shares = specs.len() > 1 && num_shared > 0;
+        let first = shares.then_some(SequenceId(self.next_id));
+        if let Some(first) = first {
+            self.families.found(first, specs.len(), num_shared);
+        }
+        specs.into_iter().map(|spec| self.queue(spec, first)).collect()
+    }
+
+    fn queue(&mut self, spec: SequenceSpec, family: Option<SequenceId>) -> SequenceId {
         let id = SequenceId(self.next_id);
         self.next_id += 1;
-        let sequence = Sequence::new(spec);
+        let sequence = Sequence::new(spec, family);
         assert!(
             sequence.num_reserved_tokens().div_ceil(self.limits.block_size) <= self.limits.num_blocks
                 && sequence.spans().len() <= self.limits.max_cached_videos,
@@ -211,106 +237,96 @@ impl Scheduler {
         let mut admitted = Vec::new();
         while self.running.len() < self.limits.max_running_sequences {
             let Some(&id) = self.waiting.front() else { break };
-            let sequence = self.sequences.get_mut(&id).expect("a waiting sequence is unknown: this is a bug");
-            let known = self.blocks.num_known_tokens(sequence);
-            let needs_video = |span: &&VisualSpan| span.range.end > known;
-            let wanted: Vec<_> =
-                sequence.spans().iter().filter(needs_video).map(|s| (s.digest, s.num_frames)).collect();
-            if !self.encoder.has_room(&wanted) {
-                break;
-            }
-            let Some(prefix) = self.blocks.allocate(sequence) else { break };
-            self.encoder.acquire_all(&wanted);
-            admitted.push((id, prefix.num_tokens));
-            self.blocks.count_query(sequence.num_prompt_tokens(), prefix.num_tokens);
-            sequence.admit(prefix);
+            let Some(num_known) = self.admit_one(id) else { break };
+            admitted.push((id, num_known));
             self.waiting.pop_front();
             self.running.push(id);
         }
         admitted
     }
 
-    fn plan_decode(&self) -> Vec<ComputeWork> {
-        let decoding = self.running.iter().filter(|id| !self.sequences[id].is_prefilling());
-        decoding.map(|&id| self.sequences[&id].work(id, 1)).collect()
-    }
-
-    /// Frames of the first sequences that wait for them, up to the step's budget.
-    fn plan_encode(&mut self) -> Vec<EncodeWork> {
-        let mut budget = self.limits.max_encode_frames;
-        let mut works: Vec<EncodeWork> = Vec::new();
-        for &id in &self.running {
-            let sequence = &self.sequences[&id];
-            for (video, span) in sequence.spans().iter().enumerate() {
-                if budget == 0 {
-                    return works;
-                }
-                let planned = works.iter().any(|work| work.digest == span.digest);
-                if planned || span.range.end <= sequence.num_computed() {
-                    continue;
-                }
-                let start = self.encoder.frames_done(&span.digest);
-                let end = span.num_frames.min(start + budget);
-                if start < end {
-                    budget -= end - start;
-                    let is_last = end == span.num_frames;
-                    works.push(EncodeWork {
-                        sequence: id,
-                        video,
-                        digest: span.digest,
-                        frames: start..end,
-                        is_last,
-                    });
-                }
-            }
+    /// Gives a sequence all it needs to run, if there is enough; tells how many of its tokens are computed already.
+    fn admit_one(&mut self, id: SequenceId) -> Option<usize> {
+        let sequence = self.sequences.get_mut(&id).expect("a waiting sequence is unknown: this is a bug");
+        let family = self.families.of(sequence);
+        let shared = family.and_then(|family| family.shared());
+        let num_known = match shared {
+            Some((_, reached)) => reached.num_computed,
+            None => self.blocks.num_known_tokens(sequence),
+        };
+        let needs_video = |span: &&VisualSpan| span.range.end > num_known;
+        let wanted: Vec<_> =
+            sequence.spans().iter().filter(needs_video).map(|s| (s.digest, s.num_frames)).collect();
+        if !self.encoder.has_room(&wanted) {
+            return None;
         }
-        works
-    }
-
-    /// Prompt chunks in order of admission, up to the step's budget; a chunk never enters a span not yet encoded.
-    fn plan_prefill(&self) -> Vec<ComputeWork> {
-        let mut budget = self.limits.max_prefill_tokens;
-        let mut works = Vec::new();
-        for &id in &self.running {
-            let sequence = &self.sequences[&id];
-            if !sequence.is_prefilling() || budget == 0 {
-                continue;
+        if let Some((blocks, reached)) = shared {
+            // What siblings have in common was asked for by the first of them.
+            sequence.admit(self.blocks.extend(blocks.to_vec(), sequence)?, reached);
+        } else {
+            let num_shared = family.map_or(0, |family| family.num_shared);
+            let prefix = self.blocks.allocate(sequence)?;
+            let reached = Reached::from(&prefix);
+            self.blocks.count_query(sequence.num_prompt_tokens(), prefix.num_tokens);
+            self.encoder.count_query(&wanted);
+            if let Some(first) = sequence.family {
+                let blocks = &prefix.blocks[..num_shared / self.limits.block_size];
+                self.blocks.hold(blocks);
+                self.families.admit(first, blocks, reached);
             }
-            let missing = |span: &&VisualSpan| {
-                span.range.end > sequence.num_computed()
-                    && self.encoder.frames_done(&span.digest) < span.num_frames
-            };
-            let limit =
-                sequence.spans().iter().find(missing).map_or(sequence.num_tokens(), |span| span.range.start);
-            let num_tokens = limit.saturating_sub(sequence.num_computed()).min(budget);
-            if num_tokens > 0 {
-                budget -= num_tokens;
-                works.push(sequence.work(id, num_tokens));
-            }
+            sequence.admit(prefix.blocks, reached);
         }
-        works
+        self.encoder.acquire_all(&wanted);
+        Some(num_known)
     }
 
     /// Moves one sequence past `work`; tells what its client has to hear.
     fn advance(&mut self, work: &ComputeWork, token: Option<TokenId>) -> Option<SequenceUpdate> {
         let id = work.sequence;
         // Aborted while the step ran.
-        let sequence = self.sequences.get_mut(&id)?;
-        let already_passed = sequence.num_computed();
-        sequence.set_computed(work.positions.end);
-        self.blocks.register_full_blocks(sequence);
-        for span in sequence.spans() {
-            if already_passed < span.range.end && span.range.end <= work.positions.end {
-                self.encoder.release(&span.digest);
-            }
+        let sequence = self.sequences.get(&id)?;
+        let num_shared = self.families.of(sequence).map_or(0, |family| family.num_shared);
+        if sequence.num_computed() < num_shared {
+            self.advance_family(id, work.positions.end.min(num_shared));
         }
+        self.advance_one(id, work.positions.end);
         let token = token?;
+        let sequence = self.sequences.get_mut(&id)?;
         let finished = sequence.push(token, &self.limits.end_token_ids);
         if finished.is_some() {
             self.remove(id);
         }
         let token = (finished != Some(StopReason::EndOfSequence)).then_some(token);
         Some(SequenceUpdate { sequence: id, token, finished })
+    }
+
+    /// Tokens up to `num_computed` are in the cache.
+    fn advance_one(&mut self, id: SequenceId, num_computed: usize) {
+        let sequence = self.sequences.get_mut(&id).expect("a running sequence is unknown: this is a bug");
+        let already_passed = sequence.num_computed();
+        if already_passed < num_computed {
+            sequence.set_computed(num_computed);
+            self.blocks.register_full_blocks(sequence);
+            self.encoder.release_passed(sequence, already_passed);
+        }
+    }
+
+    /// A sibling has computed what it shares up to `num_computed`: the others move along.
+    fn advance_family(&mut self, id: SequenceId, num_computed: usize) {
+        self.advance_one(id, num_computed);
+        let (family, reached) = (self.sequences[&id].family, self.sequences[&id].reached());
+        if let Some(first) = family {
+            self.families.advance(first, reached);
+        }
+        for other in self.running.iter().filter(|&&other| other != id) {
+            let sequence =
+                self.sequences.get_mut(other).expect("a running sequence is unknown: this is a bug");
+            if sequence.family == family {
+                let already_passed = sequence.num_computed();
+                sequence.catch_up(reached);
+                self.encoder.release_passed(sequence, already_passed);
+            }
+        }
     }
 
     fn remove(&mut self, id: SequenceId) {
@@ -323,14 +339,20 @@ impl Scheduler {
         } else {
             self.waiting.retain(|&waiting| waiting != id);
         }
+        let family = sequence.family;
         self.blocks.release(sequence.into_blocks());
+        if let Some(first) = family {
+            self.blocks.release(self.families.leave(first));
+        }
     }
 
     /// Panics when an invariant does not hold. Cheap enough to run after each step in tests.
     pub fn check_integrity(&self) {
         assert_eq!(self.sequences.len(), self.waiting.len() + self.running.len());
         let tables = self.running.iter().map(|id| self.sequences[id].blocks());
-        self.blocks.check_integrity(tables);
+        self.blocks.check_integrity(tables.chain(self.families.tables()));
+        let all = self.sequences.iter().map(|(id, sequence)| (sequence, self.running.contains(id)));
+        self.families.check_integrity(all);
         for id in &self.waiting {
             assert!(self.sequences[id].blocks().is_empty(), "a waiting sequence holds blocks");
         }

@@ -29,6 +29,21 @@ pub struct SamplingParams {
     pub ignore_eos: bool,
     /// Further ids that end the sequence.
     pub stop_token_ids: Vec<TokenId>,
+    /// How many of the most probable tokens are reported beside each chosen one; `None`: nothing is reported.
+    pub top_logprobs: Option<usize>,
+    /// Ids whose log probabilities are reported at each step, chosen or not.
+    pub watched: Vec<TokenId>,
+}
+
+/// Log probabilities at one step: of the model's own distribution, before penalties, bias and temperature.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TokenLogprobs {
+    /// Of the token that was chosen.
+    pub chosen: f32,
+    /// Of the most probable ones, the most probable first.
+    pub top: Vec<(TokenId, f32)>,
+    /// Of [`SamplingParams::watched`], in that order.
+    pub watched: Vec<f32>,
 }
 
 impl SamplingParams {
@@ -47,6 +62,15 @@ impl SamplingParams {
             max_tokens,
             ignore_eos: false,
             stop_token_ids: Vec::new(),
+            top_logprobs: None,
+            watched: Vec::new(),
         }
+    }
+
+    /// The same for the choice `index` of several: only the seed differs, and that of choice 0 stays as it is.
+    pub fn for_choice(&self, index: usize) -> Self {
+        // A large odd step, so that the choices of neighbouring seeds do not meet.
+        let seed = self.seed.wrapping_add((index as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        SamplingParams { seed, ..self.clone() }
     }
 }

@@ -4,7 +4,8 @@ use std::{ops::Range, sync::Arc};
 
 use super::{
     BlockId, StopReason, TokenId, VideoDigest,
-    block_manager::{BlockUid, PrefixMatch, ROOT},
+    block_manager::{BlockUid, ROOT},
+    siblings::Reached,
     step::ComputeWork,
 };
 
@@ -50,10 +51,12 @@ pub struct Sequence {
     /// How many of `blocks` are known to the prefix cache, and the content of the last of them.
     pub(super) num_registered: usize,
     pub(super) registered_uid: BlockUid,
+    /// The first of the siblings it shares its prompt with, if it has any.
+    pub(super) family: Option<SequenceId>,
 }
 
 impl Sequence {
-    pub(super) fn new(spec: SequenceSpec) -> Self {
+    pub(super) fn new(spec: SequenceSpec, family: Option<SequenceId>) -> Self {
         let num_prompt_tokens = spec.token_ids.len();
         assert!(num_prompt_tokens > 0 && spec.max_tokens > 0, "an empty sequence was queued: this is a bug");
         Sequence {
@@ -63,6 +66,7 @@ impl Sequence {
             blocks: Vec::new(),
             num_registered: 0,
             registered_uid: ROOT,
+            family,
         }
     }
 
@@ -112,11 +116,26 @@ impl Sequence {
         self.num_computed < self.num_prompt_tokens
     }
 
-    pub(super) fn admit(&mut self, prefix: PrefixMatch) {
-        self.num_computed = prefix.num_tokens;
-        self.num_registered = prefix.num_blocks;
-        self.registered_uid = prefix.last_uid;
-        self.blocks = prefix.blocks;
+    /// It holds `blocks` now, whose contents are known as far as `reached`.
+    pub(super) fn admit(&mut self, blocks: Vec<BlockId>, reached: Reached) {
+        self.blocks = blocks;
+        self.catch_up(reached);
+    }
+
+    /// Its tokens were computed as far as `reached`, by itself or a sibling.
+    pub(super) fn catch_up(&mut self, reached: Reached) {
+        self.num_computed = reached.num_computed;
+        self.num_registered = reached.num_registered;
+        self.registered_uid = reached.registered_uid;
+    }
+
+    /// How far it is computed and registered.
+    pub(super) fn reached(&self) -> Reached {
+        Reached {
+            num_computed: self.num_computed,
+            num_registered: self.num_registered,
+            registered_uid: self.registered_uid,
+        }
     }
 
     /// The next `num_tokens` tokens as work.

@@ -64,7 +64,11 @@ struct Shadow {
 
 impl Shadow {
     fn new(num_blocks: usize) -> Self {
-        let scheduler = Scheduler::new(limits(num_blocks));
+        Shadow::with(limits(num_blocks))
+    }
+
+    fn with(limits: SchedulerLimits) -> Self {
+        let scheduler = Scheduler::new(limits);
         Shadow { scheduler, cache: HashMap::new(), encoded: HashMap::new(), finished: vec![] }
     }
 
@@ -140,18 +144,31 @@ impl Shadow {
 
 #[derive(Debug, Clone)]
 enum Op {
-    Add { before: Vec<TokenId>, videos: Vec<u8>, after: Vec<TokenId>, max_tokens: usize, salt: Option<bool> },
-    Step { token: TokenId },
+    Add {
+        before: Vec<TokenId>,
+        videos: Vec<u8>,
+        after: Vec<TokenId>,
+        max_tokens: usize,
+        salt: Option<bool>,
+        num_siblings: usize,
+    },
+    Step {
+        token: TokenId,
+    },
     FailStep,
-    AbortDuringStep { nth: usize },
-    Abort { nth: usize },
+    AbortDuringStep {
+        nth: usize,
+    },
+    Abort {
+        nth: usize,
+    },
 }
 
 fn op() -> impl Strategy<Value = Op> {
     let text = |most| prop::collection::vec(0..2u32, 1..most);
     prop_oneof![
-        3 => (text(9), prop::collection::vec(0..4u8, 0..=2), text(6), 1..8usize, any::<Option<bool>>()).prop_map(
-            |(before, videos, after, max_tokens, salt)| Op::Add { before, videos, after, max_tokens, salt }
+        3 => (text(9), prop::collection::vec(0..4u8, 0..=2), text(6), 1..8usize, any::<Option<bool>>(), prop_oneof![3 => Just(1), 2 => 2..8usize]).prop_map(
+            |(before, videos, after, max_tokens, salt, num_siblings)| Op::Add { before, videos, after, max_tokens, salt, num_siblings }
         ),
         8 => prop_oneof![5 => 0..2u32, 1 => Just(9u32)].prop_map(|token| Op::Step { token }),
         1 => Just(Op::FailStep),
@@ -160,19 +177,26 @@ fn op() -> impl Strategy<Value = Op> {
     ]
 }
 
+/// The `nth` last of them.
+fn late(ids: &[SequenceId], nth: usize) -> Option<SequenceId> {
+    ids.iter().rev().nth(nth).copied()
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(400))]
 
     #[test]
-    fn no_block_is_lost_or_wrongly_shared(ops in prop::collection::vec(op(), 1..80), num_blocks in 8..20usize) {
-        let mut shadow = Shadow::new(num_blocks);
+    fn no_block_is_lost_or_wrongly_shared(
+        ops in prop::collection::vec(op(), 1..80), num_blocks in 8..20usize, prefix_cache: bool,
+    ) {
+        let mut shadow = Shadow::with(SchedulerLimits { prefix_cache, ..limits(num_blocks) });
         let mut ids = vec![];
         for op in ops {
             match op {
-                Op::Add { before, videos, after, max_tokens, salt } => {
+                Op::Add { before, videos, after, max_tokens, salt, num_siblings } => {
                     let cache_salt = salt.map(|salt| salt.to_string().into());
-                    let spec = videos_spec(&before, &videos, &after, max_tokens);
-                    ids.push(shadow.scheduler.add(SequenceSpec { cache_salt, ..spec }));
+                    let spec = SequenceSpec { cache_salt, ..videos_spec(&before, &videos, &after, max_tokens) };
+                    ids.extend(shadow.scheduler.add_siblings(vec![spec; num_siblings]));
                 }
                 Op::Step { token } => { shadow.step(|_| token); }
                 Op::FailStep => {
@@ -186,11 +210,11 @@ proptest! {
                 Op::AbortDuringStep { nth } => {
                     let plan = shadow.scheduler.schedule();
                     shadow.run(&plan);
-                    if let Some(id) = ids.get(nth) { shadow.scheduler.abort(*id) }
+                    if let Some(id) = late(&ids, nth) { shadow.scheduler.abort(id) }
                     let num_samples = plan.compute.iter().filter(|work| work.samples).count();
                     shadow.scheduler.complete(&plan, &vec![1; num_samples]);
                 }
-                Op::Abort { nth } => if let Some(id) = ids.get(nth) { shadow.scheduler.abort(*id) },
+                Op::Abort { nth } => if let Some(id) = late(&ids, nth) { shadow.scheduler.abort(id) },
             }
             shadow.scheduler.check_integrity();
         }
@@ -298,4 +322,84 @@ fn abort_frees_everything_at_any_point() {
         assert_eq!(shadow.scheduler.stats().num_used_blocks, 0);
         assert!(!shadow.scheduler.has_work());
     }
+}
+
+/// Runs to the end; tells how many prompt tokens and frames were computed.
+fn cost(shadow: &mut Shadow) -> (usize, usize) {
+    let mut cost = (0, 0);
+    while shadow.scheduler.has_work() {
+        let plan = shadow.step(|_| 1);
+        cost.0 += plan.compute[plan.num_decodes..].iter().map(|work| work.positions.len()).sum::<usize>();
+        cost.1 += plan.encode.iter().map(|work| work.frames.len()).sum::<usize>();
+    }
+    cost
+}
+
+#[test]
+fn siblings_compute_their_prompt_once_with_and_without_prefix_cache() {
+    for (prefix_cache, num_blocks, max_running_sequences) in
+        [(true, 40, 8), (false, 40, 8), (true, 6, 8), (false, 6, 8), (true, 40, 2), (false, 40, 1)]
+    {
+        let limits = SchedulerLimits { prefix_cache, max_running_sequences, ..limits(num_blocks) };
+        let mut shadow = Shadow::with(limits);
+        // 17 tokens: four whole blocks are shared, and each sibling computes the last token.
+        let spec = video_spec(&[1, 0, 1], 1, &[0; 8], 5);
+        let ids = shadow.scheduler.add_siblings(vec![spec; 6]);
+        assert_eq!(cost(&mut shadow), (16 + 6, 4));
+        let finished: Vec<SequenceId> = shadow.finished.iter().map(|(id, _)| *id).collect();
+        assert_eq!(finished, ids);
+        assert_eq!(shadow.scheduler.stats().num_used_blocks, 0);
+    }
+}
+
+#[test]
+fn siblings_of_different_lengths_are_all_served() {
+    let mut shadow = Shadow::new(12);
+    let specs = (1..=6).map(|max_tokens| spec(vec![1; 10], max_tokens)).collect();
+    shadow.scheduler.add_siblings(specs);
+    assert_eq!(cost(&mut shadow), (8 + 6 * 2, 0));
+}
+
+#[test]
+fn the_next_sibling_goes_on_where_an_aborted_one_was() {
+    for num_steps in 0..12 {
+        let mut shadow = Shadow::with(SchedulerLimits { prefix_cache: false, ..limits(30) });
+        let ids = shadow.scheduler.add_siblings(vec![video_spec(&[1, 0, 1], 1, &[0; 8], 20); 3]);
+        let mut before = 0;
+        for _ in 0..num_steps {
+            let plan = shadow.step(|_| 1);
+            before += plan.compute[plan.num_decodes..].iter().map(|work| work.positions.len()).sum::<usize>();
+        }
+        shadow.scheduler.abort(ids[0]);
+        shadow.scheduler.check_integrity();
+        let (after, _) = cost(&mut shadow);
+        assert!(
+            (16 + 2..=16 + 3).contains(&(before + after)),
+            "{before} and {after} after {num_steps} steps"
+        );
+        assert_eq!(shadow.finished.len(), 2);
+    }
+}
+
+#[test]
+fn a_failed_step_of_one_sibling_leaves_the_others_their_prompt() {
+    let mut shadow = Shadow::with(SchedulerLimits { prefix_cache: false, ..limits(30) });
+    let ids = shadow.scheduler.add_siblings(vec![spec(vec![1; 17], 4); 3]);
+    shadow.step(|_| 1);
+    let plan = shadow.scheduler.schedule();
+    assert_eq!(shadow.scheduler.fail(&plan), ids[..1]);
+    shadow.scheduler.check_integrity();
+    assert_eq!(cost(&mut shadow), (16 - 7 + 2, 0), "the first seven were computed before");
+}
+
+#[test]
+fn others_pass_through_while_siblings_wait_for_their_prompt() {
+    let mut shadow = Shadow::new(40);
+    let ids = shadow.scheduler.add_siblings(vec![spec(vec![1; 17], 4); 2]);
+    let other = shadow.scheduler.add(spec(vec![0; 2], 1));
+    while shadow.finished.is_empty() {
+        shadow.step(|_| 1);
+    }
+    assert_eq!(shadow.finished, [(other, StopReason::Length)]);
+    assert!(ids.iter().all(|id| shadow.scheduler.sequence(*id).is_some()));
 }

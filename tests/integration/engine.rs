@@ -46,7 +46,8 @@ fn start(model: FakeModel, config: EngineConfig) -> (EngineHandle, EngineThread,
 
 fn text(prompt: &str, max_tokens: usize) -> NewSequence {
     let token_ids = format!("{prompt} ASSISTANT:").bytes().map(u32::from).collect();
-    NewSequence { token_ids, videos: vec![], cache_salt: None, sampling: SamplingParams::greedy(max_tokens) }
+    let sampling = SamplingParams::greedy(max_tokens);
+    NewSequence { token_ids, videos: vec![], cache_salt: None, sampling, guide: None }
 }
 
 fn with_video(prompt: &str, digest: u8, max_tokens: usize) -> NewSequence {
@@ -63,7 +64,7 @@ async fn reply(handle: &EngineHandle, sequence: NewSequence) -> (String, Result<
     while let Some(event) = stream.next().await {
         match event {
             TokenEvent::Started { .. } => {}
-            TokenEvent::Token(id) => bytes.push(id as u8),
+            TokenEvent::Token { id, .. } => bytes.push(id as u8),
             TokenEvent::Finished(reason) => return (String::from_utf8(bytes).unwrap(), Ok(reason)),
             TokenEvent::Failed(error) => return (String::from_utf8(bytes).unwrap(), Err(error)),
         }
@@ -148,7 +149,13 @@ async fn a_full_queue_refuses_at_once() {
         EngineConfig { max_running_sequences: 1, max_waiting_sequences: 1, ..EngineConfig::default() };
     let (handle, _thread, _) = start(FakeModel::saying("x"), config);
     let permits = (handle.reserve().unwrap(), handle.reserve().unwrap());
-    assert!(handle.reserve().unwrap_err().to_string().contains("already holds 2 requests"));
+    assert!(
+        handle
+            .reserve()
+            .unwrap_err()
+            .to_string()
+            .contains("already holds 2 requests and has no room for 1 more")
+    );
     drop(permits);
     assert!(handle.reserve().is_ok());
 }

@@ -98,6 +98,7 @@ impl Checkpoint {
             videos,
             cache_salt: None,
             sampling: SamplingParams { ignore_eos: true, ..SamplingParams::greedy(24) },
+            guide: None,
         }
     }
 
@@ -121,7 +122,7 @@ async fn run(handle: &EngineHandle, sequence: NewSequence) -> Vec<u32> {
     loop {
         match stream.next().await.expect("the engine lives") {
             TokenEvent::Started { .. } => {}
-            TokenEvent::Token(id) => ids.push(id),
+            TokenEvent::Token { id, .. } => ids.push(id),
             TokenEvent::Finished(_) => return ids,
             TokenEvent::Failed(error) => panic!("{error}"),
         }

@@ -127,6 +127,26 @@ async fn a_stream_tells_what_the_unary_response_holds() {
 }
 
 #[tokio::test]
+async fn log_probabilities_of_the_answer_are_there_if_they_are_included() {
+    let server = simple_server().await;
+    let body = json!({"input": "Hi", "include": ["message.output_text.logprobs"], "top_logprobs": 2});
+    let response = respond(&server, body.clone()).await;
+    let logprobs = response["output"][1]["content"][0]["logprobs"].as_array().unwrap();
+    let text: String = logprobs.iter().map(|token| token["token"].as_str().unwrap()).collect();
+    assert!(
+        text.starts_with("<answer>C</answer>"),
+        "no token of the thinking, every one of the answer: {text}"
+    );
+    assert_eq!(logprobs[0]["top_logprobs"].as_array().unwrap().len(), 2);
+    assert_eq!(response["top_logprobs"], 2);
+    let events = stream(&server, body).await;
+    let done = events
+        .iter()
+        .find(|event| event["type"] == "response.output_item.done" && event["output_index"] == 1);
+    assert_eq!(done.unwrap()["item"]["content"], response["output"][1]["content"]);
+}
+
+#[tokio::test]
 async fn a_response_cut_off_is_incomplete() {
     let server = simple_server().await;
     let body = json!({"input": "Hi", "max_output_tokens": 14});
@@ -206,7 +226,7 @@ async fn faults_are_answered_in_the_usual_form_and_later_ones_end_the_stream() {
     for (body, status, param) in [
         (json!({"input": "Hi", "model": "other"}), 404, json!("model")),
         (json!({"input": "Hi", "odd": 1}), 400, json!("odd")),
-        (json!({"input": bad_video}), 415, json!("input[0].content[0]")),
+        (json!({"input": bad_video}), 415, json!("input[0].content[0].video_url")),
         (json!({"input": "Hi", "max_output_tokens": 100_000}), 400, json!("messages")),
     ] {
         let (got, refused) = error(server.send_json(RESPONSES, &body).await).await;

@@ -19,9 +19,14 @@ use tempfile::TempDir;
 use tinyllava::{
     config::Config,
     engine::EngineOptions,
-    http::{AppState, Loaded, ModelCard, run},
+    http::{AppState, Guides, Loaded, ModelCard, run},
     media::MediaLoader,
-    model::fake::{END, FakeModel},
+    model::{
+        VideoLanguageModel,
+        checkpoint::{Checkpoint, ModelSpec},
+        fake::FakeModel,
+        tinyllava::TinyLlava,
+    },
     prompt::Tokenizer,
     scheduler::SamplingParams,
     telemetry::{EngineMetrics, Metrics},
@@ -57,20 +62,25 @@ pub fn state(config: Config) -> AppState {
 
 /// Starts the engine on `model` and makes `state` ready.
 pub fn load(state: &AppState, model: FakeModel) {
+    load_any(state, Box::new(model), Tokenizer::bytes());
+}
+
+fn load_any(state: &AppState, model: Box<dyn VideoLanguageModel>, tokenizer: Tokenizer) {
     let config = state.config();
     let options = EngineOptions {
         config: config.engine.clone(),
-        num_token_ids: END as usize + 1,
-        end_token_ids: vec![END],
+        num_token_ids: tokenizer.vocab_size(),
+        end_token_ids: vec![tokenizer.end_of_text()],
         observer: Box::new(EngineMetrics::new(state.metrics().clone())),
         tap: Box::new(()),
     };
     // The thread ends with the last handle.
-    let (engine, _thread) = tinyllava::engine::start(Box::new(model), options).unwrap();
+    let (engine, _thread) = tinyllava::engine::start(model, options).unwrap();
     let limits = engine.limits();
     state.set_loaded(Loaded {
         media: MediaLoader::new(config.media.clone(), limits.image_size).unwrap(),
-        tokenizer: Arc::new(Tokenizer::bytes()),
+        guides: Guides::new(&tokenizer, &[]).unwrap(),
+        tokenizer: Arc::new(tokenizer),
         model: ModelCard {
             thinks: true,
             id: config.served_model_name.clone(),
@@ -101,6 +111,26 @@ pub async fn server(config: Config, model: FakeModel) -> Server {
     let state = state(config);
     load(&state, model);
     serve(state).await
+}
+
+/// A ready server on the embedded model, which samples only when a request says so.
+pub async fn nano_server(mut config: Config) -> Server {
+    let checkpoint = Checkpoint::open(&ModelSpec::Nano).unwrap();
+    let model = TinyLlava::load(&checkpoint.weights, &checkpoint.config, None).unwrap();
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/nano");
+    config.media.num_frames = model.shape().num_frames;
+    let state = state(config);
+    load_any(&state, Box::new(model), Tokenizer::load(&directory).unwrap());
+    serve(state).await
+}
+
+/// A question with the video of the embedded model's demo called `name`.
+pub fn demo(name: &str, question: &str, more: Value) -> Value {
+    use base64::{Engine, engine::general_purpose::STANDARD};
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/nano/demo").join(name);
+    let url = format!("data:video/mp4;base64,{}", STANDARD.encode(std::fs::read(path).unwrap()));
+    let video = json!({"type": "video_url", "video_url": {"url": url}});
+    request(json!([video, {"type": "text", "text": question}]), more)
 }
 
 /// A ready server that always says [`REPLY`].

@@ -152,8 +152,7 @@ async fn what_is_no_picture_or_too_large_is_refused() {
             let error = still(&picture(width, height, format)).await.unwrap_err();
             assert!(matches!(&error, MediaError::Undecodable(m) if m.contains("too large")), "{error}");
         }
-        let whole = picture(60, 60, format);
-        let error = still(&whole[..whole.len() / 3]).await.unwrap_err();
+        let error = still(&picture(60, 60, format)[..40]).await.unwrap_err();
         assert!(matches!(error, MediaError::Undecodable(_)), "{format:?}: {error}");
     }
     for bytes in [&b"GIF89a\x10\0\x10\0"[..], b"BM", b"", b"\0\0\0\x20ftypisom", b"<svg/>"] {

@@ -1,4 +1,4 @@
-//! The embedded model on its demo clips: real mp4 files through the running server to right answers.
+//! The embedded model on its clips: real mp4 files through the running server to right answers.
 
 use std::process::Command;
 
@@ -7,12 +7,12 @@ use serde_json::Value;
 use crate::server_process::Server;
 
 /// Clip, question and right answer.
-fn questions() -> Vec<(String, String, String)> {
-    let text = std::fs::read_to_string("models/nano/demo/questions.json").unwrap();
+fn questions(folder: &str) -> Vec<(String, String, String)> {
+    let text = std::fs::read_to_string(format!("models/nano/{folder}/questions.json")).unwrap();
     let entries: Vec<Value> = serde_json::from_str(&text).unwrap();
     let field = |entry: &Value, name: &str| entry[name].as_str().unwrap().to_string();
     let entry = |entry: &Value| {
-        let clip = format!("models/nano/demo/{}", field(entry, "video"));
+        let clip = format!("models/nano/{folder}/{}", field(entry, "video"));
         (clip, field(entry, "question"), field(entry, "answer"))
     };
     entries.iter().map(entry).collect()
@@ -28,28 +28,30 @@ fn ask(server: &Server, clip: &str, question: &str) -> Value {
 }
 
 #[test]
-fn demo_clips_are_answered_right_alone_together_again_and_in_every_dtype() {
-    let questions = questions();
-    assert!(questions.len() >= 4);
-    let mut first: Vec<Value> = vec![];
+fn demo_and_sample_clips_are_answered_right_alone_together_again_and_in_every_dtype() {
+    let (demo, sample) = (questions("demo"), questions("sample"));
+    assert!(demo.len() >= 4 && sample.len() == 30);
+    let questions = [demo, sample].concat();
     for dtype in ["auto", "f32", "bf16"] {
         let server = Server::start(&["--dtype", dtype]);
+        let mut alone = vec![];
         for (clip, question, answer) in &questions {
             let reply = ask(&server, clip, question);
             assert_eq!(reply["answer"], *answer, "{dtype}, {clip}: {reply}");
             assert!(!reply["reasoning"].as_str().unwrap().is_empty(), "{reply}");
-            first.push(reply);
+            alone.push(reply);
         }
-        // All at once, twice: batched, encoded once, prompts from the prefix cache.
-        let again: Vec<Value> = std::thread::scope(|scope| {
-            let asked = questions.iter().chain(&questions);
-            let asked: Vec<_> =
-                asked.map(|(clip, question, _)| scope.spawn(|| ask(&server, clip, question))).collect();
-            asked.into_iter().map(|reply| reply.join().unwrap()).collect()
-        });
-        let alone = &first[first.len() - questions.len()..];
-        for (reply, alone) in again.iter().zip(alone.iter().chain(alone)) {
-            assert_eq!((&reply["reasoning"], &reply["answer"]), (&alone["reasoning"], &alone["answer"]));
+        // Many at once, and none for the first time: batched, and prompts from the prefix cache.
+        for (asked, alone) in questions.chunks(8).zip(alone.chunks(8)) {
+            let again: Vec<Value> = std::thread::scope(|scope| {
+                let asked =
+                    asked.iter().map(|(clip, question, _)| scope.spawn(|| ask(&server, clip, question)));
+                let asked: Vec<_> = asked.collect();
+                asked.into_iter().map(|reply| reply.join().unwrap()).collect()
+            });
+            for (reply, alone) in again.iter().zip(alone) {
+                assert_eq!((&reply["reasoning"], &reply["answer"]), (&alone["reasoning"], &alone["answer"]));
+            }
         }
     }
 }

@@ -33,6 +33,7 @@ use self::{
     store::{KeptConversation, KeptResponse},
 };
 use super::{
+    choices::ChoiceView,
     error::ApiError,
     generation::Generation,
     openapi::{NotReady, Refused},
@@ -40,7 +41,7 @@ use super::{
     record::RequestRecord,
     sse::{self, EventSink},
     state::AppState,
-    validate::InvalidRequest,
+    validate::{InvalidRequest, Limits},
 };
 use crate::scheduler::StopReason;
 
@@ -63,20 +64,23 @@ pub async fn create(
     request: Request,
 ) -> Result<Response, ApiError> {
     let store = state.responses().clone();
-    let begun = pipeline::begin(&state, record, request, move |json, upload, limits| {
-        request::check(json, upload, limits, &store)
+    let begun = pipeline::begin(&state, record, request, move |json, upload, config, loaded| {
+        request::check(json, upload, Limits::new(config, loaded), &store)
     });
-    let Begun { preparing, mut shape, .. } = begun.await?;
+    let Begun { preparing, loaded, mut shape, .. } = begun.await?;
     shape.object.id = format!("resp_{}", uuid::Uuid::new_v4().simple());
     let created = SystemTime::now().duration_since(UNIX_EPOCH);
     shape.object.created_at = created.map_or(0, |since| since.as_secs());
-    let store = state.responses().clone();
+    let view = ChoiceView { wanted: shape.choices.clone(), tokenizer: loaded.tokenizer.clone() };
+    let (store, output) = (state.responses().clone(), Output::new(view));
     if !shape.stream {
-        return Ok(Json(fold(preparing.await?, shape, &store).await?).into_response());
+        return Ok(Json(fold(preparing.await?, output, shape, &store).await?).into_response());
     }
     let interval = state.config().keep_alive_interval;
     let preparing = pipeline::settle(preparing, interval).await?;
-    Ok(sse::respond(interval, |events| Writer { events, num_events: 0 }.write(preparing, shape, store)))
+    Ok(sse::respond(interval, |events| {
+        Writer { events, num_events: 0 }.write(preparing, output, shape, store)
+    }))
 }
 
 /// `GET /v1/responses/{id}`
@@ -125,10 +129,10 @@ fn unknown(id: &str) -> ApiError {
 /// The unary reply: the same events as a stream's, put together.
 async fn fold(
     mut generation: Generation,
+    mut output: Output,
     shape: Shape,
     store: &ResponseStore,
 ) -> Result<ResponseObject, ApiError> {
-    let mut output = Output::default();
     while let Some((_, event)) = generation.next().await? {
         output.take(event);
     }
@@ -170,11 +174,12 @@ impl Writer {
     async fn write(
         mut self,
         preparing: Preparing,
+        output: Output,
         shape: Shape,
         store: Arc<ResponseStore>,
     ) -> Result<(), ApiError> {
         let mut failed = shape.object.clone();
-        if let Err(error) = self.write_all(preparing, shape, &store).await {
+        if let Err(error) = self.write_all(preparing, output, shape, &store).await {
             let (code, message) = error.code_and_message();
             failed.status = Status::Failed;
             failed.error = Some(ResponseError { code, message });
@@ -186,6 +191,7 @@ impl Writer {
     async fn write_all(
         &mut self,
         preparing: Preparing,
+        mut output: Output,
         shape: Shape,
         store: &ResponseStore,
     ) -> Result<(), ApiError> {
@@ -193,7 +199,6 @@ impl Writer {
             self.send(kind, Payload::Response { response: Box::new(shape.object.clone()) }).await;
         }
         let mut generation = preparing.await?;
-        let mut output = Output::default();
         while let Some((_, event)) = generation.next().await? {
             self.send_all(output.take(event)).await;
         }

@@ -6,7 +6,10 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
-use crate::{http::responses::Videos, telemetry::metrics::TokenCounts};
+use crate::{
+    http::{choices::TokenLogprob, responses::Videos},
+    telemetry::metrics::TokenCounts,
+};
 
 /// `POST /v1/responses`. Fields of OpenAI's object that can have one value only here are there for its clients.
 #[derive(Debug, Clone, Serialize, ToSchema)]
@@ -36,7 +39,7 @@ pub struct ResponseObject {
     pub text: Value,
     pub tool_choice: &'static str,
     pub tools: Vec<Value>,
-    pub top_logprobs: u64,
+    pub top_logprobs: usize,
     pub top_p: f32,
     pub truncation: &'static str,
     pub usage: Option<ResponseUsage>,
@@ -132,15 +135,18 @@ pub enum Item {
 #[derive(Debug, Clone, Serialize, ToSchema)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum Part {
-    SummaryText { text: String },
-    ReasoningText { text: String },
-    OutputText { text: String, annotations: Vec<Value>, logprobs: Vec<Value> },
-}
-
-impl Part {
-    pub fn output_text(text: String) -> Self {
-        Part::OutputText { text, annotations: vec![], logprobs: vec![] }
-    }
+    SummaryText {
+        text: String,
+    },
+    ReasoningText {
+        text: String,
+    },
+    /// `logprobs` are there if they are included.
+    OutputText {
+        text: String,
+        annotations: Vec<Value>,
+        logprobs: Vec<TokenLogprob>,
+    },
 }
 
 /// An event of a stream; `sequence_number` counts them.
@@ -175,14 +181,14 @@ pub enum Payload {
         at: At,
         delta: String,
         #[serde(skip_serializing_if = "Option::is_none")]
-        logprobs: Option<Vec<Value>>,
+        logprobs: Option<Vec<TokenLogprob>>,
     },
     Text {
         #[serde(flatten)]
         at: At,
         text: String,
         #[serde(skip_serializing_if = "Option::is_none")]
-        logprobs: Option<Vec<Value>>,
+        logprobs: Option<Vec<TokenLogprob>>,
     },
 }
 

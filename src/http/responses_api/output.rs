@@ -4,7 +4,8 @@
 
 use super::objects::{At, Item, Part, Payload, Status};
 use crate::{
-    output::{OutputEvent, Segment},
+    http::choices::{ChoiceView, TokenLogprob},
+    output::{OutputEvent, ScoredToken, Segment},
     scheduler::StopReason,
 };
 
@@ -14,17 +15,12 @@ pub type Told = (&'static str, Payload);
 /// The output as far as it has come.
 #[derive(Debug)]
 pub struct Output {
+    view: ChoiceView,
     /// Items that are whole.
     items: Vec<Item>,
     open: Option<OpenItem>,
     /// Why it ended; aborted as long as it has not.
     reason: StopReason,
-}
-
-impl Default for Output {
-    fn default() -> Self {
-        Output { items: vec![], open: None, reason: StopReason::Aborted }
-    }
 }
 
 /// The item that grows.
@@ -33,16 +29,28 @@ struct OpenItem {
     id: String,
     thinks: bool,
     text: String,
+    /// Of the answer's tokens, tags included.
+    logprobs: Vec<TokenLogprob>,
 }
 
 impl Output {
+    /// `view` knows whether log probabilities are wanted.
+    pub fn new(view: ChoiceView) -> Self {
+        Output { view, items: vec![], open: None, reason: StopReason::Aborted }
+    }
+
     /// Takes the next event; gives what there is to tell of it.
     pub fn take(&mut self, event: OutputEvent) -> Vec<Told> {
         match event {
-            OutputEvent::Delta { segment, text, .. } => self.push(segment, text),
-            OutputEvent::Finished { reason, .. } => {
-                self.reason = reason;
-                self.close(if reason == StopReason::Length { Status::Incomplete } else { Status::Completed })
+            OutputEvent::Delta { segment, text, tokens } => self.push(segment, text, &tokens),
+            OutputEvent::Finished(ending) => {
+                self.reason = ending.reason;
+                let logprobs = self.logprobs(&ending.tokens);
+                if let Some(open) = self.open.as_mut().filter(|open| !open.thinks) {
+                    open.logprobs.extend(logprobs);
+                }
+                let is_cut = ending.reason == StopReason::Length;
+                self.close(if is_cut { Status::Incomplete } else { Status::Completed })
             }
         }
     }
@@ -50,34 +58,6 @@ impl Output {
     /// Why the output ended.
     pub fn reason(&self) -> StopReason {
         self.reason
-    }
-
-    fn push(&mut self, segment: Segment, text: String) -> Vec<Told> {
-        let thinks = segment == Segment::Think;
-        let mut told = vec![];
-        if self.open.as_ref().is_some_and(|open| open.thinks != thinks) {
-            told.extend(self.close(Status::Completed));
-        }
-        let at = self.items.len();
-        let open = self.open.get_or_insert_with(|| {
-            let open = OpenItem::new(thinks);
-            told.extend(open.begin(at));
-            open
-        });
-        open.text.push_str(&text);
-        let kind =
-            if thinks { "response.reasoning_summary_text.delta" } else { "response.output_text.delta" };
-        told.push((kind, Payload::Delta { at: open.at(at), delta: text, logprobs: open.logprobs() }));
-        told
-    }
-
-    /// The end of the output; the last item is as whole as `status` says.
-    fn close(&mut self, status: Status) -> Vec<Told> {
-        let Some(open) = self.open.take() else { return vec![] };
-        let output_index = self.items.len();
-        let (told, item) = open.end(output_index, status);
-        self.items.push(item);
-        told
     }
 
     /// All items that are whole, and the text of the answer.
@@ -93,12 +73,52 @@ impl Output {
         let answer = texts.collect();
         (self.items, answer)
     }
+
+    fn push(&mut self, segment: Segment, text: String, tokens: &[ScoredToken]) -> Vec<Told> {
+        let thinks = segment == Segment::Think;
+        let mut told = vec![];
+        if self.open.as_ref().is_some_and(|open| open.thinks != thinks) {
+            told.extend(self.close(Status::Completed));
+        }
+        let (output_index, logprobs) = (self.items.len(), self.logprobs(tokens));
+        let open = self.open.get_or_insert_with(|| {
+            let open = OpenItem::new(thinks);
+            told.extend(open.begin(output_index));
+            open
+        });
+        open.text.push_str(&text);
+        let at = open.at(output_index);
+        let kind =
+            if thinks { "response.reasoning_summary_text.delta" } else { "response.output_text.delta" };
+        // OpenAI's events have them for the answer only.
+        let logprobs = (!thinks).then(|| {
+            open.logprobs.extend_from_slice(&logprobs);
+            logprobs
+        });
+        told.push((kind, Payload::Delta { at, delta: text, logprobs }));
+        told
+    }
+
+    /// Of the tokens that do not belong to the thinking, if they are wanted.
+    fn logprobs(&self, tokens: &[ScoredToken]) -> Vec<TokenLogprob> {
+        let shown = tokens.iter().filter(|token| self.view.wanted.logprobs && !token.thinking);
+        shown.map(|token| self.view.token_logprob(token)).collect()
+    }
+
+    /// The end of an item, which is as whole as `status` says.
+    fn close(&mut self, status: Status) -> Vec<Told> {
+        let Some(open) = self.open.take() else { return vec![] };
+        let (told, item) = open.end(self.items.len(), status);
+        self.items.push(item);
+        told.into()
+    }
 }
 
 impl OpenItem {
     fn new(thinks: bool) -> Self {
         let prefix = if thinks { "rs" } else { "msg" };
-        OpenItem { id: format!("{prefix}_{}", uuid::Uuid::new_v4().simple()), thinks, text: String::new() }
+        let id = format!("{prefix}_{}", uuid::Uuid::new_v4().simple());
+        OpenItem { id, thinks, text: String::new(), logprobs: vec![] }
     }
 
     /// Where the item's one text is.
@@ -107,54 +127,49 @@ impl OpenItem {
         At { item_id: self.id.clone(), output_index, summary_index, content_index }
     }
 
-    /// OpenAI's events have them for the answer only.
-    fn logprobs(&self) -> Option<Vec<serde_json::Value>> {
-        (!self.thinks).then(Vec::new)
-    }
-
-    fn part(&self, text: String) -> Part {
-        if self.thinks { Part::SummaryText { text } } else { Part::output_text(text) }
-    }
-
-    /// The item with `text`, or as it is announced, without any.
-    fn item(&self, text: Option<String>, status: Status) -> Item {
-        let id = self.id.clone();
-        let parts = |text: Option<String>, part: fn(String) -> Part| text.into_iter().map(part).collect();
+    /// The text as a part.
+    fn part(&self) -> Part {
+        let text = self.text.clone();
         if self.thinks {
-            Item::Reasoning {
-                id,
-                status,
-                summary: parts(text.clone(), |text| Part::SummaryText { text }),
-                content: parts(text, |text| Part::ReasoningText { text }),
-                encrypted_content: None,
-            }
+            Part::SummaryText { text }
         } else {
-            Item::Message { id, status, role: "assistant", content: parts(text, Part::output_text) }
+            Part::OutputText { text, annotations: vec![], logprobs: self.logprobs.clone() }
         }
     }
 
+    /// The item with `parts`, which are none when it is announced.
+    fn item(&self, parts: Vec<Part>, status: Status) -> Item {
+        let id = self.id.clone();
+        if !self.thinks {
+            return Item::Message { id, status, role: "assistant", content: parts };
+        }
+        let content = parts.iter().map(|_| Part::ReasoningText { text: self.text.clone() }).collect();
+        Item::Reasoning { id, status, summary: parts, content, encrypted_content: None }
+    }
+
     fn begin(&self, output_index: usize) -> [Told; 2] {
-        let part_added =
+        let kind =
             if self.thinks { "response.reasoning_summary_part.added" } else { "response.content_part.added" };
-        let item = self.item(None, Status::InProgress);
+        let item = self.item(vec![], Status::InProgress);
         [
             ("response.output_item.added", Payload::Item { output_index, item }),
-            (part_added, Payload::Part { at: self.at(output_index), part: self.part(String::new()) }),
+            (kind, Payload::Part { at: self.at(output_index), part: self.part() }),
         ]
     }
 
-    fn end(self, output_index: usize, status: Status) -> (Vec<Told>, Item) {
+    fn end(self, output_index: usize, status: Status) -> ([Told; 3], Item) {
         let (text_done, part_done) = if self.thinks {
             ("response.reasoning_summary_text.done", "response.reasoning_summary_part.done")
         } else {
             ("response.output_text.done", "response.content_part.done")
         };
         let at = self.at(output_index);
-        let item = self.item(Some(self.text.clone()), status);
-        let text = self.text.clone();
-        let told = vec![
-            (text_done, Payload::Text { at: at.clone(), text, logprobs: self.logprobs() }),
-            (part_done, Payload::Part { at, part: self.part(self.text.clone()) }),
+        let part = self.part();
+        let item = self.item(vec![part.clone()], status);
+        let logprobs = (!self.thinks).then_some(self.logprobs);
+        let told = [
+            (text_done, Payload::Text { at: at.clone(), text: self.text, logprobs }),
+            (part_done, Payload::Part { at, part }),
             ("response.output_item.done", Payload::Item { output_index, item: item.clone() }),
         ];
         (told, item)
@@ -163,7 +178,15 @@ impl OpenItem {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
+    use crate::{http::validate::ValidChoices, prompt::Tokenizer};
+
+    fn output() -> Output {
+        let wanted = ValidChoices { count: 1, ..ValidChoices::default() };
+        Output::new(ChoiceView { wanted, tokenizer: Arc::new(Tokenizer::bytes()) })
+    }
 
     fn kinds(told: &[Told]) -> Vec<&str> {
         told.iter().map(|(kind, _)| kind.strip_prefix("response.").unwrap()).collect()
@@ -171,14 +194,14 @@ mod tests {
 
     #[test]
     fn an_item_is_announced_grows_and_is_told_whole() {
-        let mut output = Output::default();
-        let told = output.push(Segment::Think, "a".into());
+        let mut output = output();
+        let told = output.push(Segment::Think, "a".into(), &[]);
         assert_eq!(
             kinds(&told),
             ["output_item.added", "reasoning_summary_part.added", "reasoning_summary_text.delta"]
         );
-        assert_eq!(kinds(&output.push(Segment::Think, "b".into())), ["reasoning_summary_text.delta"]);
-        let told = output.push(Segment::Answer, "C".into());
+        assert_eq!(kinds(&output.push(Segment::Think, "b".into(), &[])), ["reasoning_summary_text.delta"]);
+        let told = output.push(Segment::Answer, "C".into(), &[]);
         let expected = [
             "reasoning_summary_text.done",
             "reasoning_summary_part.done",
@@ -202,7 +225,7 @@ mod tests {
 
     #[test]
     fn no_text_is_no_item() {
-        let mut output = Output::default();
+        let mut output = output();
         assert!(output.close(Status::Completed).is_empty());
         assert!(output.into_items().0.is_empty());
     }

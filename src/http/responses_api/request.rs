@@ -20,11 +20,11 @@ use crate::http::{
     error::ApiError,
     responses::Videos,
     types::{ChatRequest, Extra, TextOr},
-    validate::{self, HARMLESS, InvalidRequest, Limits, ValidRequest, refuse_unknown, shorten},
+    validate::{self, HARMLESS, InvalidRequest, Limits, ValidChoices, ValidRequest, refuse_unknown, shorten},
 };
 
 /// Fields of chat requests that mean the same here.
-const AS_IN_CHAT: [&str; 22] = [
+const AS_IN_CHAT: [&str; 23] = [
     "cache_salt",
     "chat_template_kwargs",
     "frequency_penalty",
@@ -47,7 +47,10 @@ const AS_IN_CHAT: [&str; 22] = [
     "thinking_token_budget",
     "timeout",
     "top_k",
+    "top_logprobs",
 ];
+/// Includes the log probabilities of the answer's tokens.
+const LOGPROBS: &str = "message.output_text.logprobs";
 /// What may be included, because there is none of it or it is there anyway.
 const INCLUDABLE: [&str; 7] = [
     "code_interpreter_call.outputs",
@@ -134,6 +137,8 @@ pub struct Shape {
     pub stream: bool,
     /// The response as it is before there is any output.
     pub object: ResponseObject,
+    /// What is wanted of the one choice.
+    pub choices: ValidChoices,
     /// What to keep with it; `None`: it is not to be kept.
     pub kept: Option<KeptConversation>,
 }
@@ -180,7 +185,7 @@ pub fn check(
         video.knobs_path = origins.path(&video.knobs_path);
     }
     let object = request.into_object(&valid, limits.model_id, is_kept);
-    let shape = Shape { stream: valid.stream, object, kept };
+    let shape = Shape { stream: valid.stream, object, choices: valid.choices.clone(), kept };
     Ok((valid, shape))
 }
 
@@ -260,7 +265,11 @@ impl ResponsesRequest {
         if let Some(text) = &self.text {
             refuse_unknown(&text.extra, "text", &["format", "verbosity"])?;
         }
-        let include = self.include.iter().flatten().find(|name| !INCLUDABLE.contains(&name.as_str()));
+        let include = self
+            .include
+            .iter()
+            .flatten()
+            .find(|name| *name != LOGPROBS && !INCLUDABLE.contains(&name.as_str()));
         if let Some(name) = include {
             let message = format!("\"{}\" cannot be included; leave it out", shorten(name));
             return Err(InvalidRequest::field("include", message));
@@ -282,6 +291,8 @@ impl ResponsesRequest {
             .into_iter()
             .filter(|(name, _)| AS_IN_CHAT.contains(&name.as_str()))
             .collect();
+        let top_logprobs = chat.get("top_logprobs").and_then(Value::as_u64).unwrap_or(0);
+        let logprobs = top_logprobs > 0 || self.include.iter().flatten().any(|name| name == LOGPROBS);
         let format = self.text.as_ref().and_then(|text| text.format.clone()).map(response_format);
         let effort = self.reasoning.as_ref().and_then(|reasoning| reasoning.effort.clone());
         for (name, value) in [
@@ -291,6 +302,7 @@ impl ResponsesRequest {
             ("temperature", json!(self.temperature)),
             ("top_p", json!(self.top_p)),
             ("max_completion_tokens", json!(self.max_output_tokens)),
+            ("logprobs", json!(logprobs)),
             ("reasoning_effort", json!(effort)),
             ("response_format", json!(format)),
         ] {
@@ -332,7 +344,7 @@ impl ResponsesRequest {
             text: text.unwrap_or_else(|| json!({"format": {"type": "text"}, "verbosity": "medium"})),
             tool_choice: "auto",
             tools: vec![],
-            top_logprobs: 0,
+            top_logprobs: valid.sampling.params.top_logprobs.unwrap_or(0),
             top_p: valid.sampling.params.top_p,
             truncation: "disabled",
             usage: None,
@@ -349,7 +361,6 @@ fn asks_for_nothing(name: &str, value: &Value) -> bool {
         "tools" => value.as_array().is_some_and(Vec::is_empty),
         "tool_choice" => *value == "auto" || *value == "none",
         "truncation" => *value == "disabled",
-        "top_logprobs" => *value == 0,
         _ => false,
     }
 }

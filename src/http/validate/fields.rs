@@ -21,29 +21,17 @@ pub const HARMLESS: [&str; 9] = [
 ];
 
 /// Known to clients of this field, not built here: fine as long as they ask for nothing.
-pub(super) const NOT_YET: [&str; 24] = [
+pub(super) const NOT_YET: [&str; 12] = [
     "audio",
-    "best_of",
     "function_call",
     "functions",
-    "guided_choice",
-    "guided_grammar",
-    "guided_json",
-    "guided_regex",
-    "logprobs",
-    "max_thinking_tokens",
     "min_tokens",
     "mm_processor_kwargs",
     "modalities",
-    "n",
     "prediction",
     "prompt_logprobs",
-    "response_format",
-    "structured_outputs",
-    "thinking_token_budget",
     "tool_choice",
     "tools",
-    "top_logprobs",
     "use_beam_search",
     "web_search_options",
 ];
@@ -72,12 +60,8 @@ pub fn check_top_level(extra: &Extra) -> Result<(), InvalidRequest> {
 /// Whether `value` is what the field means when it is left out.
 fn asks_for_nothing(name: &str, value: &Value) -> bool {
     match (name, value) {
-        ("n" | "best_of", Value::Number(n)) => n.as_u64() == Some(1),
-        ("top_logprobs" | "min_tokens" | "prompt_logprobs", Value::Number(n)) => n.as_u64() == Some(0),
+        ("min_tokens" | "prompt_logprobs", Value::Number(n)) => n.as_u64() == Some(0),
         ("tool_choice" | "function_call", Value::String(choice)) => choice == "none" || choice == "auto",
-        ("response_format", Value::Object(format)) => {
-            format.len() == 1 && format.get("type").is_some_and(|kind| kind == "text")
-        }
         ("modalities", Value::Array(kinds)) => kinds.iter().all(|kind| kind == "text"),
         (_, Value::Bool(asked)) => !asked,
         (_, Value::Array(list)) => list.is_empty(),

@@ -2,13 +2,17 @@
 //!
 //! Called by the handlers. Pure: no clock, no randomness, no input but its arguments.
 
+mod choices;
 mod fields;
+mod guided;
 mod messages;
 mod parts;
 mod sampling;
 mod video;
 
+pub use choices::ValidChoices;
 pub use fields::HARMLESS;
+pub use guided::Guided;
 
 use std::{sync::Arc, time::Duration};
 
@@ -24,12 +28,14 @@ use crate::{
     config::Config,
     media::{FrameSampling, VideoSource},
     prompt::{Conversation, Instruction},
-    scheduler::SamplingParams,
+    scheduler::{SamplingParams, TokenId},
 };
 
 /// A request that can be served, but for what only later stages can know (the video, the prompt's length).
 #[derive(Debug)]
 pub struct ValidRequest {
+    /// What is to be continued in place of a conversation, which is then empty.
+    pub raw_prompt: Option<RawPrompt>,
     /// Each video's place is in the turn that counts it.
     pub conversation: Conversation,
     /// In the order of their places.
@@ -39,13 +45,32 @@ pub struct ValidRequest {
     /// From the arrival to the last token; `None`: the server's own.
     pub timeout: Option<Duration>,
     pub sampling: ValidSampling,
+    pub choices: ValidChoices,
     pub stop_strings: Vec<String>,
     /// How the last question is to be answered.
     pub instruction: Instruction,
+    /// Most tokens of thinking.
+    pub thinking_budget: Option<usize>,
+    /// What the answer must be.
+    pub guided: Option<Guided>,
     pub reasoning: Reasoning,
     pub stream: bool,
     /// Whether a stream ends with a chunk of usage.
     pub include_usage: bool,
+}
+
+/// A prompt without template.
+#[derive(Debug)]
+pub enum RawPrompt {
+    Text(String),
+    Tokens(Vec<TokenId>),
+}
+
+impl ValidRequest {
+    /// Whether the model is asked to think before it answers.
+    pub fn thinks(&self) -> bool {
+        self.instruction == Instruction::Think
+    }
 }
 
 /// One video of a request.
@@ -62,7 +87,7 @@ pub struct ValidVideo {
 /// How to sample; what is `None` is decided when the request runs.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ValidSampling {
-    /// `seed` and `max_tokens` of it stand for nothing.
+    /// `seed`, `max_tokens` and `watched` of it stand for nothing.
     pub params: SamplingParams,
     /// `None`: a random one.
     pub seed: Option<u64>,
@@ -129,7 +154,7 @@ impl InvalidRequest {
 /// # Errors
 /// The first fault found, with the field it is in.
 pub fn validate(
-    request: ChatRequest,
+    mut request: ChatRequest,
     upload: Option<NamedTempFile>,
     limits: Limits<'_>,
 ) -> Result<ValidRequest, InvalidRequest> {
@@ -137,24 +162,62 @@ pub fn validate(
     check_top_level(&request.extra)?;
     let include_usage = include_usage(&request)?;
     let instruction = instruction(&request, limits.thinks)?;
+    let thinking_budget = guided::thinking_budget(&request)?;
+    let guided = guided::validate(&request, limits.config)?;
     let reasoning = reasoning(&request)?;
     let stop_strings = sampling::stop_strings(&request, limits.config)?;
     let sampling = sampling::validate(&request, limits)?;
-    let cache_salt = cache_salt(request.cache_salt)?;
+    let cache_salt = cache_salt(request.cache_salt.take())?;
     let timeout = timeout(request.timeout, limits.config.request_timeout)?;
-    let (conversation, parts) = messages::validate(request.messages, upload.is_some(), limits.config)?;
+    let (conversation, parts) =
+        messages::validate(std::mem::take(&mut request.messages), upload.is_some(), limits.config)?;
+    let choices = choices::validate(&request, &conversation, sampling.params.temperature, limits)?;
     let videos = video::validate(parts, upload, request.media_io_kwargs, &limits.config.media)?;
     Ok(ValidRequest {
+        raw_prompt: None,
         conversation,
         videos,
         cache_salt,
         timeout,
         sampling,
+        choices,
         stop_strings,
         instruction,
+        thinking_budget,
+        guided,
         reasoning,
         stream: request.stream.unwrap_or(false),
         include_usage,
+    })
+}
+
+/// As [`validate`], for a request that brings its prompt as it is: without messages, and nothing is made of tags.
+///
+/// # Errors
+/// The first fault found, with the field it is in.
+pub fn validate_raw(
+    mut request: ChatRequest,
+    prompt: RawPrompt,
+    limits: Limits<'_>,
+) -> Result<ValidRequest, InvalidRequest> {
+    check_model(request.model.as_deref(), limits.model_id)?;
+    check_top_level(&request.extra)?;
+    let (conversation, sampling) = (Conversation::default(), sampling::validate(&request, limits)?);
+    Ok(ValidRequest {
+        raw_prompt: Some(prompt),
+        videos: vec![],
+        cache_salt: cache_salt(request.cache_salt.take())?,
+        timeout: timeout(request.timeout, limits.config.request_timeout)?,
+        choices: choices::validate(&request, &conversation, sampling.params.temperature, limits)?,
+        stop_strings: sampling::stop_strings(&request, limits.config)?,
+        instruction: Instruction::AsAsked,
+        thinking_budget: None,
+        guided: guided::validate(&request, limits.config)?,
+        reasoning: Reasoning::Raw,
+        stream: request.stream.unwrap_or(false),
+        include_usage: include_usage(&request)?,
+        conversation,
+        sampling,
     })
 }
 

@@ -4,7 +4,7 @@
 
 use serde_json::Number;
 
-use super::{InvalidRequest, Limits, ValidSampling, shorten};
+use super::{InvalidRequest, Limits, ValidSampling, choices, shorten};
 use crate::{
     config::Config,
     http::types::{ChatRequest, TextOr},
@@ -42,6 +42,8 @@ pub fn validate(request: &ChatRequest, limits: Limits<'_>) -> Result<ValidSampli
         max_tokens: 0,
         ignore_eos: request.ignore_eos.unwrap_or(default.ignore_eos),
         stop_token_ids: stop_token_ids(request, limits)?,
+        top_logprobs: choices::top_logprobs(request, limits)?,
+        watched: Vec::new(),
     };
     Ok(ValidSampling {
         params,

@@ -246,9 +246,17 @@ fn each_fault_names_its_field() {
         (json!({"model": "other"}), "model"),
         (json!({"temprature": 1}), "temprature"),
         (json!({"tools": [{"type": "function"}]}), "tools"),
-        (json!({"n": 2}), "n"),
-        (json!({"logprobs": true}), "logprobs"),
-        (json!({"response_format": {"type": "json_object"}}), "response_format"),
+        (json!({"n": 0}), "n"),
+        (json!({"n": 9}), "n"),
+        (json!({"n": 2, "best_of": 3}), "best_of"),
+        (json!({"best_of": 2}), "best_of"),
+        (json!({"top_logprobs": 2}), "top_logprobs"),
+        (json!({"logprobs": true, "top_logprobs": 21}), "top_logprobs"),
+        (json!({"vote": true, "temperature": 1}), "vote"),
+        (json!({"vote": true, "n": 3}), "temperature"),
+        (json!({"vote": true, "n": 3, "temperature": 0}), "temperature"),
+        (json!({"response_format": {"type": "xml"}}), "response_format.type"),
+        (json!({"thinking_token_budget": 1, "max_thinking_tokens": 2}), "max_thinking_tokens"),
     ] {
         assert_eq!(param(check(request(json!("Hi"), more.clone()))), fault, "{more}");
     }
@@ -372,11 +380,26 @@ fn an_upload_is_the_video_of_the_last_turn_or_of_the_part_without_url() {
 #[test]
 fn what_asks_for_nothing_is_let_through() {
     let more = json!({
-        "n": 1, "tools": [], "tool_choice": "auto", "logprobs": false, "top_logprobs": null, "user": "me",
+        "n": 1, "best_of": 1, "vote": false, "answer_logprobs": false, "tools": [], "tool_choice": "auto", "logprobs": false, "top_logprobs": 0, "user": "me",
         "response_format": {"type": "text"}, "store": true, "metadata": {"a": "b"}, "service_tier": "auto",
         "parallel_tool_calls": true, "modalities": ["text"], "unheard_of": null,
     });
     assert!(check(request(json!("Hi"), more)).is_ok());
+}
+
+#[test]
+fn choices_are_counted_and_the_options_of_the_question_found() {
+    let more =
+        json!({"n": 8, "best_of": 8, "vote": true, "temperature": 0.5, "logprobs": true, "top_logprobs": 20});
+    let valid = check(request(json!("Which?\nA. this\nB. that"), more)).unwrap();
+    let options = crate::output::Options::of_question("A. x\nB. y");
+    assert!(options.is_some());
+    let choices = ValidChoices { count: 8, logprobs: true, answer_logprobs: false, vote: true, options };
+    assert_eq!(valid.choices, choices);
+    assert_eq!(valid.sampling.params.top_logprobs, Some(20));
+    let plain = check(request(json!("Hi"), json!({"answer_logprobs": true}))).unwrap();
+    let choices = ValidChoices { count: 1, answer_logprobs: true, ..ValidChoices::default() };
+    assert_eq!((plain.choices, plain.sampling.params.top_logprobs), (choices, None));
 }
 
 #[test]

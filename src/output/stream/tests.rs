@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::output::{Reply, collect};
+use crate::output::{Answer, Options, Reply, collect};
 
 const TAGS: [&str; 4] = ["<think>", "</think>", "<answer>", "</answer>"];
 
@@ -20,8 +20,8 @@ fn events<'a>(
 ) -> Vec<OutputEvent> {
     let mut events = Vec::new();
     for piece in pieces {
-        let new = assembler.push_bytes(piece);
-        assert!(!new.iter().any(|event| matches!(event, OutputEvent::Finished { .. })));
+        let new = assembler.push_bytes(0, piece, None);
+        assert!(!new.iter().any(|event| matches!(event, OutputEvent::Finished(_))));
         events.extend(new);
         if assembler.stopped() {
             break;
@@ -30,7 +30,7 @@ fn events<'a>(
     events.extend(assembler.finish(reason));
     assert!(assembler.finish(reason).is_empty(), "exactly one end");
     assert!(events.iter().all(|event| !matches!(event, OutputEvent::Delta { text, .. } if text.is_empty())));
-    assert!(matches!(events.last(), Some(OutputEvent::Finished { .. })));
+    assert!(matches!(events.last(), Some(OutputEvent::Finished(_))));
     events
 }
 
@@ -124,10 +124,10 @@ fn a_reply_cut_off_inside_a_tag_does_not_show_it() {
 fn deltas_come_as_early_as_they_are_certain() {
     let mut assembler = assembler(&[], false);
     let mut shown = |piece: &str| {
-        let events = assembler.push_bytes(piece.as_bytes());
+        let events = assembler.push_bytes(0, piece.as_bytes(), None);
         let deltas = events.into_iter().map(|event| match event {
-            OutputEvent::Delta { segment, text } => (segment, text),
-            OutputEvent::Finished { .. } => panic!("not the end"),
+            OutputEvent::Delta { segment, text, .. } => (segment, text),
+            OutputEvent::Finished(_) => panic!("not the end"),
         });
         deltas.collect::<Vec<_>>()
     };
@@ -168,9 +168,14 @@ fn nothing_comes_after_a_stop_string() {
     assert_eq!(assembler.push(u32::from(b'a')).len(), 1);
     assert!(assembler.push(u32::from(b'b')).is_empty() && assembler.stopped());
     assert!(assembler.push(u32::from(b'c')).is_empty());
-    let expected =
-        OutputEvent::Finished { reason: StopReason::StopString, reasoning_tokens: 0, completion_tokens: 2 };
-    assert_eq!(assembler.finish(StopReason::Length), [expected]);
+    let expected = Ending {
+        reason: StopReason::StopString,
+        reasoning_tokens: 0,
+        completion_tokens: 2,
+        tokens: vec![],
+        answer: Answer { text: Some("a".into()), ..Answer::default() },
+    };
+    assert_eq!(assembler.finish(StopReason::Length), [OutputEvent::Finished(expected)]);
 }
 
 #[test]
@@ -195,6 +200,70 @@ fn reasoning_tokens_are_those_of_the_thinking_and_its_tags() {
     assert_eq!(assembler.push(0xa9).len(), 1);
     let reply = collect(assembler.finish(StopReason::EndOfSequence));
     assert_eq!((reply.reasoning_tokens, reply.completion_tokens), (10, 10));
+}
+
+/// Every event of a reply whose tokens are these pieces, their ids counted from 0, with log probabilities.
+fn scored_events(mut assembler: OutputAssembler, pieces: &[&[u8]]) -> Vec<OutputEvent> {
+    let mut events = Vec::new();
+    for (id, piece) in pieces.iter().enumerate() {
+        // Of the four letters that are watched, the first is the likelier the later the step.
+        let watched = vec![-1.0 / (id as f32 + 1.0), f32::NEG_INFINITY, -2.0, -3.0];
+        let logprobs = TokenLogprobs { chosen: -(id as f32), top: vec![], watched };
+        events.extend(assembler.push_bytes(id as TokenId, piece, Some(Box::new(logprobs))));
+    }
+    events.extend(assembler.finish(StopReason::EndOfSequence));
+    events
+}
+
+#[test]
+fn tokens_go_out_with_the_text_they_belong_to() {
+    let pieces = ["<think>", "a", "</", "think>", "\n", "<answer>", "B", "</answer>"];
+    let events = scored_events(assembler(&[], false), &pieces.map(str::as_bytes));
+    let ids =
+        |tokens: &[ScoredToken]| tokens.iter().map(|token| (token.id, token.thinking)).collect::<Vec<_>>();
+    let shown: Vec<_> = events
+        .iter()
+        .map(|event| match event {
+            OutputEvent::Delta { text, tokens, .. } => (text.as_str(), ids(tokens)),
+            OutputEvent::Finished(ending) => ("", ids(&ending.tokens)),
+        })
+        .collect();
+    let thinking = vec![(0, true), (1, true)];
+    let answer = vec![(2, true), (3, true), (4, false), (5, false), (6, false)];
+    assert_eq!(shown, [("a", thinking), ("B", answer), ("", vec![(7, false)])]);
+}
+
+#[test]
+fn the_options_are_read_where_the_answer_begins() {
+    let watching = |pieces: &[&str]| {
+        let letters = WatchedLetters::new(&Options::default(), &Tokenizer::bytes());
+        assert_eq!(letters.token_ids().len(), 4);
+        let pieces: Vec<&[u8]> = pieces.iter().map(|piece| piece.as_bytes()).collect();
+        collect(scored_events(assembler(&[], false).watching(Some(letters)), &pieces)).answer
+    };
+    // The step whose token has the answer's first visible character; the letters' probabilities there.
+    for (pieces, text, step) in [
+        (vec!["<think>", "A", "</think>", "<answer>", "C", "</answer>"], Some("C"), Some(4)),
+        (vec!["<think>A</think>", "<answer>", "\n", " C.", "x</answer>"], Some("C.x"), Some(3)),
+        (vec!["<think>A</think>so", "<answer>", "C", "</answer>", "D"], Some("C"), Some(2)),
+        (vec!["<answer>", "C", "</answer>", "<answer>", "D"], Some("C"), Some(1)),
+        (vec![" ", "B", ". x"], Some("B. x"), Some(1)),
+        (vec!["<", "b> is", " no tag"], Some("<b> is no tag"), Some(0)),
+        // No spelling of a letter also ends the tag.
+        (vec!["<answer", ">C", "</answer>"], Some("C"), None),
+        (vec!["<answer", ">", "</answer>"], None, None),
+        (vec!["<think>", "never closed"], None, None),
+    ] {
+        let answer = watching(&pieces);
+        assert_eq!(answer.text.as_deref(), text, "{pieces:?}");
+        let first = answer.option_logprobs.map(|options| options[0]);
+        let expected = step.map(|step| -1.0 / (step as f32 + 1.0));
+        assert_eq!(first.map(|(letter, _)| letter), step.map(|_| 'A'), "{pieces:?}");
+        assert!(
+            first.zip(expected).is_none_or(|((_, got), expected)| (got - expected).abs() < 1e-6),
+            "{pieces:?}"
+        );
+    }
 }
 
 /// What the module's documentation says, said of the whole text at once.
@@ -252,6 +321,19 @@ proptest! {
         let reply = collect(events);
         prop_assert_eq!((reply.think, reply.content), expected(&text));
         prop_assert!(reply.reasoning_tokens <= reply.completion_tokens);
+    }
+
+    #[test]
+    fn every_token_goes_out_once_and_in_order(
+        text in reply_text(), lengths in proptest::collection::vec(1usize..9, 1..6), raw: bool, stop: bool,
+    ) {
+        let pieces = cut(text.as_bytes(), &lengths);
+        let stops: &[&str] = if stop { &["never </thi"] } else { &[] };
+        let reply = collect(scored_events(assembler(stops, raw), &pieces));
+        let ids: Vec<TokenId> = reply.tokens.iter().map(|token| token.id).collect();
+        prop_assert_eq!(ids, (0..reply.completion_tokens as TokenId).collect::<Vec<_>>());
+        let num_thinking = reply.tokens.iter().filter(|token| token.thinking).count();
+        prop_assert_eq!(num_thinking, reply.reasoning_tokens);
     }
 
     #[test]
