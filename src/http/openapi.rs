@@ -3,6 +3,7 @@
 //! `GET /openapi.json`, `tinyllava openapi` and the file `openapi.yaml` are the same document; tests hold it against
 //! the router's list of routes and the file against it.
 
+mod examples;
 pub(super) mod parts;
 mod responses;
 
@@ -15,6 +16,7 @@ use axum::{
 use serde_json::Value;
 use utoipa::{Modify, OpenApi, openapi::OpenApi as Document};
 
+pub use examples::VIDEO_URL as EXAMPLE_VIDEO_URL;
 pub use responses::{NotReady, NotRunning, Refused};
 
 #[derive(OpenApi)]
@@ -72,6 +74,7 @@ impl Modify for Finish {
         }
         parts::finish(document);
         responses::finish(document);
+        examples::finish(document);
     }
 }
 

@@ -96,9 +96,9 @@ pub struct ChatRequest {
     pub vote: Option<bool>,
     /// false leaves the thinking out of the reply.
     pub include_reasoning: Option<bool>,
-    /// auto, parsed, deepseek: thinking in fields of its own; hidden: left out; none: text as it is, tags and all, in the content.
+    #[schema(schema_with = parts::reasoning_format, required = false)]
     pub reasoning_format: Option<String>,
-    /// none asks for the answer without thinking; minimal, low, medium, high and xhigh are one and the same.
+    #[schema(schema_with = parts::reasoning_effort, required = false)]
     pub reasoning_effort: Option<String>,
     pub chat_template_kwargs: Option<ChatTemplateKwargs>,
     pub media_io_kwargs: Option<MediaIoKwargs>,
@@ -151,6 +151,7 @@ pub struct MediaIoKwargs {
 
 #[derive(Debug, Deserialize, ToSchema)]
 pub struct Message {
+    #[schema(schema_with = parts::role)]
     pub role: String,
     #[schema(schema_with = parts::content, required = false)]
     pub content: Option<TextOr<Vec<ContentPart>>>,
@@ -159,10 +160,11 @@ pub struct Message {
     pub extra: Extra,
 }
 
-/// One part of a message's content; `kind` says which one of the fields up to `image_url` must be there.
+/// One part of a message's content; `type` says which one of the fields up to `image_url` must be there.
 #[derive(Debug, Deserialize, ToSchema)]
 pub struct ContentPart {
     #[serde(rename = "type")]
+    #[schema(schema_with = parts::part_type)]
     pub kind: String,
     pub text: Option<String>,
     #[schema(schema_with = parts::video_url, required = false)]

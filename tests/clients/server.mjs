@@ -1,9 +1,9 @@
 // A server on the embedded model, for the tests in JavaScript.
 import { spawn } from 'node:child_process';
 import { createInterface } from 'node:readline';
-import { fileURLToPath } from 'node:url';
 
-export const root = fileURLToPath(new URL('../../', import.meta.url));
+/** Of the repository: where scripts/test-clients.sh runs, wherever `target` really is. */
+export const root = `${process.cwd()}/`;
 
 /** Starts it; `url` has no path, and `stop` resolves to its exit code. */
 export async function serve(...flags) {

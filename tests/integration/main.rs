@@ -16,6 +16,7 @@ mod http_chat;
 mod http_choices;
 mod http_completions;
 mod http_contract;
+mod http_examples;
 mod http_files;
 mod http_limits;
 mod http_requests;

@@ -7,7 +7,10 @@ use utoipa::openapi::{
     schema::{AdditionalProperties, ArrayBuilder, ObjectBuilder, SchemaType},
 };
 
-use crate::{config::Config, http::validate::HARMLESS};
+use crate::{
+    config::Config,
+    http::validate::{HARMLESS, HARMLESS_IN_MESSAGES},
+};
 
 /// Requests and what is in them: an unknown field is refused.
 const CLOSED: [&str; 16] = [
@@ -37,14 +40,45 @@ pub(super) fn finish(document: &mut OpenApi) {
             object.additional_properties = Some(Box::new(AdditionalProperties::FreeForm(false)));
         }
     }
-    if let Some(RefOr::T(Schema::Object(object))) = components.schemas.get_mut("ChatRequest") {
-        for field in HARMLESS {
+    for (name, fields) in [("ChatRequest", HARMLESS.as_slice()), ("Message", &HARMLESS_IN_MESSAGES)] {
+        let Some(RefOr::T(Schema::Object(object))) = components.schemas.get_mut(name) else { continue };
+        for &field in fields {
             let any = Object::builder()
                 .schema_type(SchemaType::AnyValue)
                 .description(Some("Accepted, without effect on the reply."));
             object.properties.entry(field.into()).or_insert_with(|| any.build().into());
         }
     }
+}
+
+/// One of these texts.
+fn one_of(texts: &[&str]) -> Schema {
+    string().enum_values(Some(texts.iter().copied())).build().into()
+}
+
+/// `messages[].role`
+pub fn role() -> Schema {
+    one_of(&["system", "developer", "user", "assistant"])
+}
+
+/// `messages[].content[].type`
+pub fn part_type() -> Schema {
+    one_of(&["text", "video_url", "input_video", "video", "file", "image_url"])
+}
+
+/// `reasoning_effort`
+pub fn reasoning_effort() -> Schema {
+    let text = "none asks for the answer without thinking; the others are one and the same.";
+    let efforts = one_of(&["none", "minimal", "low", "medium", "high", "xhigh"]);
+    OneOfBuilder::new().description(Some(text)).item(efforts).item(null()).build().into()
+}
+
+/// `reasoning_format`
+pub fn reasoning_format() -> Schema {
+    let text = "auto, parsed, deepseek: thinking in fields of its own; hidden: left out; none: text as it is, tags and all, in the \
+                content.";
+    let formats = one_of(&["auto", "parsed", "deepseek", "hidden", "none"]);
+    OneOfBuilder::new().description(Some(text)).item(formats).item(null()).build().into()
 }
 
 fn string() -> ObjectBuilder {

@@ -16,7 +16,7 @@ use crate::{
 };
 
 /// Fields of a message that clients echo back or send along without effect on the prompt.
-const HARMLESS: [&str; 7] =
+pub const HARMLESS: [&str; 7] =
     ["annotations", "name", "reasoning", "reasoning_content", "refusal", "segment", "reasoning_details"];
 
 /// Checks roles, parts and sizes. With `upload`, a request without a video part gets it in its last turn.

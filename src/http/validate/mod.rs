@@ -13,6 +13,7 @@ mod video;
 pub use choices::ValidChoices;
 pub use fields::HARMLESS;
 pub use guided::Guided;
+pub use messages::HARMLESS as HARMLESS_IN_MESSAGES;
 
 use std::{sync::Arc, time::Duration};
 
