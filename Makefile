@@ -1,5 +1,5 @@
 # `make demo` and `make test` do everything on a fresh Debian or Ubuntu with Rust.
-.PHONY: demo test check build openapi serve clean
+.PHONY: demo test test-clients check build openapi serve clean
 
 demo: ## Build, start the server on the embedded model, ask it about real videos
 	@scripts/demo.sh
@@ -7,6 +7,9 @@ demo: ## Build, start the server on the embedded model, ask it about real videos
 test: ## All tests, with real sockets, real ffmpeg and real videos
 	@scripts/need-ffmpeg.sh
 	cargo test --locked
+
+test-clients: ## OpenAI's, LiteLLM's, LangChain's, Vercel's clients and a fuzzer against the binary that `make test` built
+	@scripts/test-clients.sh
 
 check: ## What CI checks before the tests
 	cargo fmt --check

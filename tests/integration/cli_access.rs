@@ -28,6 +28,21 @@ fn keys_come_from_the_environment_and_are_never_logged() {
 }
 
 #[test]
+fn every_flag_of_the_server_is_in_the_readme() {
+    let help = Command::new(env!("CARGO_BIN_EXE_tinyllava")).args(["serve", "--help"]).output().unwrap();
+    let help = String::from_utf8(help.stdout).unwrap();
+    let words = help
+        .lines()
+        .filter_map(|line| line.trim_start().split([' ', '=']).find(|word| word.starts_with("--")));
+    let flags: Vec<&str> = words.filter(|flag| *flag != "--help").collect();
+    assert!(flags.len() > 30, "{flags:?}");
+    let readme = std::fs::read_to_string("README.md").unwrap();
+    for flag in flags {
+        assert!(readme.contains(&format!("`{flag}`")), "README.md does not tell of {flag}");
+    }
+}
+
+#[test]
 fn files_are_read_again_at_hangup_and_bad_ones_change_nothing() {
     let certificate = SelfSigned::new();
     let path = |path: &Path| path.to_str().unwrap().to_owned();

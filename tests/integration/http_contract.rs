@@ -54,20 +54,20 @@ fn every_reference_of_the_document_leads_somewhere() {
     }
 }
 
+/// The properties of a schema and of all its parts.
+fn properties(document: &Value, schema: &Value, found: &mut BTreeSet<String>) {
+    if let Some(reference) = schema["$ref"].as_str() {
+        properties(document, document.pointer(reference.strip_prefix('#').unwrap()).unwrap(), found);
+    }
+    let parts = ["allOf", "oneOf"].into_iter().flat_map(|kind| schema[kind].as_array().into_iter().flatten());
+    parts.for_each(|part| properties(document, part, found));
+    found.extend(schema["properties"].as_object().into_iter().flat_map(|object| object.keys().cloned()));
+}
+
 /// The keys of a reply are exactly what the document says (`videos` is there in place of `video` when there are several).
 #[tokio::test]
 async fn replies_have_the_documented_fields() {
     let document = openapi::document();
-    let fields = |schema: &str| -> BTreeSet<String> {
-        let schema = &document["components"]["schemas"][schema];
-        // A flattened part is one of several.
-        let parts = schema["allOf"].as_array().map_or(vec![schema], |parts| parts.iter().collect());
-        let parts = parts.into_iter().map(|part| match part["$ref"].as_str() {
-            Some(reference) => document.pointer(reference.strip_prefix('#').unwrap()).unwrap(),
-            None => part,
-        });
-        parts.flat_map(|part| part["properties"].as_object().unwrap().keys().cloned()).collect()
-    };
     let server = simple_server().await;
     let everything =
         json!({"n": 2, "temperature": 1, "vote": true, "logprobs": true, "answer_logprobs": true});
@@ -85,7 +85,8 @@ async fn replies_have_the_documented_fields() {
         ("Model", &model),
     ] {
         let got: BTreeSet<String> = value.as_object().unwrap().keys().cloned().collect();
-        let mut documented = fields(schema);
+        let mut documented = BTreeSet::new();
+        properties(&document, &document["components"]["schemas"][schema], &mut documented);
         documented.remove("videos");
         assert_eq!(got, documented, "{schema}");
     }
