@@ -54,6 +54,10 @@ pub struct Config {
     pub max_text_bytes: usize,
     /// Most entries of `logit_bias` and of `stop_token_ids`.
     pub max_token_list: usize,
+    /// Longest schema, grammar or regular expression for the answer, and all choices together.
+    pub max_guide_bytes: usize,
+    /// Most choices for the answer.
+    pub max_guide_choices: usize,
     /// Most videos a request.
     pub max_videos_per_request: usize,
     pub responses: ResponsesConfig,
@@ -181,6 +185,8 @@ impl Default for Config {
             max_content_parts: 64,
             max_text_bytes: 128 << 10,
             max_token_list: 1024,
+            max_guide_bytes: 64 << 10,
+            max_guide_choices: 256,
             max_videos_per_request: 1,
             responses: ResponsesConfig::default(),
             media: MediaConfig::default(),

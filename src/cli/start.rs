@@ -15,7 +15,7 @@ use super::options::ModelOptions;
 use crate::{
     config::{Config, EngineConfig, MediaConfig},
     engine::{self, EngineHandle, EngineOptions, StepObserver},
-    http::{Loaded, ModelCard},
+    http::{Guides, Loaded, ModelCard},
     media::{self, MediaLoader, ffmpeg},
     model::{
         ModelShape, Tap,
@@ -134,7 +134,8 @@ impl Started {
             num_frames,
             thinks: self.thinks,
         };
-        Ok(Loaded { engine: self.engine, media, tokenizer: self.tokenizer, model })
+        let guides = Guides::new(&self.tokenizer, &self.generation.eos_token_ids)?;
+        Ok(Loaded { engine: self.engine, media, tokenizer: self.tokenizer, guides, model })
     }
 }
 

@@ -109,6 +109,7 @@ pub async fn trace(args: TraceArgs) -> anyhow::Result<()> {
         videos: vec![VideoInput { span: span.clone(), digest: [0; 32], frames }],
         cache_salt: None,
         sampling: SamplingParams::greedy(args.max_tokens),
+        guide: None,
     };
     let ids = generate(&started.engine, sequence).await?;
 

@@ -11,6 +11,7 @@ use std::{
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 
+use super::guidance::Guide;
 use crate::{
     model::FrameBatch,
     scheduler::{SamplingParams, StopReason, TokenId, TokenLogprobs, VideoDigest},
@@ -38,6 +39,8 @@ pub struct NewSequence {
     pub cache_salt: Option<Arc<str>>,
     /// How to sample the completion.
     pub sampling: SamplingParams,
+    /// What the reply must be, and when its thinking ends.
+    pub guide: Option<Guide>,
 }
 
 /// What comes back, one a channel message.

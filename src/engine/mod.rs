@@ -3,12 +3,14 @@
 //! Called by `http` (the handle) and `cli`. Speaks integers only: no text, JSON or HTTP.
 
 mod encoder_cache;
+pub mod guidance;
 pub mod handle;
 pub mod logprobs;
 pub mod runner;
 pub mod sampler;
 pub mod worker;
 
+pub use guidance::{AnswerGuide, EndThinking, Guide, GuideTokens, NoEnd, ThinkingGuide};
 pub use handle::{
     EngineHandle, EngineLimits, EngineStatus, NewSequence, Permit, ReserveError, SubmitError, TokenEvent,
     TokenStream, VideoInput,

@@ -2,12 +2,19 @@
 //!
 //! Owned by the worker's thread. Decides nothing: the plan says what runs.
 
+use std::sync::{Mutex, PoisonError};
+
 use rayon::{
     iter::{IndexedParallelIterator, IntoParallelRefIterator, ParallelIterator},
     slice::ParallelSlice,
 };
 
-use super::{encoder_cache::EncoderCache, handle::VideoInput, logprobs, sampler};
+use super::{
+    encoder_cache::EncoderCache,
+    guidance::{Allowed, Guide},
+    handle::VideoInput,
+    logprobs, sampler,
+};
 use crate::{
     model::{
         self, KvCache, ModelError, Result, SequenceInput, StepInput, Tap, VideoLanguageModel, VisualRows,
@@ -27,6 +34,8 @@ pub trait Requests: Sync {
     fn sampling(&self, id: SequenceId) -> &SamplingParams;
     /// Videos of a sequence.
     fn videos(&self, id: SequenceId) -> &[VideoInput];
+    /// What steers a sequence, if anything does. Only the step that runs the sequence locks it.
+    fn guide(&self, id: SequenceId) -> Option<&Mutex<Guide>>;
 }
 
 /// The next token of a sequence, and what its request asked to know of the choice.
@@ -106,7 +115,16 @@ impl Runner {
                 return Err(ModelError::Msg("the model produced no finite logit".into()));
             }
             let params = requests.sampling(work.sequence);
-            let token = sampler::sample(row, params, sequence.token_ids(), sequence.num_prompt_tokens());
+            let (tokens, num_prompt) = (sequence.token_ids(), sequence.num_prompt_tokens());
+            let sample = |allowed: Allowed<'_>| sampler::sample(row, params, tokens, num_prompt, allowed);
+            let token = match requests.guide(work.sequence) {
+                None => sample(Allowed::All),
+                Some(guide) => {
+                    let mut guide = guide.lock().unwrap_or_else(PoisonError::into_inner);
+                    let completion = sequence.completion();
+                    guide.choose(completion, params.max_tokens - completion.len(), sample)
+                }
+            };
             Ok(Sampled { token, logprobs: logprobs::report(row, params, token) })
         };
         sampling.par_iter().zip(logits.par_chunks_exact(self.model.shape().vocab_size)).map(sample).collect()

@@ -10,17 +10,27 @@ use rand_chacha::{
     rand_core::{RngCore, SeedableRng},
 };
 
+use toktrie::SimpleVob;
+
+use super::guidance::Allowed;
 use crate::scheduler::{SamplingParams, TokenId, VISUAL_TOKEN};
 
 /// Chooses the token that follows `tokens` (prompt and completion; the completion starts at `num_prompt_tokens`).
-/// `logits` holds the ids that may be sampled, and no others.
+/// `logits` holds the ids that may be sampled, and no others; `allowed` narrows them down.
 pub fn sample(
     logits: &[f32],
     params: &SamplingParams,
     tokens: &[TokenId],
     num_prompt_tokens: usize,
+    allowed: Allowed<'_>,
 ) -> TokenId {
-    let adjusted = adjust(logits, params, tokens, num_prompt_tokens);
+    if let Allowed::Only(token) = allowed {
+        return token;
+    }
+    let mut adjusted = adjust(logits, params, tokens, num_prompt_tokens);
+    if let Allowed::Mask(mask) = allowed {
+        forbid(adjusted.get_or_insert_with(|| logits.to_vec()), mask);
+    }
     let logits = adjusted.as_deref().unwrap_or(logits);
     if params.temperature <= 0.0 {
         return argmax(logits);
@@ -62,6 +72,20 @@ fn adjust(
         }
     }
     Some(logits)
+}
+
+/// Leaves only what `mask` allows; if the model has ruled all of that out, the first of it.
+fn forbid(logits: &mut [f32], mask: &SimpleVob) {
+    mask.iter_unset_entries(|id| {
+        if let Some(logit) = logits.get_mut(id) {
+            *logit = f32::NEG_INFINITY;
+        }
+    });
+    if !logits.iter().any(|logit| logit.is_finite())
+        && let Some(logit) = mask.first_bit_set().and_then(|id| logits.get_mut(id))
+    {
+        *logit = 0.0;
+    }
 }
 
 /// The first of the largest; NaN never wins.
@@ -158,14 +182,15 @@ mod tests {
     fn counts(logits: &[f32], params: &SamplingParams, draws: u64) -> Vec<usize> {
         let mut counts = vec![0; logits.len()];
         for seed in 0..draws {
-            counts[sample(logits, &SamplingParams { seed, ..params.clone() }, &[0], 1) as usize] += 1;
+            counts[sample(logits, &SamplingParams { seed, ..params.clone() }, &[0], 1, Allowed::All)
+                as usize] += 1;
         }
         counts
     }
 
     #[test]
     fn greedy_takes_the_first_of_the_largest() {
-        assert_eq!(sample(&[0.0, 3.0, 3.0, f32::NAN], &params(0.0), &[0], 1), 1);
+        assert_eq!(sample(&[0.0, 3.0, 3.0, f32::NAN], &params(0.0), &[0], 1, Allowed::All), 1);
     }
 
     #[test]
@@ -189,13 +214,33 @@ mod tests {
     #[test]
     fn penalties_and_bias_move_the_choice() {
         let logits = [2.0, 1.9, 0.0];
-        let with = |params: SamplingParams| sample(&logits, &params, &[1, 0], 1);
+        let with = |params: SamplingParams| sample(&logits, &params, &[1, 0], 1, Allowed::All);
         assert_eq!(with(params(0.0)), 0);
         assert_eq!(with(SamplingParams { frequency_penalty: 0.2, ..params(0.0) }), 1);
         assert_eq!(with(SamplingParams { presence_penalty: 0.2, ..params(0.0) }), 1);
         assert_eq!(with(SamplingParams { logit_bias: vec![(2, 100.0)], ..params(0.0) }), 2);
         let repeats_only_first = SamplingParams { repetition_penalty: 4.0, ..params(0.0) };
-        assert_eq!(sample(&logits, &repeats_only_first, &[0, 0], 1), 1);
+        assert_eq!(sample(&logits, &repeats_only_first, &[0, 0], 1, Allowed::All), 1);
+    }
+
+    #[test]
+    fn what_is_not_allowed_is_never_chosen() {
+        let logits = [4.0, 3.0, f32::NAN, 1.0, f32::NEG_INFINITY];
+        let mut mask = SimpleVob::alloc(6);
+        let with =
+            |mask: &SimpleVob, params: &SamplingParams| sample(&logits, params, &[0], 1, Allowed::Mask(mask));
+        for id in [1, 3, 5] {
+            mask.allow_token(id);
+        }
+        assert_eq!(with(&mask, &params(0.0)), 1);
+        for seed in 0..200 {
+            let params = SamplingParams { seed, top_k: 3, top_p: 0.9, ..params(2.0) };
+            assert!([1, 3].contains(&with(&mask, &params)));
+        }
+        assert_eq!(sample(&logits, &params(1.0), &[0], 1, Allowed::Only(4)), 4);
+        let mut ruled_out = SimpleVob::alloc(6);
+        ruled_out.allow_token(4);
+        assert_eq!((with(&ruled_out, &params(0.0)), with(&ruled_out, &params(1.0))), (4, 4));
     }
 
     proptest! {
@@ -204,8 +249,8 @@ mod tests {
             logits in prop::collection::vec(-9.0f32..9.0, 2..400), seed: u64, top_k in 0..50usize, top_p in 0.05f32..1.0,
         ) {
             let params = SamplingParams { seed, top_k, top_p, ..params(0.8) };
-            let token = sample(&logits, &params, &[1, 0, 1], 1);
-            prop_assert_eq!(token, sample(&logits, &params, &[1, 0, 1], 1));
+            let token = sample(&logits, &params, &[1, 0, 1], 1, Allowed::All);
+            prop_assert_eq!(token, sample(&logits, &params, &[1, 0, 1], 1, Allowed::All));
             prop_assert!((token as usize) < logits.len());
         }
 

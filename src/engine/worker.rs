@@ -5,7 +5,7 @@
 use std::{
     collections::HashMap,
     panic::{AssertUnwindSafe, catch_unwind},
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     thread::JoinHandle,
     time::Instant,
 };
@@ -13,6 +13,7 @@ use std::{
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 
 use super::{
+    guidance::Guide,
     handle::{EngineHandle, EngineLimits, EngineStatus, Submission, TokenEvent, VideoInput},
     runner::{Requests, Runner, Sampled},
 };
@@ -21,7 +22,7 @@ use crate::{
     model::{KvCache, Tap, VideoLanguageModel},
     scheduler::{
         ComputeWork, EncodeWork, SamplingParams, Scheduler, SchedulerLimits, SchedulerStats, SequenceId,
-        SequenceSpec, StepPlan, TokenId, VisualSpan,
+        SequenceSpec, SequenceUpdate, StepPlan, StopReason, TokenId, VisualSpan,
     },
 };
 
@@ -145,6 +146,7 @@ impl Drop for FailOnDrop {
 struct Request {
     sampling: SamplingParams,
     videos: Vec<VideoInput>,
+    guide: Option<Mutex<Guide>>,
     events: mpsc::Sender<TokenEvent>,
     _place: OwnedSemaphorePermit,
 }
@@ -158,6 +160,10 @@ impl Requests for RequestTable {
 
     fn videos(&self, id: SequenceId) -> &[VideoInput] {
         &self.0[&id].videos
+    }
+
+    fn guide(&self, id: SequenceId) -> Option<&Mutex<Guide>> {
+        self.0[&id].guide.as_ref()
     }
 }
 
@@ -229,8 +235,13 @@ impl Worker {
                 ignore_eos: sequence.sampling.ignore_eos,
                 stop_token_ids: sequence.sampling.stop_token_ids.clone(),
             });
-            let (sampling, videos) = (sequence.sampling, sequence.videos);
-            requests.push(Request { sampling, videos, events, _place: place });
+            requests.push(Request {
+                sampling: sequence.sampling,
+                videos: sequence.videos,
+                guide: sequence.guide.map(Mutex::new),
+                events,
+                _place: place,
+            });
         }
         self.requests.0.extend(self.scheduler.add_siblings(specs).into_iter().zip(requests));
     }
@@ -312,10 +323,27 @@ impl Worker {
                 let logprobs = logprobs.remove(&update.sequence);
                 self.send(update.sequence, TokenEvent::Token { id, logprobs });
             }
-            if let Some(reason) = update.finished {
+            let complete = self.advance_guide(&update);
+            if complete && update.finished.is_none() {
+                self.scheduler.abort(update.sequence);
+            }
+            if let Some(reason) = complete.then_some(StopReason::EndOfSequence).or(update.finished) {
                 self.send(update.sequence, TokenEvent::Finished(reason));
                 self.requests.0.remove(&update.sequence);
             }
+        }
+    }
+
+    /// Tells the guide of a sequence what it got; the answer is whether the reply is complete: then no step is spent on
+    /// an end token, and a reply that is whole was not cut off.
+    fn advance_guide(&mut self, update: &SequenceUpdate) -> bool {
+        let request = self.requests.0.get_mut(&update.sequence);
+        let guide = request.and_then(|request| request.guide.as_mut());
+        match (guide, update.token) {
+            (Some(guide), Some(token)) => {
+                guide.get_mut().unwrap_or_else(PoisonError::into_inner).advance(token)
+            }
+            _ => false,
         }
     }
 

@@ -14,6 +14,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use bytes::Bytes;
+use futures_util::{FutureExt, TryFutureExt};
 use tempfile::NamedTempFile;
 
 use super::{
@@ -41,6 +42,8 @@ pub struct Shape {
     /// Whether a stream ends with a chunk of usage.
     pub include_usage: bool,
     pub view: ChoiceView,
+    /// Choices that think before they answer.
+    num_thinking: usize,
 }
 
 /// The handler.
@@ -64,9 +67,12 @@ pub async fn completions(
     Extension(record): Extension<Arc<RequestRecord>>,
     request: Request,
 ) -> Result<Response, ApiError> {
-    let Begun { loaded, preparing, shape } = pipeline::begin(&state, record, request, check).await?;
+    let begun = pipeline::begin(&state, record.clone(), request, check).await?;
+    let Begun { loaded, preparing, end_thinking, shape } = begun;
     let object = if shape.stream { "chat.completion.chunk" } else { "chat.completion" };
     let head = reply_head(&loaded, "chatcmpl", object);
+    let running = state.chats().enter([&head.id, &record.id], end_thinking, shape.num_thinking);
+    let preparing = preparing.map_ok(|generation| generation.listed(running)).boxed();
     if !shape.stream {
         return Ok(Json(fold(preparing.await?, head, &shape.view).await?).into_response());
     }
@@ -85,7 +91,8 @@ fn check(
     let request: ChatRequest = body::parse(json, config.max_json_values)?;
     let valid = validate::validate(request, upload, Limits::new(config, loaded))?;
     let view = ChoiceView { wanted: valid.choices.clone(), tokenizer: loaded.tokenizer.clone() };
-    let shape = Shape { stream: valid.stream, include_usage: valid.include_usage, view };
+    let num_thinking = if valid.thinks() { valid.choices.count } else { 0 };
+    let shape = Shape { stream: valid.stream, include_usage: valid.include_usage, view, num_thinking };
     Ok((valid, shape))
 }
 

@@ -136,7 +136,7 @@ pub async fn create(
     Extension(record): Extension<Arc<RequestRecord>>,
     request: Request,
 ) -> Result<Response, ApiError> {
-    let Begun { loaded, preparing, shape } = pipeline::begin(&state, record, request, check).await?;
+    let Begun { loaded, preparing, shape, .. } = pipeline::begin(&state, record, request, check).await?;
     let head = reply_head(&loaded, "cmpl", "text_completion");
     if !shape.stream {
         return Ok(Json(fold(preparing.await?, head, &shape).await?).into_response());

@@ -54,6 +54,10 @@ pub enum ApiError {
     UnknownResponse { id: String },
     #[error("there is nothing at this path; see /openapi.json for what there is")]
     NoSuchRoute,
+    #[error("no such chat completion is running; it may be over")]
+    NoSuchChat,
+    #[error("the chat completion has begun its answer; it thinks no more")]
+    ThinksNoMore,
     #[error("this path does not take this method; see the Allow header")]
     MethodNotAllowed,
     /// The text is for the log.
@@ -152,6 +156,8 @@ impl ApiError {
                 Row::bad(S::NOT_FOUND, Some("response_not_found")).param("id")
             }
             ApiError::NoSuchRoute => Row::bad(S::NOT_FOUND, Some("not_found")),
+            ApiError::NoSuchChat => Row::bad(S::NOT_FOUND, Some("chat_completion_not_found")).param("id"),
+            ApiError::ThinksNoMore => Row::bad(S::CONFLICT, Some("thinking_is_over")).param("id"),
             ApiError::MethodNotAllowed => Row::bad(S::METHOD_NOT_ALLOWED, Some("method_not_allowed")),
             ApiError::Internal(_) => Row::internal(),
         }
@@ -301,6 +307,8 @@ mod tests {
             row(InvalidRequest::UnknownModel { asked: text(), served: text() }),
             (404, "model_not_found", false)
         );
+        assert_eq!(row(ApiError::NoSuchChat), (404, "chat_completion_not_found", false));
+        assert_eq!(row(ApiError::ThinksNoMore), (409, "thinking_is_over", false));
         assert_eq!(row(AuthError::Missing), (401, "invalid_api_key", false));
         assert_eq!(row(AuthError::Unknown), (401, "invalid_api_key", false));
         assert_eq!(row(ApiError::UnknownResponse { id: text() }), (404, "response_not_found", false));

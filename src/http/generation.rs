@@ -8,7 +8,7 @@ use std::{
     time::Instant,
 };
 
-use super::{error::ApiError, progress::Progress, validate::Reasoning};
+use super::{error::ApiError, progress::Progress, running::RunningChat, validate::Reasoning};
 use crate::{
     engine::{TokenEvent, TokenStream},
     media::VideoInfo,
@@ -29,6 +29,7 @@ pub struct Generation {
     /// What was sampled of the videos.
     pub videos: Vec<VideoInfo>,
     progress: Progress,
+    running: Option<RunningChat>,
 }
 
 /// One of the replies to a request.
@@ -38,6 +39,7 @@ struct Choice {
     tokens: Option<TokenStream>,
     assembler: OutputAssembler,
     last_token: Option<Instant>,
+    answers: bool,
 }
 
 impl Generation {
@@ -48,9 +50,19 @@ impl Generation {
         videos: Vec<VideoInfo>,
         progress: Progress,
     ) -> Self {
-        let choice = |(tokens, assembler)| Choice { tokens: Some(tokens), assembler, last_token: None };
+        let choice = |(tokens, assembler)| Choice {
+            tokens: Some(tokens),
+            assembler,
+            last_token: None,
+            answers: false,
+        };
         let choices = sequences.into_iter().map(choice).collect();
-        Generation { choices, turn: 0, ready: VecDeque::new(), reasoning, videos, progress }
+        Generation { choices, turn: 0, ready: VecDeque::new(), reasoning, videos, progress, running: None }
+    }
+
+    /// Known to others as `running` until it is over, and there as long as it thinks.
+    pub fn listed(self, running: RunningChat) -> Self {
+        Generation { running: Some(running), ..self }
     }
 
     /// The next event and the index of its choice. Each choice ends with one [`OutputEvent::Finished`]; `None` follows
@@ -84,6 +96,7 @@ impl Generation {
     async fn advance(&mut self) -> Result<Option<(usize, OutputEvent)>, ApiError> {
         loop {
             while let Some((index, event)) = self.ready.pop_front() {
+                self.note_answer(index, &event);
                 let shown =
                     if self.reasoning == Reasoning::Hidden { without_thinking(event) } else { Some(event) };
                 if let Some(event) = shown {
@@ -96,6 +109,15 @@ impl Generation {
                 None => return Ok(None),
                 Some((index, event)) => self.take(index, event.ok_or(ApiError::EngineStopped)?)?,
             }
+        }
+    }
+
+    fn note_answer(&mut self, index: usize, event: &OutputEvent) {
+        let answers = matches!(event, OutputEvent::Delta { segment: Segment::Answer, .. });
+        let choice = self.choices.get_mut(index).filter(|choice| answers && !choice.answers);
+        if let (Some(choice), Some(running)) = (choice, &self.running) {
+            choice.answers = true;
+            running.answers();
         }
     }
 

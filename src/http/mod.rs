@@ -13,6 +13,7 @@ pub mod cors;
 mod error;
 mod files;
 mod generation;
+mod guide;
 mod multipart;
 pub mod openapi;
 mod pipeline;
@@ -21,6 +22,7 @@ mod progress;
 mod record;
 mod responses;
 mod responses_api;
+mod running;
 mod server;
 mod sse;
 mod state;
@@ -43,6 +45,7 @@ use tower_http::{catch_panic::CatchPanicLayer, timeout::RequestBodyTimeoutLayer}
 
 pub use auth::ApiKey;
 pub use error::ApiError;
+pub use guide::Guides;
 pub use server::{run, run_metrics};
 pub use state::{Access, AppState, Loaded, ModelCard};
 
@@ -68,6 +71,7 @@ fn routes() -> Vec<(Method, &'static str, MethodRouter<AppState>)> {
         (Method::GET, "/v1/files/{id}/content", get(files::content)),
         (Method::POST, "/tokenize", post(tokenize::tokenize)),
         (Method::POST, "/detokenize", post(tokenize::detokenize)),
+        (Method::POST, "/v1/chat/completions/{id}/end_thinking", post(running::end_thinking)),
         (Method::GET, "/v1/models", get(probes::models)),
         (Method::GET, "/v1/models/{*id}", get(probes::model)),
         (Method::GET, "/health", get(probes::health)),

@@ -15,7 +15,7 @@ use axum::{
 use serde_json::Value;
 use utoipa::{Modify, OpenApi, openapi::OpenApi as Document};
 
-pub use responses::{NotReady, Refused};
+pub use responses::{NotReady, NotRunning, Refused};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -43,6 +43,7 @@ pub use responses::{NotReady, Refused};
         super::files::content,
         super::tokenize::tokenize,
         super::tokenize::detokenize,
+        super::running::end_thinking,
         super::probes::models,
         super::probes::model,
         super::probes::health,

@@ -23,6 +23,7 @@ use super::{
     body::{self, Budget, Received},
     error::ApiError,
     generation::Generation,
+    guide,
     progress::Progress,
     record::RequestRecord,
     state::{AppState, Loaded},
@@ -30,7 +31,7 @@ use super::{
 };
 use crate::{
     config::Config,
-    engine::{NewSequence, Permit, VideoInput},
+    engine::{EndThinking, Guide, NewSequence, Permit, VideoInput},
     media::{MediaError, Salt, VideoFrames},
     model::FrameBatch,
     output::{OutputAssembler, WatchedLetters},
@@ -48,6 +49,8 @@ pub type Checked<T> = Result<(ValidRequest, T), ApiError>;
 pub struct Begun<T> {
     pub loaded: Arc<Loaded>,
     pub preparing: Preparing,
+    /// Ends the thinking of all its choices.
+    pub end_thinking: EndThinking,
     /// What the endpoint's check kept for itself.
     pub shape: T,
 }
@@ -74,9 +77,9 @@ pub async fn begin<T: Send + 'static>(
             if let Some(timeout) = admitted.valid.timeout {
                 progress.set_timeout(timeout);
             }
-            let loaded = admitted.loaded.clone();
+            let (loaded, end_thinking) = (admitted.loaded.clone(), admitted.end_thinking.clone());
             let preparing = prepare(admitted, progress, state.config().default_max_tokens).boxed();
-            Ok(Begun { loaded, preparing, shape })
+            Ok(Begun { loaded, preparing, end_thinking, shape })
         }
         Err(error) => {
             if error.is_rejection() {
@@ -103,6 +106,8 @@ pub async fn settle(mut preparing: Preparing, patience: Duration) -> Result<Prep
 struct Admitted {
     loaded: Arc<Loaded>,
     valid: ValidRequest,
+    guide: Option<Guide>,
+    end_thinking: EndThinking,
     permit: Permit,
     budget: Budget,
 }
@@ -117,13 +122,18 @@ async fn admit<T: Send + 'static>(
     drop(loaded.engine.reserve()?);
     let received = body::receive(state, request).await?;
     let (own_state, own_loaded) = (state.clone(), loaded.clone());
+    let end_thinking = EndThinking::default();
+    let own_end = end_thinking.clone();
     let checked = body::check(received, move |received| {
         let Received { json, upload, budget } = received;
-        Ok((check(&json, upload, own_state.config(), &own_loaded)?, budget))
+        let (valid, shape) = check(&json, upload, own_state.config(), &own_loaded)?;
+        let guide = own_loaded.guides.guide(&valid, &own_end)?;
+        guide::check_room(guide.as_ref(), valid.sampling.max_tokens.unwrap_or(usize::MAX))?;
+        Ok(((valid, guide, shape), budget))
     });
-    let ((valid, shape), budget) = checked.await?;
+    let ((valid, guide, shape), budget) = checked.await?;
     let permit = loaded.engine.reserve_many(valid.choices.count)?;
-    Ok((Admitted { loaded, valid, permit, budget }, shape))
+    Ok((Admitted { loaded, valid, guide, end_thinking, permit, budget }, shape))
 }
 
 /// Video, prompt, engine: everything up to the first token.
@@ -132,7 +142,8 @@ async fn prepare(
     mut progress: Progress,
     default_max_tokens: usize,
 ) -> Result<Generation, ApiError> {
-    let Admitted { loaded, valid, permit, budget } = admitted;
+    let Admitted { loaded, valid, guide, permit, budget, .. } = admitted;
+    let verbatim = guide::verbatim(&valid);
     let ValidRequest { conversation, videos, cache_salt, sampling, choices, stop_strings, .. } = valid;
     let (instruction, reasoning, raw_prompt) = (valid.instruction, valid.reasoning, valid.raw_prompt);
     let deadline = progress.deadline();
@@ -153,7 +164,8 @@ async fn prepare(
         let letters = watched_letters(&choices, &loaded.tokenizer).await?;
         let mut sampling = final_sampling(sampling, default_max_tokens.min(room));
         sampling.watched = letters.as_ref().map(WatchedLetters::token_ids).unwrap_or_default();
-        let sequence = sequence(prompt, &frames, cache_salt, sampling);
+        guide::check_room(guide.as_ref(), sampling.max_tokens)?;
+        let sequence = NewSequence { guide, ..sequence(prompt, &frames, cache_salt, sampling) };
         let streams = permit.submit_siblings(siblings(sequence, choices.count))?;
         progress.submitted();
         Ok((streams, letters, frames.iter().map(|frames| frames.info.clone()).collect()))
@@ -163,6 +175,7 @@ async fn prepare(
             let raw = reasoning == Reasoning::Raw;
             let assembler = || {
                 OutputAssembler::new(loaded.tokenizer.clone(), stop_strings.clone(), raw)
+                    .verbatim(verbatim)
                     .watching(letters.clone())
             };
             let sequences = streams.into_iter().map(|stream| (stream, assembler())).collect();
@@ -272,5 +285,6 @@ fn sequence(
         digest: frames.digest,
         frames: FrameBatch { rgb: frames.rgb.clone(), size: frames.size },
     });
-    NewSequence { videos: videos.collect(), token_ids: prompt.token_ids, cache_salt, sampling }
+    let videos = videos.collect();
+    NewSequence { videos, token_ids: prompt.token_ids, cache_salt, sampling, guide: None }
 }

@@ -31,6 +31,8 @@ const CLIENT_LEFT: u16 = 499;
 /// A request from its arrival to the last byte of its reply; logged when the last owner drops it.
 #[derive(Debug)]
 pub struct RequestRecord {
+    /// The request's id, as the client knows it.
+    pub id: String,
     /// When its header had arrived.
     pub arrival: Instant,
     method: String,
@@ -111,6 +113,7 @@ pub async fn observe(State(state): State<AppState>, mut request: Request, next: 
     let span = tracing::info_span!("request", id = %id.to_str().unwrap_or_default());
     let route = request.extensions().get::<MatchedPath>().map_or("unmatched", MatchedPath::as_str);
     let record = Arc::new(RequestRecord {
+        id: id.to_str().unwrap_or_default().to_owned(),
         arrival: Instant::now(),
         method: known_method(request.method()).into(),
         route: route.into(),

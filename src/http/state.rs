@@ -7,7 +7,9 @@ use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 use tokio::sync::Semaphore;
 use tokio_rustls::rustls;
 
-use super::{auth::ApiKey, error::ApiError, responses_api::ResponseStore};
+use super::{
+    auth::ApiKey, error::ApiError, guide::Guides, responses_api::ResponseStore, running::RunningChats,
+};
 use crate::{
     config::Config,
     engine::{EngineHandle, EngineStatus},
@@ -41,6 +43,7 @@ pub struct Loaded {
     pub engine: EngineHandle,
     pub media: MediaLoader,
     pub tokenizer: Arc<Tokenizer>,
+    pub guides: Guides,
     pub model: ModelCard,
 }
 
@@ -66,6 +69,7 @@ struct Inner {
     access: RwLock<Arc<Access>>,
     body_kib: Arc<Semaphore>,
     responses: Arc<ResponseStore>,
+    chats: RunningChats,
 }
 
 impl AppState {
@@ -82,6 +86,7 @@ impl AppState {
             loaded: OnceLock::new(),
             access: RwLock::default(),
             body_kib: Arc::new(body_kib),
+            chats: RunningChats::default(),
         }))
     }
 
@@ -153,6 +158,11 @@ impl AppState {
     /// Responses that may be read again and continued.
     pub(super) fn responses(&self) -> &Arc<ResponseStore> {
         &self.0.responses
+    }
+
+    /// The chats that run now.
+    pub(super) fn chats(&self) -> &RunningChats {
+        &self.0.chats
     }
 
     /// Room for bodies that are being received, in KiB.

@@ -57,6 +57,27 @@ pub struct ChatRequest {
     pub stop: Option<TextOr<Vec<String>>>,
     pub stop_token_ids: Option<Vec<u64>>,
     pub ignore_eos: Option<bool>,
+    /// text, json_object, or json_schema with `json_schema.schema`: what the answer must be. The thinking stays free.
+    #[schema(value_type = Option<Object>)]
+    pub response_format: Option<Value>,
+    /// Exactly one of `choice` (a list of texts), `regex`, `json` (a schema), `grammar` (Lark's notation), `json_object`.
+    #[schema(value_type = Option<Object>)]
+    pub structured_outputs: Option<Value>,
+    /// The same as `structured_outputs.choice`.
+    #[schema(value_type = Option<Vec<String>>)]
+    pub guided_choice: Option<Value>,
+    /// The same as `structured_outputs.regex`.
+    #[schema(value_type = Option<String>)]
+    pub guided_regex: Option<Value>,
+    /// The same as `structured_outputs.json`; a schema, or its text.
+    pub guided_json: Option<Value>,
+    /// The same as `structured_outputs.grammar`.
+    #[schema(value_type = Option<String>)]
+    pub guided_grammar: Option<Value>,
+    /// After so many tokens of thinking the model is made to answer.
+    pub thinking_token_budget: Option<u64>,
+    /// The same as `thinking_token_budget`.
+    pub max_thinking_tokens: Option<u64>,
     /// Replies on one prompt, which is computed once. Choice 0 is the reply to the same seed alone.
     #[schema(minimum = 1, maximum = 8)]
     pub n: Option<u64>,

@@ -16,6 +16,7 @@ mod token_places;
 pub use answer::Answer;
 pub use options::{Options, WatchedLetters};
 pub use reply::{Reply, collect};
+pub use segmenter::Verbatim;
 pub use stream::OutputAssembler;
 
 /// Which part of the reply a piece of text belongs to.

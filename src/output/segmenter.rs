@@ -10,7 +10,9 @@
 //! - after any other tag: [`Segment::Answer`]. So text between `</think>` and `<answer>`, and after `</answer>`, belongs
 //!   to the answer: nothing is swallowed. A stray `</answer>` in the thinking is dropped and the thinking goes on.
 //!
-//! White space beside a tag and at both ends of the reply is dropped. Where a channel (thinking; or plain text and
+//! A guided answer is passed on to the byte: inside it only the `</answer>` that ends the reply is a tag ([`Verbatim`]).
+//!
+//! Otherwise white space beside a tag and at both ends of the reply is dropped. Where a channel (thinking; or plain text and
 //! answer) goes on after a tag, its two stretches are joined by one line end.
 
 use super::Segment;
@@ -30,6 +32,12 @@ const TAGS: [(&str, Tag); 4] = [
     ("</answer>", Tag::AnswerClose),
 ];
 
+impl Tag {
+    fn text(self) -> &'static str {
+        TAGS.iter().find(|(_, tag)| *tag == self).map_or("", |(text, _)| text)
+    }
+}
+
 /// Text and tags, in their order, never empty.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Found<'a> {
@@ -42,7 +50,7 @@ impl Found<'_> {
     pub(super) fn num_bytes(&self) -> usize {
         match self {
             Found::Text(text) => text.len(),
-            Found::Tag(tag) => TAGS.iter().find(|(_, t)| t == tag).map_or(0, |(text, _)| text.len()),
+            Found::Tag(tag) => tag.text().len(),
         }
     }
 }
@@ -88,6 +96,17 @@ impl TagScanner {
     }
 }
 
+/// What of a reply is passed on as it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Verbatim {
+    #[default]
+    Nothing,
+    /// What stands between `<answer>` and the last `</answer>`.
+    Answer,
+    /// Everything after the one space that a reply begins with.
+    Reply,
+}
+
 /// Gives each stretch of text its segment, and trims it.
 #[derive(Debug)]
 pub(super) struct Segmenter {
@@ -99,6 +118,11 @@ pub(super) struct Segmenter {
     /// Whether there was thinking already; whether there was plain text or answer.
     has_think: bool,
     has_content: bool,
+    verbatim: Verbatim,
+    /// Inside what is passed on as it is.
+    in_verbatim: bool,
+    /// A `</answer>` that is text if anything follows.
+    held_close: bool,
 }
 
 impl Default for Segmenter {
@@ -109,11 +133,23 @@ impl Default for Segmenter {
             spaces: String::new(),
             has_think: false,
             has_content: false,
+            verbatim: Verbatim::Nothing,
+            in_verbatim: false,
+            held_close: false,
         }
     }
 }
 
 impl Segmenter {
+    pub(super) fn new(verbatim: Verbatim) -> Self {
+        Segmenter { verbatim, in_verbatim: verbatim == Verbatim::Reply, ..Segmenter::default() }
+    }
+
+    /// Whether tags are text now.
+    pub(super) fn in_verbatim(&self) -> bool {
+        self.in_verbatim
+    }
+
     /// The segment that text would belong to now.
     pub(super) fn segment(&self) -> Segment {
         self.segment
@@ -121,6 +157,10 @@ impl Segmenter {
 
     /// Takes the next text or tag; gives the text that is certain to be shown, if any.
     pub(super) fn push(&mut self, found: &Found<'_>) -> Option<(Segment, String)> {
+        if self.in_verbatim {
+            let text = self.verbatim(found);
+            return (!text.is_empty()).then_some((self.segment, text));
+        }
         match found {
             Found::Text(text) => self.text(text).map(|delta| (self.segment, delta)),
             Found::Tag(tag) => {
@@ -130,8 +170,26 @@ impl Segmenter {
                 };
                 self.spaces.clear();
                 self.at_edge = true;
+                self.in_verbatim = self.verbatim == Verbatim::Answer && *tag == Tag::AnswerOpen;
                 None
             }
+        }
+    }
+
+    fn verbatim(&mut self, found: &Found<'_>) -> String {
+        let mut text = String::new();
+        if std::mem::take(&mut self.held_close) {
+            text.push_str(Tag::AnswerClose.text());
+        }
+        match found {
+            Found::Text(more) => text.push_str(more),
+            Found::Tag(Tag::AnswerClose) if self.verbatim == Verbatim::Answer => self.held_close = true,
+            Found::Tag(tag) => text.push_str(tag.text()),
+        }
+        let at_start = self.verbatim == Verbatim::Reply && std::mem::take(&mut self.at_edge);
+        match text.strip_prefix(' ') {
+            Some(rest) if at_start => rest.to_owned(),
+            _ => text,
         }
     }
 
@@ -212,6 +270,27 @@ mod tests {
                 rest = if let Found::Text(text) = item { Some(text.to_owned()) } else { None };
             });
             assert_eq!(rest, expected);
+        }
+    }
+
+    #[test]
+    fn a_verbatim_answer_keeps_everything_but_its_last_closing_tag() {
+        let answer = " {\"a\": \"</answer><think>\"} \n";
+        for (verbatim, reply, expected) in [
+            (Verbatim::Answer, format!(" <think> x </think> <answer>{answer}</answer>"), answer.to_owned()),
+            (Verbatim::Reply, format!(" {answer}</answer>"), format!("{answer}</answer>")),
+            (Verbatim::Reply, "A".to_owned(), "A".to_owned()),
+        ] {
+            let (mut scanner, mut segmenter) = (TagScanner::default(), Segmenter::new(verbatim));
+            let mut content = String::new();
+            let mut note = |found: Found<'_>| match segmenter.push(&found) {
+                Some((Segment::Answer | Segment::Plain, text)) => content.push_str(&text),
+                Some((Segment::Think, text)) => assert_eq!(text, "x"),
+                None => {}
+            };
+            reply.chars().for_each(|c| scanner.push(c.encode_utf8(&mut [0; 4]), &mut note));
+            scanner.finish(false, &mut note);
+            assert_eq!(content, expected);
         }
     }
 

@@ -10,7 +10,7 @@ use super::{
     Ending, OutputEvent, ScoredToken, Segment, WatchedLetters,
     answer::AnswerFinder,
     detokenizer::Detokenizer,
-    segmenter::{Found, Segmenter, Tag, TagScanner},
+    segmenter::{Found, Segmenter, Tag, TagScanner, Verbatim},
     stop_matcher::StopMatcher,
     token_places::TokenPlaces,
 };
@@ -53,6 +53,12 @@ impl OutputAssembler {
         }
     }
 
+    /// Passes a guided answer on as it is.
+    #[must_use]
+    pub fn verbatim(self, verbatim: Verbatim) -> Self {
+        OutputAssembler { segmenter: Segmenter::new(verbatim), ..self }
+    }
+
     /// Also reads the log probabilities of these letters where the answer begins, if the tokens bring them.
     #[must_use]
     pub fn watching(self, letters: Option<WatchedLetters>) -> Self {
@@ -91,7 +97,9 @@ impl OutputAssembler {
         }
         self.pass(&passed, &mut events);
         let reason = if self.stopped() { StopReason::StopString } else { reason };
-        let cut_off = matches!(reason, StopReason::Length | StopReason::Aborted);
+        // Where the whole reply is passed on as it is, nothing waits for the rest of a tag.
+        let cut_off = matches!(reason, StopReason::Length | StopReason::Aborted)
+            && !(self.segmenter.in_verbatim() && self.segmenter.segment() == Segment::Plain);
         let mut scanner = std::mem::take(&mut self.scanner);
         scanner.finish(cut_off, |found| self.segment(&found, &mut events));
         self.places.finish(self.segmenter.segment() == Segment::Think);
@@ -136,10 +144,11 @@ impl OutputAssembler {
     }
 
     fn segment(&mut self, found: &Found<'_>, events: &mut Vec<OutputEvent>) {
+        let closes = *found == Found::Tag(Tag::ThinkClose) && !self.segmenter.in_verbatim();
         let delta = self.segmenter.push(found);
         let in_thinking = self.segmenter.segment() == Segment::Think;
         self.answer.see(found, in_thinking, &self.places);
-        self.places.resolve(found.num_bytes(), in_thinking || *found == Found::Tag(Tag::ThinkClose));
+        self.places.resolve(found.num_bytes(), in_thinking || closes);
         let Some((segment, text)) = delta.filter(|_| !self.raw) else { return };
         add_delta(events, segment, text, self.places.take_placed());
     }

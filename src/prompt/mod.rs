@@ -4,10 +4,12 @@
 
 use std::ops::Range;
 
+pub mod grammar;
 pub mod template;
 pub mod tokenizer;
 mod tokenizer_files;
 
+pub use grammar::{Constraint, Grammar, GrammarCompiler, GrammarError};
 pub use template::{Instruction, with_instruction};
 pub use tokenizer::Tokenizer;
 

@@ -16,6 +16,12 @@ pub const THINK_INSTRUCTION: &str =
 /// Asks for the option alone, as the family's models before reinforcement learning were asked.
 pub const OPTION_ONLY_INSTRUCTION: &str = "Answer with the option's letter from the given choices directly.";
 
+/// How a reply that thinks begins.
+pub const THINK_OPENING: &str = " <think>";
+
+/// Ends a thinking that has no more time, in the model's own voice, and opens the answer.
+pub const THINK_CLOSING: &str = "\n\nI have to answer now.\n</think> <answer>";
+
 /// What the last question of a conversation is asked to be answered with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Instruction {

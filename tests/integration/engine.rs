@@ -46,7 +46,8 @@ fn start(model: FakeModel, config: EngineConfig) -> (EngineHandle, EngineThread,
 
 fn text(prompt: &str, max_tokens: usize) -> NewSequence {
     let token_ids = format!("{prompt} ASSISTANT:").bytes().map(u32::from).collect();
-    NewSequence { token_ids, videos: vec![], cache_salt: None, sampling: SamplingParams::greedy(max_tokens) }
+    let sampling = SamplingParams::greedy(max_tokens);
+    NewSequence { token_ids, videos: vec![], cache_salt: None, sampling, guide: None }
 }
 
 fn with_video(prompt: &str, digest: u8, max_tokens: usize) -> NewSequence {

@@ -98,6 +98,7 @@ impl Checkpoint {
             videos,
             cache_salt: None,
             sampling: SamplingParams { ignore_eos: true, ..SamplingParams::greedy(24) },
+            guide: None,
         }
     }
 

@@ -19,7 +19,7 @@ use tempfile::TempDir;
 use tinyllava::{
     config::Config,
     engine::EngineOptions,
-    http::{AppState, Loaded, ModelCard, run},
+    http::{AppState, Guides, Loaded, ModelCard, run},
     media::MediaLoader,
     model::{
         VideoLanguageModel,
@@ -79,6 +79,7 @@ fn load_any(state: &AppState, model: Box<dyn VideoLanguageModel>, tokenizer: Tok
     let limits = engine.limits();
     state.set_loaded(Loaded {
         media: MediaLoader::new(config.media.clone(), limits.image_size).unwrap(),
+        guides: Guides::new(&tokenizer, &[]).unwrap(),
         tokenizer: Arc::new(tokenizer),
         model: ModelCard {
             thinks: true,

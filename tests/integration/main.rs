@@ -10,6 +10,7 @@ mod cli_client;
 mod cli_commands;
 mod engine;
 mod golden;
+mod guided_output;
 mod http_access;
 mod http_chat;
 mod http_choices;

@@ -16,7 +16,7 @@ use utoipa::{
 use crate::http::error::WireError;
 
 /// Status, name of the component, and when it comes.
-const TABLE: [(&str, &str, &str); 12] = [
+const TABLE: [(&str, &str, &str); 13] = [
     (
         "400",
         "BadRequest",
@@ -27,10 +27,12 @@ const TABLE: [(&str, &str, &str); 12] = [
     (
         "404",
         "NotFound",
-        "Unknown model (`model_not_found`), file (`file_not_found`), response (`response_not_found`) or path (`not_found`).",
+        "Unknown model (`model_not_found`), file (`file_not_found`), response (`response_not_found`), running chat \
+         (`chat_completion_not_found`) or path (`not_found`).",
     ),
     ("405", "MethodNotAllowed", "The path does not take this method (`method_not_allowed`)."),
     ("408", "BodyTimeout", "The body came too slowly (`body_timeout`)."),
+    ("409", "Conflict", "The chat completion has begun its answer (`thinking_is_over`)."),
     (
         "413",
         "TooLarge",
@@ -76,7 +78,18 @@ pub struct NotReady;
 
 impl IntoResponses for Refused {
     fn responses() -> BTreeMap<String, RefOr<Response>> {
-        TABLE.iter().map(reference).collect()
+        TABLE.iter().filter(|(status, ..)| *status != "409").map(reference).collect()
+    }
+}
+
+/// Of operations on something that runs.
+#[derive(Debug)]
+pub struct NotRunning;
+
+impl IntoResponses for NotRunning {
+    fn responses() -> BTreeMap<String, RefOr<Response>> {
+        let few = ["401", "404", "409", "500"];
+        TABLE.iter().filter(|(status, ..)| few.contains(status)).map(reference).collect()
     }
 }
 

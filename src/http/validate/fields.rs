@@ -21,23 +21,15 @@ pub const HARMLESS: [&str; 9] = [
 ];
 
 /// Known to clients of this field, not built here: fine as long as they ask for nothing.
-pub(super) const NOT_YET: [&str; 20] = [
+pub(super) const NOT_YET: [&str; 12] = [
     "audio",
     "function_call",
     "functions",
-    "guided_choice",
-    "guided_grammar",
-    "guided_json",
-    "guided_regex",
-    "max_thinking_tokens",
     "min_tokens",
     "mm_processor_kwargs",
     "modalities",
     "prediction",
     "prompt_logprobs",
-    "response_format",
-    "structured_outputs",
-    "thinking_token_budget",
     "tool_choice",
     "tools",
     "use_beam_search",
@@ -70,9 +62,6 @@ fn asks_for_nothing(name: &str, value: &Value) -> bool {
     match (name, value) {
         ("min_tokens" | "prompt_logprobs", Value::Number(n)) => n.as_u64() == Some(0),
         ("tool_choice" | "function_call", Value::String(choice)) => choice == "none" || choice == "auto",
-        ("response_format", Value::Object(format)) => {
-            format.len() == 1 && format.get("type").is_some_and(|kind| kind == "text")
-        }
         ("modalities", Value::Array(kinds)) => kinds.iter().all(|kind| kind == "text"),
         (_, Value::Bool(asked)) => !asked,
         (_, Value::Array(list)) => list.is_empty(),

@@ -4,6 +4,7 @@
 
 mod choices;
 mod fields;
+mod guided;
 mod messages;
 mod parts;
 mod sampling;
@@ -11,6 +12,7 @@ mod video;
 
 pub use choices::ValidChoices;
 pub use fields::HARMLESS;
+pub use guided::Guided;
 
 use std::{sync::Arc, time::Duration};
 
@@ -47,6 +49,10 @@ pub struct ValidRequest {
     pub stop_strings: Vec<String>,
     /// How the last question is to be answered.
     pub instruction: Instruction,
+    /// Most tokens of thinking.
+    pub thinking_budget: Option<usize>,
+    /// What the answer must be.
+    pub guided: Option<Guided>,
     pub reasoning: Reasoning,
     pub stream: bool,
     /// Whether a stream ends with a chunk of usage.
@@ -58,6 +64,13 @@ pub struct ValidRequest {
 pub enum RawPrompt {
     Text(String),
     Tokens(Vec<TokenId>),
+}
+
+impl ValidRequest {
+    /// Whether the model is asked to think before it answers.
+    pub fn thinks(&self) -> bool {
+        self.instruction == Instruction::Think
+    }
 }
 
 /// One video of a request.
@@ -149,6 +162,8 @@ pub fn validate(
     check_top_level(&request.extra)?;
     let include_usage = include_usage(&request)?;
     let instruction = instruction(&request, limits.thinks)?;
+    let thinking_budget = guided::thinking_budget(&request)?;
+    let guided = guided::validate(&request, limits.config)?;
     let reasoning = reasoning(&request)?;
     let stop_strings = sampling::stop_strings(&request, limits.config)?;
     let sampling = sampling::validate(&request, limits)?;
@@ -168,6 +183,8 @@ pub fn validate(
         choices,
         stop_strings,
         instruction,
+        thinking_budget,
+        guided,
         reasoning,
         stream: request.stream.unwrap_or(false),
         include_usage,
@@ -194,6 +211,8 @@ pub fn validate_raw(
         choices: choices::validate(&request, &conversation, sampling.params.temperature, limits)?,
         stop_strings: sampling::stop_strings(&request, limits.config)?,
         instruction: Instruction::AsAsked,
+        thinking_budget: None,
+        guided: guided::validate(&request, limits.config)?,
         reasoning: Reasoning::Raw,
         stream: request.stream.unwrap_or(false),
         include_usage: include_usage(&request)?,

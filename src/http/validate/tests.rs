@@ -255,7 +255,8 @@ fn each_fault_names_its_field() {
         (json!({"vote": true, "temperature": 1}), "vote"),
         (json!({"vote": true, "n": 3}), "temperature"),
         (json!({"vote": true, "n": 3, "temperature": 0}), "temperature"),
-        (json!({"response_format": {"type": "json_object"}}), "response_format"),
+        (json!({"response_format": {"type": "xml"}}), "response_format.type"),
+        (json!({"thinking_token_budget": 1, "max_thinking_tokens": 2}), "max_thinking_tokens"),
     ] {
         assert_eq!(param(check(request(json!("Hi"), more.clone()))), fault, "{more}");
     }

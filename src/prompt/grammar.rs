@@ -1,0 +1,318 @@
+//! From what a request says about its answer to a grammar of the whole reply, thinking and tags included.
+//!
+//! Called by `http/guide.rs` when a model is loaded and, on the blocking pool, for each guided request. What comes out
+//! speaks tokens only. The effort has limits: llguidance's own, on the size of a grammar and the fuel of its lexer.
+
+use std::sync::Arc;
+
+use llguidance::{
+    Logger, ParserFactory, TokenParser,
+    api::{GrammarInit, GrammarWithLexer, ParserLimits, TopLevelGrammar},
+    earley::SlicedBiasComputer,
+    regex_to_lark,
+};
+use serde_json::{Value, json};
+use toktrie::{ApproximateTokEnv, InferenceCapabilities, TokEnv, TokRxInfo, TokTrie};
+
+use super::{PromptError, Tokenizer};
+
+/// The end of a reply in grammars: a token that no model has and no text spells.
+const END: &str = "<|end_of_reply|>";
+/// A reply up to its answer. The thinking is any text; a model that forgets to close it may answer all the same.
+const HEAD: &str = r#"
+THOUGHT: /(?s:.*)/ & ~/(?s:.*)(<\/think>|<answer>)(?s:.*)/
+HEAD: /[ \n]{0,2}<think>/ THOUGHT /(<\/think>[ \n]{0,3})?<answer>/
+"#;
+/// Between the parts of JSON: enough for indented text, and not without end.
+const JSON_SPACE: &str = r"[\x20\x0A\x0D\x09]{1,32}";
+/// Fuel for building the lexer of a grammar (llguidance: 50,000 take about a millisecond).
+const MAX_LEXER_FUEL: u64 = 500_000;
+/// Symbols of a grammar's rules.
+const MAX_GRAMMAR_SYMBOLS: usize = 100_000;
+/// States of a grammar's lexer, one or two kilobytes each.
+const MAX_LEXER_STATES: usize = 20_000;
+
+/// Items of the parser that one search for an end may make; a mask has llguidance's own limit.
+const MAX_SEARCH_ITEMS: usize = 4_000_000;
+/// Fuel of the lexer for one search.
+const MAX_SEARCH_FUEL: u64 = 1_000_000;
+
+/// What an answer must be.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Constraint {
+    /// One of these texts.
+    Choice(Vec<String>),
+    /// A text that the regular expression matches as a whole.
+    Regex(String),
+    /// JSON that satisfies the schema.
+    Json(Value),
+    /// A text of the Lark grammar.
+    Grammar(String),
+}
+
+/// Why there is no grammar for a constraint; one sentence, after the name of the field.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("{0}")]
+pub struct GrammarError(String);
+
+/// The grammar of a reply, twice: a parser keeps what it has learnt of its grammar.
+pub struct Grammar {
+    /// For the masks.
+    pub parser: TokenParser,
+    /// For searches, which may cost more.
+    pub probe: TokenParser,
+}
+
+/// Makes the grammars of one model.
+pub struct GrammarCompiler {
+    factory: ParserFactory,
+    trie: Arc<TokTrie>,
+    end: u32,
+}
+
+impl GrammarCompiler {
+    /// Reads the vocabulary; takes some tenths of a second for a large one.
+    ///
+    /// # Errors
+    /// [`PromptError::Load`] when the vocabulary cannot be used for grammars.
+    pub fn new(tokenizer: &Tokenizer) -> Result<Self, PromptError> {
+        let end = u32::try_from(tokenizer.vocab_size())
+            .map_err(|_| PromptError::Load("the vocabulary is too large for grammars".into()))?;
+        // Special tokens get no bytes: no grammar can ask for them.
+        let mut words: Vec<Vec<u8>> =
+            (0..end).map(|id| tokenizer.token_bytes(id).unwrap_or_default().to_vec()).collect();
+        words.push([&[TokTrie::SPECIAL_TOKEN_MARKER], END.as_bytes()].concat());
+        let trie = TokTrie::from(&TokRxInfo::new(end + 1, tokenizer.end_of_text()), &words);
+        // Not "canonical": the model chooses how a text is cut into tokens, also where only one text is possible.
+        let environment: TokEnv = Arc::new(ApproximateTokEnv::new(trie.clone()));
+        let slices = SlicedBiasComputer::general_slices();
+        let mut factory = ParserFactory::new(&environment, InferenceCapabilities::default(), &slices)
+            .map_err(|error| PromptError::Load(format!("the vocabulary is not fit for grammars: {error}")))?;
+        let limits = factory.limits_mut();
+        limits.verbose_errors = false;
+        limits.initial_lexer_fuel = MAX_LEXER_FUEL;
+        limits.max_grammar_size = MAX_GRAMMAR_SYMBOLS;
+        limits.max_lexer_states = MAX_LEXER_STATES;
+        Ok(GrammarCompiler { factory, trie: Arc::new(trie), end })
+    }
+
+    /// Bytes of every token; the last one is [`Self::end`].
+    pub fn trie(&self) -> &Arc<TokTrie> {
+        &self.trie
+    }
+
+    /// The token that ends a grammar.
+    pub fn end(&self) -> u32 {
+        self.end
+    }
+
+    /// Accepts a reply up to and with the tag that opens its answer.
+    ///
+    /// # Errors
+    /// None for a vocabulary that has every byte.
+    pub fn head(&self) -> Result<TokenParser, GrammarError> {
+        let head = vec![GrammarWithLexer::from_lark(format!("start: HEAD\n{HEAD}"))];
+        self.parser(head, self.factory.limits().clone())
+    }
+
+    /// Accepts whole replies, and then [`Self::end`]. With `thinking`, the answer stands in its tags after the thinking;
+    /// without, it is all of the reply but one space before it, for the prompt ends without one.
+    ///
+    /// # Errors
+    /// When the constraint is malformed, is not supported, or is too much.
+    pub fn compile(&self, constraint: &Constraint, thinking: bool) -> Result<Grammar, GrammarError> {
+        let (terminal, nested) = match constraint {
+            Constraint::Choice(choices) => {
+                (Some(choices.iter().map(|choice| literal(choice)).collect::<Vec<_>>().join(" | ")), None)
+            }
+            Constraint::Regex(regex) => {
+                self.check_regex(regex)?;
+                (Some(format!("/{}/", regex_to_lark(regex, ""))), None)
+            }
+            Constraint::Json(schema) => (None, Some(GrammarWithLexer::from_json_schema(with_space(schema)?))),
+            Constraint::Grammar(grammar) if grammar.contains(END) => {
+                return Err(GrammarError(format!("{END} has no place in an answer")));
+            }
+            Constraint::Grammar(grammar) => (None, Some(GrammarWithLexer::from_lark(grammar.clone()))),
+        };
+        let (before, after, head) =
+            if thinking { ("HEAD", r#""</answer>""#, HEAD) } else { ("\" \"", "", "") };
+        // A terminal and the tags are one: else its longest match would take the tag in.
+        let reply = match &terminal {
+            Some(terminal) => {
+                format!("start: REPLY {END}\nANSWER: {terminal}\nREPLY: {before} ANSWER {after}\n{head}")
+            }
+            None => format!("start: {before} @answer {after} {END}\n{head}"),
+        };
+        let mut grammars = vec![GrammarWithLexer::from_lark(reply)];
+        grammars.extend(nested.map(|nested| GrammarWithLexer { name: Some("answer".into()), ..nested }));
+        let limits = self.factory.limits().clone();
+        let parser = self.parser(grammars.clone(), limits.clone())?;
+        let lexer = parser.parser.grammar().lexer_spec();
+        if lexer.token_range_lexemes(&lexer.all_lexemes()).len() > 1 {
+            return Err(GrammarError("special tokens have no place in an answer".into()));
+        }
+        let limits =
+            ParserLimits { step_max_items: MAX_SEARCH_ITEMS, step_lexer_fuel: MAX_SEARCH_FUEL, ..limits };
+        Ok(Grammar { parser, probe: self.parser(grammars, limits)? })
+    }
+
+    /// Alone first: a stray parenthesis must not change the meaning of what stands around the expression.
+    fn check_regex(&self, regex: &str) -> Result<(), GrammarError> {
+        if regex.is_empty() {
+            return Err(GrammarError(
+                "an empty regular expression matches nothing but an empty answer".into(),
+            ));
+        }
+        let alone = vec![GrammarWithLexer::from_regex(regex)];
+        self.parser(alone, self.factory.limits().clone()).map(drop)
+    }
+
+    fn parser(
+        &self,
+        grammars: Vec<GrammarWithLexer>,
+        limits: ParserLimits,
+    ) -> Result<TokenParser, GrammarError> {
+        let grammar = GrammarInit::Serialized(TopLevelGrammar { grammars, max_tokens: None });
+        let (silent, plain) = (Logger::new(0, 0), InferenceCapabilities::default());
+        let parser = self.factory.create_parser_from_init_ext(grammar, silent, plain, limits);
+        let mut parser = parser.map_err(|error| GrammarError(first_line(&error.to_string())))?;
+        parser.start_without_prompt();
+        Ok(parser)
+    }
+}
+
+impl std::fmt::Debug for Grammar {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Grammar")
+    }
+}
+
+impl std::fmt::Debug for GrammarCompiler {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "GrammarCompiler({} tokens)", self.end)
+    }
+}
+
+/// A text in Lark's syntax: JSON's, but for one character.
+fn literal(text: &str) -> String {
+    Value::from(text).to_string().replace('\x7f', "\\u007f")
+}
+
+/// The schema with our white space.
+fn with_space(schema: &Value) -> Result<Value, GrammarError> {
+    let mut schema = match schema {
+        Value::Object(schema) => schema.clone(),
+        Value::Bool(true) => serde_json::Map::new(),
+        _ => return Err(GrammarError("a JSON schema must be an object".into())),
+    };
+    let ours = json!({"whitespace_pattern": JSON_SPACE});
+    match schema.insert("x-guidance".into(), ours) {
+        None => Ok(Value::Object(schema)),
+        Some(_) => Err(GrammarError("\"x-guidance\" is not supported; remove it".into())),
+    }
+}
+
+/// llguidance adds where it was and what it knows, over many lines.
+fn first_line(error: &str) -> String {
+    const MAX_CHARS: usize = 240;
+    let line = error.lines().find(|line| !line.trim().is_empty()).unwrap_or("not understood");
+    line.chars().take(MAX_CHARS).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whether `reply` is a whole one.
+    fn accepts(constraint: &Constraint, thinking: bool, reply: &str) -> bool {
+        let compiler = GrammarCompiler::new(&Tokenizer::bytes()).unwrap();
+        let mut parser = compiler.compile(constraint, thinking).unwrap().parser;
+        let end = compiler.end();
+        reply.bytes().all(|byte| parser.consume_token(u32::from(byte)).is_ok())
+            && parser.compute_mask().is_ok_and(|mask| mask.is_allowed(end))
+    }
+
+    fn refused(constraint: Constraint) -> String {
+        let compiler = GrammarCompiler::new(&Tokenizer::bytes()).unwrap();
+        compiler
+            .compile(&constraint, true)
+            .err()
+            .unwrap_or_else(|| panic!("{constraint:?} is fine"))
+            .to_string()
+    }
+
+    fn choice() -> Constraint {
+        Constraint::Choice(vec!["A".into(), "A or \"B\"/\u{7f}".into(), "</answer>".into()])
+    }
+
+    #[test]
+    fn the_thinking_is_free_and_the_answer_is_not() {
+        let answers = ["A", "A or \"B\"/\u{7f}", "</answer>"];
+        for answer in answers {
+            for before in
+                ["<think></think><answer>", " <think> über\n< </thin </think> <answer>", "<think>x<answer>"]
+            {
+                assert!(accepts(&choice(), true, &format!("{before}{answer}</answer>")), "{before}{answer}");
+            }
+            assert!(accepts(&choice(), false, &format!(" {answer}")), "{answer}");
+        }
+        for reply in [
+            "<answer>A</answer>",
+            "<think></think><answer>B</answer>",
+            "<think></think>A",
+            "<think></think>x<answer>A</answer>",
+        ] {
+            assert!(!accepts(&choice(), true, reply), "{reply}");
+        }
+    }
+
+    #[test]
+    fn a_regex_matches_the_whole_answer_and_may_hold_anything() {
+        let regex = Constraint::Regex(r"(a|b/)+.*".into());
+        assert!(accepts(&regex, true, "<think></think>\n<answer>ab/a anything </answer></answer>"));
+        assert!(!accepts(&regex, true, "<think></think>\n<answer>x</answer>"));
+        assert!(accepts(&regex, false, " b/"));
+    }
+
+    #[test]
+    fn json_and_grammars_stand_between_the_tags() {
+        let schema = json!({"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]});
+        let json = Constraint::Json(schema);
+        assert!(accepts(&json, true, "<think></think> <answer>{\"a\":1}</answer>"));
+        assert!(accepts(&json, true, "<think></think> <answer>{\n  \"a\": 1\n}</answer>"));
+        assert!(!accepts(
+            &json,
+            true,
+            &format!("<think></think> <answer>{{{}\"a\":1}}</answer>", " ".repeat(33))
+        ));
+        assert!(!accepts(&json, true, "<think></think> <answer>{\"a\":\"1\"}</answer>"));
+        let grammar = Constraint::Grammar("start: word (\" \" word)*\nword: /[a-z]+/".into());
+        assert!(accepts(&grammar, true, "<think>1</think><answer>two words</answer>"));
+        assert!(accepts(&grammar, false, " word"));
+        assert!(!accepts(&grammar, false, " 1"));
+    }
+
+    #[test]
+    fn what_cannot_be_a_grammar_is_refused_in_one_line() {
+        for constraint in [
+            Constraint::Regex("a)|(b".into()),
+            Constraint::Regex("(".into()),
+            Constraint::Regex(String::new()),
+            Constraint::Regex("(?=a)b".into()),
+            Constraint::Grammar("start: nothing".into()),
+            Constraint::Grammar("no grammar at all".into()),
+            Constraint::Grammar("start: <|endoftext|>".into()),
+            Constraint::Grammar("start: <[256]>".into()),
+            Constraint::Grammar("start: \"a\" <|end_of_reply|>".into()),
+            Constraint::Json(json!({"type": "nonsense"})),
+            Constraint::Json(json!({"$ref": "http://example.com/schema"})),
+            Constraint::Json(json!({"x-guidance": {}})),
+            Constraint::Json(json!(3)),
+            Constraint::Json(json!(false)),
+        ] {
+            let error = refused(constraint.clone());
+            assert!(!error.is_empty() && error.lines().count() == 1, "{constraint:?}: {error}");
+        }
+    }
+}
