@@ -134,6 +134,7 @@ pub enum Item {
 /// A text of an item.
 #[derive(Debug, Clone, Serialize, ToSchema)]
 #[serde(tag = "type", rename_all = "snake_case")]
+#[expect(clippy::enum_variant_names, reason = "the names of the wire")]
 pub enum Part {
     SummaryText {
         text: String,

@@ -173,7 +173,7 @@ pub fn check(
     }
     let Messages { list, origins } = messages;
     let origins = Origins(origins);
-    let chat = Value::Object(request.to_chat(list));
+    let chat = Value::Object(request.chat_with(list));
     let chat: ChatRequest = serde_path_to_error::deserialize(chat).map_err(|error| {
         let path = error.path().to_string();
         let message = format!("{path}: {}", error.inner());
@@ -289,7 +289,7 @@ impl ResponsesRequest {
     }
 
     /// The same request to the chat endpoint.
-    fn to_chat(&mut self, messages: Vec<Value>) -> Map<String, Value> {
+    fn chat_with(&mut self, messages: Vec<Value>) -> Map<String, Value> {
         let mut chat: Map<String, Value> = std::mem::take(&mut self.extra)
             .into_iter()
             .filter(|(name, _)| AS_IN_CHAT.contains(&name.as_str()))

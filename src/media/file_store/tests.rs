@@ -65,7 +65,7 @@ fn files_survive_a_restart_and_a_directory_has_one_server() {
     assert!(matches!(again, Err(FileStoreError::InUse(_))));
     drop(first);
     let second = store(&dir);
-    assert_eq!(second.list(), [record.clone()]);
+    assert_eq!(second.list(), std::slice::from_ref(&record));
     assert_eq!(content(&second, &record.id), b"hello");
 }
 
