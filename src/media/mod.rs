@@ -206,7 +206,7 @@ impl MediaLoader {
         salt: Salt,
     ) -> Result<Arc<VideoFrames>, MediaError> {
         let started = Instant::now();
-        let (is_list, is_still) = (source.is_frame_list(), matches!(source, VideoSource::Image(_)));
+        let (is_list, is_still) = (source.is_frame_list(), self.sources.is_still(&source).await?);
         if is_list || is_still {
             let still = is_still.then(|| Selection::of_still(sampling, &self.config)).transpose()?;
             let files = self.sources.read(source, &salt).await?;

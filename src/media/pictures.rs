@@ -135,21 +135,26 @@ pub fn decode(
     Ok(pictures)
 }
 
+/// The format that the first bytes of a file tell, if it is one that is accepted, and its name.
+pub fn format(bytes: &[u8]) -> Option<(ImageFormat, &'static str)> {
+    match image::guess_format(bytes).ok()? {
+        ImageFormat::Jpeg => Some((ImageFormat::Jpeg, "jpeg")),
+        ImageFormat::Png => Some((ImageFormat::Png, "png")),
+        ImageFormat::WebP => Some((ImageFormat::WebP, "webp")),
+        _ => None,
+    }
+}
+
 /// As a viewer would see it: turned as its metadata says, without transparency.
 fn read(file: &LocalFile, config: &MediaConfig) -> Result<(RgbImage, &'static str), MediaError> {
     let bytes = fs::read(file.path()).map_err(|error| {
         tracing::error!(%error, "a picture's file vanished");
         MediaError::Internal("the picture could not be read; try again".into())
     })?;
-    let (format, codec) = match image::guess_format(&bytes) {
-        Ok(ImageFormat::Jpeg) => (ImageFormat::Jpeg, "jpeg"),
-        Ok(ImageFormat::Png) => (ImageFormat::Png, "png"),
-        Ok(ImageFormat::WebP) => (ImageFormat::WebP, "webp"),
-        _ => {
-            return Err(MediaError::Unsupported(
-                "this is not a picture that is accepted; send jpeg, png or webp".into(),
-            ));
-        }
+    let Some((format, codec)) = format(&bytes) else {
+        return Err(MediaError::Unsupported(
+            "this is not a picture that is accepted; send jpeg, png or webp".into(),
+        ));
     };
     let mut limits = Limits::no_limits();
     let max_side = u32::try_from(config.max_frame_side).unwrap_or(u32::MAX);

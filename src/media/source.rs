@@ -20,7 +20,7 @@ use tempfile::{NamedTempFile, TempPath};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use url::Url;
 
-use super::{FileStore, FileStoreError, MediaError, VideoSource, fetch::Fetcher, flights::Flights};
+use super::{FileStore, FileStoreError, MediaError, VideoSource, fetch::Fetcher, flights::Flights, pictures};
 use crate::config::MediaConfig;
 
 /// Clients disagree about `=` at the end.
@@ -28,6 +28,8 @@ const BASE64: GeneralPurpose = GeneralPurpose::new(
     &alphabet::STANDARD,
     GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent),
 );
+/// How much of a file tells whether it is a picture.
+const MAGIC_BYTES: u64 = 64;
 const HASH_CHUNK_BYTES: usize = 1 << 20;
 
 /// A video or a picture on disk; a temporary one is removed with its last clone.
@@ -238,17 +240,24 @@ impl SourceReader {
         self.hashed(canonical, None)
     }
 
+    /// Whether `source` is one picture. What a stored file is, its first bytes say.
+    pub async fn is_still(&self, source: &VideoSource) -> Result<bool, MediaError> {
+        let VideoSource::FileId(id) = source else {
+            return Ok(matches!(source, VideoSource::Image(_)));
+        };
+        let (files, id) = (self.files.clone(), id.clone());
+        blocking(move || {
+            let (_, file) = files.read(&id).map_err(unreadable)?;
+            let mut start = Vec::new();
+            file.take(MAGIC_BYTES).read_to_end(&mut start).map_err(|error| disk_failed(&error))?;
+            Ok(pictures::format(&start).is_some())
+        })
+        .await
+    }
+
     /// A file of the store: neither copied nor hashed again.
     fn stored_file(&self, id: &str) -> Result<LocalFile, MediaError> {
-        let (record, link) = self.files.borrow(id).map_err(|error| match error {
-            FileStoreError::NotFound { .. } => {
-                MediaError::Refused { param: "file_id", message: error.to_string() }
-            }
-            other => {
-                tracing::error!(error = %other, "a stored file could not be read");
-                MediaError::Internal("the file could not be read; try again later".into())
-            }
-        })?;
+        let (record, link) = self.files.borrow(id).map_err(unreadable)?;
         // The limit of one video may be lower than when the file was stored.
         let num_bytes = usize::try_from(record.num_bytes).unwrap_or(usize::MAX);
         if num_bytes > self.max_video_bytes {
@@ -345,6 +354,14 @@ async fn blocking<T: Send + 'static>(
 
 fn refused(message: String) -> MediaError {
     MediaError::Refused { param: "video_url", message }
+}
+
+fn unreadable(error: FileStoreError) -> MediaError {
+    if matches!(error, FileStoreError::NotFound { .. }) {
+        return MediaError::Refused { param: "file_id", message: error.to_string() };
+    }
+    tracing::error!(%error, "a stored file could not be read");
+    MediaError::Internal("the file could not be read; try again later".into())
 }
 
 fn disk_failed(error: &std::io::Error) -> MediaError {

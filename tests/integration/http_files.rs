@@ -213,6 +213,24 @@ async fn a_question_names_an_uploaded_video_by_its_id() {
 }
 
 #[tokio::test]
+async fn an_uploaded_picture_is_a_still() {
+    let server = simple_server().await;
+    let mut png = std::io::Cursor::new(vec![]);
+    image::RgbImage::from_pixel(20, 10, image::Rgb([200, 30, 30]))
+        .write_to(&mut png, image::ImageFormat::Png)
+        .unwrap();
+    let file = upload(&server, "red.png", png.into_inner()).await;
+    let input = json!([{"role": "user", "content": [
+        {"type": "input_image", "file_id": file["id"], "detail": "auto"}, {"type": "input_text", "text": "What?"},
+    ]}]);
+    let response = success(server.send_json("/v1/responses", &json!({"input": input})).await).await;
+    assert_eq!(
+        (&response["video"]["container"], &response["video"]["codec"]),
+        (&json!("image"), &json!("png"))
+    );
+}
+
+#[tokio::test]
 async fn a_stored_video_has_the_frames_of_the_video_itself() {
     let media = MediaLoader::new(MediaConfig { num_frames: 4, ..Config::default().media }, 28).unwrap();
     let mut upload = media.files().begin().unwrap();

@@ -57,6 +57,13 @@ async fn an_uploaded_clip_is_asked_about_before_and_after_a_restart() {
         response["output"][0]["summary"][0]["text"], reply["choices"][0]["message"]["reasoning_content"],
         "the same thinking as in the chat"
     );
+    let schema = json!({"type": "object", "properties": {"option": {"enum": ["A", "B", "C"]}},
+        "required": ["option"], "additionalProperties": false});
+    let mut formed = request.clone();
+    formed["text"] = json!({"format": {"type": "json_schema", "name": "answer", "schema": schema}});
+    let formed = post(&server, "/v1/responses", &formed).await;
+    let value: Value = serde_json::from_str(output_text(&formed)).unwrap();
+    assert!(["A", "B", "C"].contains(&value["option"].as_str().unwrap()), "{formed}");
     let next = json!({"input": question, "previous_response_id": response["id"], "temperature": 0});
     let next = post(&server, "/v1/responses", &next).await;
     let cached = &next["usage"]["input_tokens_details"]["cached_tokens"];

@@ -184,6 +184,9 @@ pub fn check(
         video.path = origins.path(&video.path);
         video.knobs_path = origins.path(&video.knobs_path);
     }
+    if let Some(guided) = &mut valid.guided {
+        guided.param = origins.path(&guided.param);
+    }
     let object = request.into_object(&valid, limits.model_id, is_kept);
     let shape = Shape { stream: valid.stream, object, choices: valid.choices.clone(), kept };
     Ok((valid, shape))
