@@ -240,7 +240,10 @@ impl<'a, 'p> Search<'a, 'p> {
         }
         let (mut found, mut any) = (Vec::new(), false);
         let state = self.grammar.lexer_state();
-        if let NextByte::ForcedByte(byte) = self.grammar.lexer_mut().next_byte(state) {
+        // The lexer does not answer where a lexeme may be over by its own word (`lazy`, `stop`).
+        if !state.has_lowest_match()
+            && let NextByte::ForcedByte(byte) = self.grammar.lexer_mut().next_byte(state)
+        {
             self.try_byte(node, byte, &mut found);
             return found;
         }
