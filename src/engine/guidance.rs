@@ -68,6 +68,8 @@ pub struct Guide {
     num_reserved: Option<usize>,
     /// What comes next, whatever the model says.
     forced: VecDeque<TokenId>,
+    /// After that, the end of the closing's tag.
+    ends_tag: bool,
 }
 
 /// No end of a grammar could be found.
@@ -84,7 +86,13 @@ impl Guide {
         let num_reserved = answer.as_ref().and_then(|answer| answer.num_reserved);
         let answer = answer.map(|answer| Answer::new(answer).ok_or(NoEnd));
         let thinking = thinking.map(Thinking::new);
-        Ok(Guide { thinking, answer: answer.transpose()?, num_reserved, forced: VecDeque::new() })
+        Ok(Guide {
+            thinking,
+            answer: answer.transpose()?,
+            num_reserved,
+            forced: VecDeque::new(),
+            ends_tag: false,
+        })
     }
 
     /// Tokens of the shortest whole reply there is.
@@ -105,7 +113,11 @@ impl Guide {
             return sample(Allowed::Only(token));
         }
         match &mut self.answer {
-            None => sample(Allowed::All),
+            // A grammar knows itself what ends the tag.
+            None => match &self.thinking {
+                Some(thinking) if self.ends_tag => sample(Allowed::Mask(thinking.after_closing())),
+                _ => sample(Allowed::All),
+            },
             Some(answer) if is_thinking && num_left > answer.num_shortest() + TAGS => {
                 answer.choose_freely(num_left, sample)
             }
@@ -115,8 +127,10 @@ impl Guide {
 
     /// The token that was chosen; tells whether the reply is complete with it.
     pub fn advance(&mut self, token: TokenId) -> bool {
-        if self.forced.front() == Some(&token) {
-            self.forced.pop_front();
+        match self.forced.front() {
+            Some(&forced) if forced == token => drop(self.forced.pop_front()),
+            Some(_) => {}
+            None => self.ends_tag = false,
         }
         self.answer.as_mut().is_some_and(|answer| answer.advance(token))
     }
@@ -128,6 +142,7 @@ impl Guide {
         let Some(answer) = &self.answer else {
             if due && self.forced.is_empty() {
                 self.forced.extend(thinking.closing(completion).unwrap_or_default());
+                self.ends_tag |= !self.forced.is_empty();
             }
             return true;
         };
@@ -151,6 +166,7 @@ impl Clone for Guide {
             answer: self.answer.as_ref().map(Answer::for_another),
             num_reserved: self.num_reserved,
             forced: self.forced.clone(),
+            ends_tag: self.ends_tag,
         }
     }
 }

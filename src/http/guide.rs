@@ -9,6 +9,7 @@ use std::{
 
 use llguidance::TokenParser;
 use tokio::sync::oneshot;
+use toktrie::SimpleVob;
 
 use super::{
     error::ApiError,
@@ -20,7 +21,7 @@ use crate::{
     output::Verbatim,
     prompt::{
         Constraint, Grammar, GrammarCompiler, PromptError, Tokenizer,
-        template::{THINK_CLOSING, THINK_OPENING},
+        template::{TAG_END, THINK_CLOSING, THINK_OPENING},
     },
     scheduler::TokenId,
 };
@@ -39,6 +40,7 @@ pub struct Guides {
     head: Head,
     opening: Vec<TokenId>,
     closing: Vec<TokenId>,
+    after_closing: Arc<SimpleVob>,
 }
 
 /// A compiled parser that each sequence gets a copy of.
@@ -62,7 +64,18 @@ impl Guides {
         end_token_ids.push(tokenizer.end_of_text());
         end_token_ids.retain(|&id| id < compiler.end());
         let tokens = GuideTokens { trie: compiler.trie().clone(), end: compiler.end(), end_token_ids };
+        let mut after_closing = tokens.trie.alloc_token_set();
+        let begins_answer = |id: &TokenId| {
+            let first = tokens.trie.token(*id).strip_prefix(TAG_END.as_bytes()).and_then(<[u8]>::first);
+            first.is_some_and(|first| !first.is_ascii_whitespace() && !first.is_ascii_punctuation())
+        };
+        (0..compiler.end()).filter(begins_answer).for_each(|id| after_closing.allow_token(id));
+        if after_closing.is_zero() {
+            // A vocabulary of bytes: the end of the tag alone.
+            tokenizer.encode(TAG_END)?.first().into_iter().for_each(|&id| after_closing.allow_token(id));
+        }
         Ok(Guides {
+            after_closing: Arc::new(after_closing),
             compiler,
             tokens,
             head: Head(Mutex::new(head)),
@@ -106,7 +119,14 @@ impl Guides {
     fn thinking(&self, budget: Option<usize>, end: &EndThinking) -> ThinkingGuide {
         let head = self.head.0.lock().unwrap_or_else(PoisonError::into_inner).deep_clone();
         let (opening, closing) = (self.opening.clone(), self.closing.clone());
-        ThinkingGuide { head, opening, closing, budget, end: end.clone() }
+        ThinkingGuide {
+            head,
+            opening,
+            closing,
+            after_closing: self.after_closing.clone(),
+            budget,
+            end: end.clone(),
+        }
     }
 
     fn num_tokens(&self, choice: &str) -> usize {

@@ -208,7 +208,7 @@ pub struct Model {
 
 #[derive(Debug, Serialize, ToSchema)]
 struct Architecture {
-    input_modalities: [&'static str; 2],
+    input_modalities: [&'static str; 3],
     output_modalities: [&'static str; 1],
 }
 
@@ -220,7 +220,10 @@ impl From<&ModelCard> for Model {
             created: card.created,
             owned_by: "tinyllava",
             max_model_len: card.max_model_len,
-            architecture: Architecture { input_modalities: ["text", "video"], output_modalities: ["text"] },
+            architecture: Architecture {
+                input_modalities: ["text", "video", "image"],
+                output_modalities: ["text"],
+            },
         }
     }
 }

@@ -23,8 +23,8 @@ const HEAD: &str = r#"
 THOUGHT: /(?s:.*)/ & ~/(?s:.*)(<\/think>|<answer>)(?s:.*)/
 HEAD: /[ \n]{0,2}<think>/ THOUGHT /(<\/think>[ \n]{0,3})?<answer>/
 "#;
-/// Between the parts of JSON: enough for indented text, and not without end.
-const JSON_SPACE: &str = r"[\x20\x0A\x0D\x09]{1,32}";
+/// Between the parts of JSON: a space, or a line end and what indents the next line.
+const JSON_SPACE: &str = r"\x20|\x0A\x20{0,16}";
 /// Fuel for building the lexer of a grammar (llguidance: 50,000 take about a millisecond).
 const MAX_LEXER_FUEL: u64 = 500_000;
 /// Symbols of a grammar's rules.

@@ -19,8 +19,12 @@ pub const OPTION_ONLY_INSTRUCTION: &str = "Answer with the option's letter from 
 /// How a reply that thinks begins.
 pub const THINK_OPENING: &str = " <think>";
 
-/// Ends a thinking that has no more time, in the model's own voice, and opens the answer.
-pub const THINK_CLOSING: &str = "\n\nI have to answer now.\n</think> <answer>";
+/// Ends a thinking that has no more time, in the model's own voice, and opens the answer but for [`TAG_END`]: a model
+/// writes the end of the tag and the first letter of its answer as one token, and knows no answer after another.
+pub const THINK_CLOSING: &str = " I have to answer now. </think> <answer";
+
+/// What the token after [`THINK_CLOSING`] begins with.
+pub const TAG_END: &str = ">";
 
 /// What the last question of a conversation is asked to be answered with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

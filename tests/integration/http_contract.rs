@@ -106,7 +106,7 @@ async fn models_lists_the_one_that_is_served() {
     assert_eq!(list["object"], "list");
     assert_eq!(list["data"][0]["id"], MODEL);
     assert_eq!(list["data"][0]["max_model_len"], 4096);
-    assert_eq!(list["data"][0]["architecture"]["input_modalities"], json!(["text", "video"]));
+    assert_eq!(list["data"][0]["architecture"]["input_modalities"], json!(["text", "video", "image"]));
     let one = success(server.get(&format!("/v1/models/{MODEL}")).send().await.unwrap()).await;
     assert_eq!(one, list["data"][0]);
     let (status, refused) = error(server.get("/v1/models/a/b").send().await.unwrap()).await;

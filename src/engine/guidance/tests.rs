@@ -1,12 +1,14 @@
 //! Guides alone, driven by random picks: whatever a model says, the reply is well formed and in time.
 
+use std::sync::Arc;
+
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
 use super::*;
 use crate::prompt::{
     Constraint, Grammar, GrammarCompiler, Tokenizer,
-    template::{THINK_CLOSING, THINK_OPENING},
+    template::{TAG_END, THINK_CLOSING, THINK_OPENING},
 };
 
 /// The end token of the byte tokenizer.
@@ -36,11 +38,20 @@ impl Setup {
         self.tokenizer.end_of_text()
     }
 
+    fn after_closing(&self) -> SimpleVob {
+        let trie = self.compiler.trie();
+        let mut mask = trie.alloc_token_set();
+        let ends_tag = |id: &TokenId| trie.token(*id).starts_with(TAG_END.as_bytes());
+        (0..self.compiler.end()).filter(ends_tag).for_each(|id| mask.allow_token(id));
+        mask
+    }
+
     fn thinking(&self, budget: Option<usize>, end: EndThinking) -> ThinkingGuide {
         ThinkingGuide {
             head: self.compiler.head().unwrap(),
             opening: self.tokenizer.encode(THINK_OPENING).unwrap(),
             closing: self.tokenizer.encode(THINK_CLOSING).unwrap(),
+            after_closing: Arc::new(self.after_closing()),
             budget,
             end,
         }
@@ -200,7 +211,7 @@ fn the_thinking_is_closed_when_the_answer_needs_the_rest() {
         _ => u32::from(b'B'),
     };
     let (reply, complete) = setup.run(&mut setup.guide(&constraint, true, None), 200, &mut pick);
-    assert!(complete && reply.ends_with(&format!("x{THINK_CLOSING}B</answer>")), "{reply}");
+    assert!(complete && reply.ends_with(&format!("x{THINK_CLOSING}{TAG_END}B</answer>")), "{reply}");
     assert!(reply.len() > 100, "most of the budget is for thinking: {reply}");
 }
 
@@ -211,12 +222,16 @@ fn a_budget_closes_the_thinking_with_and_without_a_grammar() {
     for budget in [0, 3, 12, 1000] {
         let mut guide = Guide::new(Some(setup.thinking(Some(budget), EndThinking::default())), None).unwrap();
         let mut text = said.bytes().map(u32::from).chain([END]);
-        let (reply, _) = setup.run(&mut guide, 300, &mut |_| text.next().unwrap());
+        let mut pick = |allowed: &[TokenId]| match allowed {
+            [only] => *only,
+            _ => text.next().unwrap(),
+        };
+        let (reply, _) = setup.run(&mut guide, 300, &mut pick);
         let expected = match budget {
-            0 => format!("{THINK_OPENING}{THINK_CLOSING}{said}"),
+            0 => format!("{THINK_OPENING}{THINK_CLOSING}{TAG_END}{said}"),
             // Amid the tag nothing can be closed: it is as soon as it can.
-            3 => format!("{THINK_OPENING}{THINK_CLOSING}{}", &said[8..]),
-            12 => format!("{}{THINK_CLOSING}{}", &said[..12], &said[12..]),
+            3 => format!("{THINK_OPENING}{THINK_CLOSING}{TAG_END}{}", &said[8..]),
+            12 => format!("{}{THINK_CLOSING}{TAG_END}{}", &said[..12], &said[12..]),
             _ => said.to_owned(),
         };
         assert_eq!(reply, expected);

@@ -8,6 +8,7 @@ use std::sync::{
 };
 
 use llguidance::TokenParser;
+use toktrie::SimpleVob;
 
 use crate::scheduler::TokenId;
 
@@ -34,6 +35,8 @@ pub struct ThinkingGuide {
     pub opening: Vec<TokenId>,
     /// What closes the thinking and opens the answer.
     pub closing: Vec<TokenId>,
+    /// What may follow the closing: tokens that begin with the end of its tag.
+    pub after_closing: Arc<SimpleVob>,
     /// Most tokens before the closing.
     pub budget: Option<usize>,
     pub end: EndThinking,
@@ -63,6 +66,7 @@ impl Thinking {
             head: self.guide.head.deep_clone(),
             opening: self.guide.opening.clone(),
             closing: self.guide.closing.clone(),
+            after_closing: self.guide.after_closing.clone(),
             budget: self.guide.budget,
             end: self.guide.end.clone(),
         };
@@ -87,7 +91,11 @@ impl Thinking {
     }
 
     pub(super) fn num_closing(&self) -> usize {
-        self.guide.opening.len() + self.guide.closing.len()
+        self.guide.opening.len() + self.guide.closing.len() + 1 /* the end of the tag */
+    }
+
+    pub(super) fn after_closing(&self) -> &SimpleVob {
+        &self.guide.after_closing
     }
 
     /// What closes the thinking after `completion`; `None` when it is over, or when this is no place for it: amid a
