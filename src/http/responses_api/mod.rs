@@ -3,6 +3,7 @@
 //! Handlers of the router. A request is translated to a chat request and goes the same way (`http/pipeline.rs`); here
 //! its output is told in items and events, and kept for a while.
 
+mod echo;
 mod input;
 mod names;
 mod objects;
@@ -159,7 +160,8 @@ fn finish(
             *reply = answer;
         }
         let json = serde_json::to_string(&object).expect("wire types are JSON: this is a bug");
-        store.put(object.id.clone(), KeptResponse { object: json, conversation });
+        // Said as it is when there is no room for one so large.
+        object.store = store.put(object.id.clone(), KeptResponse { object: json, conversation });
     }
     object
 }
