@@ -167,9 +167,7 @@ pub fn check(
     let is_kept = request.store.unwrap_or(true);
     let kept = is_kept.then(|| keep(&messages.list, limits.config.responses.max_conversation_bytes));
     if let Some(instructions) = &request.instructions {
-        let message = json!({"role": "system", "content": instructions});
-        messages.list.insert(0, message);
-        messages.origins.insert(0, "instructions".into());
+        messages.instruct(instructions);
     }
     let Messages { list, origins } = messages;
     let origins = Origins(origins);
@@ -245,6 +243,10 @@ impl ResponsesRequest {
         for (name, value) in &self.extra {
             let known = AS_IN_CHAT.contains(&name.as_str()) || HARMLESS.contains(&name.as_str());
             if !known && !value.is_null() && !asks_for_nothing(name, value) {
+                if name == "max_tokens" {
+                    let message = "max_tokens is called max_output_tokens here; rename it";
+                    return Err(InvalidRequest::field("max_output_tokens", message));
+                }
                 let name = shorten(name);
                 let message = format!("\"{name}\" is unknown or not supported here; remove it");
                 return Err(InvalidRequest::field(name, message));
