@@ -22,6 +22,7 @@ use axum::{
     http::header,
     response::{IntoResponse, Response},
 };
+use futures_util::{FutureExt, TryFutureExt};
 
 pub use objects::{ResponseDeleted, ResponseObject, StreamEvent};
 pub use request::ResponsesRequest;
@@ -68,7 +69,8 @@ pub async fn create(
     let begun = pipeline::begin(&state, record, request, move |json, upload, config, loaded| {
         request::check(json, upload, Limits::new(config, loaded), &store)
     });
-    let Begun { preparing, loaded, mut shape, .. } = begun.await?;
+    let Begun { preparing, loaded, mut shape, .. } = begun.await.map_err(names::late_fault)?;
+    let preparing = preparing.map_err(names::late_fault).boxed();
     shape.object.id = format!("resp_{}", uuid::Uuid::new_v4().simple());
     let created = SystemTime::now().duration_since(UNIX_EPOCH);
     shape.object.created_at = created.map_or(0, |since| since.as_secs());
