@@ -58,6 +58,8 @@ pub struct Config {
     pub max_guide_bytes: usize,
     /// Most choices for the answer.
     pub max_guide_choices: usize,
+    /// Grammars that are compiled at the same time; further ones wait.
+    pub max_concurrent_grammars: usize,
     /// Most videos a request.
     pub max_videos_per_request: usize,
     pub responses: ResponsesConfig,
@@ -187,6 +189,7 @@ impl Default for Config {
             max_token_list: 1024,
             max_guide_bytes: 64 << 10,
             max_guide_choices: 256,
+            max_concurrent_grammars: 2,
             max_videos_per_request: 1,
             responses: ResponsesConfig::default(),
             media: MediaConfig::default(),

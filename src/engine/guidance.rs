@@ -35,6 +35,8 @@ pub enum Allowed<'a> {
     All,
     /// The tokens whose bits are set. At least one is.
     Mask(&'a SimpleVob),
+    /// The same after a free choice that may not stand: drawn anew, or what was refused would decide the outcome.
+    MaskAgain(&'a SimpleVob),
     Only(TokenId),
 }
 
@@ -45,6 +47,8 @@ pub struct AnswerGuide {
     pub parser: TokenParser,
     /// The same again, with a lexer of its own: a search can never use up what the masks may cost.
     pub probe: TokenParser,
+    /// And again, with more patience: for the one search before the reply begins.
+    pub search: TokenParser,
     /// Whether the reply is over where the grammar may end.
     pub ends_at_once: bool,
     /// Tokens of the longest answer, to be kept for it when the thinking is closed; `None`: a share of all.

@@ -28,7 +28,8 @@ pub fn sample(
         return token;
     }
     let mut adjusted = adjust(logits, params, tokens, num_prompt_tokens);
-    if let Allowed::Mask(mask) = allowed {
+    let again = matches!(allowed, Allowed::MaskAgain(_));
+    if let Allowed::Mask(mask) | Allowed::MaskAgain(mask) = allowed {
         forbid(adjusted.get_or_insert_with(|| logits.to_vec()), mask);
     }
     let logits = adjusted.as_deref().unwrap_or(logits);
@@ -36,7 +37,7 @@ pub fn sample(
         return argmax(logits);
     }
     let position = tokens.len() as u64;
-    draw(&candidates(logits, params), unit_random(params.seed, position))
+    draw(&candidates(logits, params), unit_random(if again { !params.seed } else { params.seed }, position))
 }
 
 /// Penalties and bias; `None` when there are none.

@@ -323,7 +323,15 @@ impl Worker {
                 let logprobs = logprobs.remove(&update.sequence);
                 self.send(update.sequence, TokenEvent::Token { id, logprobs });
             }
-            let complete = self.advance_guide(&update);
+            let complete = match self.advance_guide(&update) {
+                Ok(complete) => complete,
+                Err(error) => {
+                    self.scheduler.abort(update.sequence);
+                    self.send(update.sequence, TokenEvent::Failed(error));
+                    self.requests.0.remove(&update.sequence);
+                    continue;
+                }
+            };
             if complete && update.finished.is_none() {
                 self.scheduler.abort(update.sequence);
             }
@@ -335,15 +343,17 @@ impl Worker {
     }
 
     /// Tells the guide of a sequence what it got; the answer is whether the reply is complete: then no step is spent on
-    /// an end token, and a reply that is whole was not cut off.
-    fn advance_guide(&mut self, update: &SequenceUpdate) -> bool {
+    /// an end token, and a reply that is whole was not cut off. Grammars are clients' work: a panic over one ends its own
+    /// sequence only.
+    fn advance_guide(&mut self, update: &SequenceUpdate) -> Result<bool, String> {
         let request = self.requests.0.get_mut(&update.sequence);
         let guide = request.and_then(|request| request.guide.as_mut());
         match (guide, update.token) {
             (Some(guide), Some(token)) => {
-                guide.get_mut().unwrap_or_else(PoisonError::into_inner).advance(token)
+                let guide = guide.get_mut().unwrap_or_else(PoisonError::into_inner);
+                guarded(|| Ok(guide.advance(token)))
             }
-            _ => false,
+            _ => Ok(false),
         }
     }
 

@@ -1,12 +1,20 @@
 //! What steers the replies of one model: grammars, and the words that end its thinking.
 //!
-//! Made when the model is loaded; asked by `http/pipeline.rs` for each request, on the blocking pool.
+//! Made when the model is loaded; asked by `http/pipeline.rs` for each request.
 
-use std::sync::{Mutex, PoisonError};
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use llguidance::TokenParser;
+use tokio::sync::oneshot;
 
-use super::validate::{Guided, InvalidRequest, ValidRequest};
+use super::{
+    error::ApiError,
+    state::{AppState, Loaded},
+    validate::{Guided, InvalidRequest, ValidRequest},
+};
 use crate::{
     engine::{AnswerGuide, EndThinking, Guide, GuideTokens, ThinkingGuide},
     output::Verbatim,
@@ -19,6 +27,9 @@ use crate::{
 
 /// What follows an answer after thinking.
 const ANSWER_CLOSE: &[u8] = b"</answer>";
+/// Of a thread that compiles a grammar: about 4 KB a rule, for as many rules as `max_guide_bytes` can hold. Only what is
+/// used takes memory.
+const COMPILE_STACK_BYTES: usize = 128 << 20;
 
 /// See the module.
 #[derive(Debug)]
@@ -60,25 +71,21 @@ impl Guides {
         })
     }
 
-    /// The guide of a request, if it needs one: `end` may end its thinking.
-    ///
-    /// # Errors
-    /// When no grammar can be made of what the answer must be; names the field it came from.
-    pub fn guide(&self, request: &ValidRequest, end: &EndThinking) -> Result<Option<Guide>, InvalidRequest> {
-        let answer =
-            request.guided.as_ref().map(|guided| self.answer(guided, request.thinks())).transpose()?;
-        let thinking = request.thinks().then(|| self.thinking(request.thinking_budget, end));
+    fn guide(&self, wanted: &Wanted, end: &EndThinking) -> Result<Option<Guide>, InvalidRequest> {
+        let Wanted { guided, thinks, budget } = wanted;
+        let answer = guided.as_ref().map(|guided| self.answer(guided, *thinks)).transpose()?;
+        let thinking = thinks.then(|| self.thinking(*budget, end));
         if thinking.is_none() && answer.is_none() {
             return Ok(None);
         }
-        let param = request.guided.as_ref().map_or("", |guided| guided.param.as_str());
+        let param = guided.as_ref().map_or("", |guided| guided.param.as_str());
         let guide = Guide::new(thinking, answer);
         guide.map(Some).map_err(|error| InvalidRequest::field(param, format!("{param}: {error}")))
     }
 
     fn answer(&self, guided: &Guided, thinking: bool) -> Result<AnswerGuide, InvalidRequest> {
         let Guided { constraint, param } = guided;
-        let Grammar { parser, probe } = self
+        let Grammar { parser, probe, search } = self
             .compiler
             .compile(constraint, thinking)
             .map_err(|error| InvalidRequest::field(param, format!("{param}: {error}")))?;
@@ -86,7 +93,14 @@ impl Guides {
             Constraint::Choice(choices) => choices.iter().map(|choice| self.num_tokens(choice)).max(),
             _ => None,
         };
-        Ok(AnswerGuide { tokens: self.tokens.clone(), parser, probe, ends_at_once: thinking, num_reserved })
+        Ok(AnswerGuide {
+            tokens: self.tokens.clone(),
+            parser,
+            probe,
+            search,
+            ends_at_once: thinking,
+            num_reserved,
+        })
     }
 
     fn thinking(&self, budget: Option<usize>, end: &EndThinking) -> ThinkingGuide {
@@ -97,6 +111,48 @@ impl Guides {
 
     fn num_tokens(&self, choice: &str) -> usize {
         self.tokens.trie.greedy_tokenize(&[choice.as_bytes(), ANSWER_CLOSE].concat()).len()
+    }
+}
+
+/// What a request wants of its guide.
+struct Wanted {
+    guided: Option<Guided>,
+    thinks: bool,
+    budget: Option<usize>,
+}
+
+/// The guide of a request, if it needs one: `end` may end its thinking. A grammar is compiled on a thread of its own, in
+/// one of the places that `state` has for that: it may take long, and the compiler recurses along the client's rules.
+///
+/// # Errors
+/// When no grammar can be made of what the answer must be; names the field it came from.
+pub async fn make(
+    state: &AppState,
+    loaded: &Arc<Loaded>,
+    request: &ValidRequest,
+    end: &EndThinking,
+) -> Result<Option<Guide>, ApiError> {
+    let wanted =
+        Wanted { guided: request.guided.clone(), thinks: request.thinks(), budget: request.thinking_budget };
+    let Some(guided) = &request.guided else { return Ok(loaded.guides.guide(&wanted, end)?) };
+    let place = state.grammar_places().clone().acquire_owned().await;
+    let (loaded, end, (sender, made)) = (loaded.clone(), end.clone(), oneshot::channel());
+    let compile = move || {
+        // Held to the end, also when the client has left.
+        let _place = place;
+        let made = catch_unwind(AssertUnwindSafe(|| loaded.guides.guide(&wanted, &end)));
+        // Nobody waits any more: the client has left.
+        let _ = sender.send(made);
+    };
+    let thread = std::thread::Builder::new().name("grammar".into()).stack_size(COMPILE_STACK_BYTES);
+    thread.spawn(compile).map_err(|error| ApiError::Internal(format!("no thread for a grammar: {error}")))?;
+    match made.await {
+        Ok(Ok(made)) => Ok(made?),
+        _ => {
+            let message =
+                format!("{} cannot be made into a grammar here; write it in a simpler way", guided.param);
+            Err(InvalidRequest::field(&guided.param, message).into())
+        }
     }
 }
 

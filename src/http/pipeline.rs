@@ -122,16 +122,14 @@ async fn admit<T: Send + 'static>(
     drop(loaded.engine.reserve()?);
     let received = body::receive(state, request).await?;
     let (own_state, own_loaded) = (state.clone(), loaded.clone());
-    let end_thinking = EndThinking::default();
-    let own_end = end_thinking.clone();
     let checked = body::check(received, move |received| {
         let Received { json, upload, budget } = received;
-        let (valid, shape) = check(&json, upload, own_state.config(), &own_loaded)?;
-        let guide = own_loaded.guides.guide(&valid, &own_end)?;
-        guide::check_room(guide.as_ref(), valid.sampling.max_tokens.unwrap_or(usize::MAX))?;
-        Ok(((valid, guide, shape), budget))
+        Ok((check(&json, upload, own_state.config(), &own_loaded)?, budget))
     });
-    let ((valid, guide, shape), budget) = checked.await?;
+    let ((valid, shape), budget) = checked.await?;
+    let end_thinking = EndThinking::default();
+    let guide = guide::make(state, &loaded, &valid, &end_thinking).await?;
+    guide::check_room(guide.as_ref(), valid.sampling.max_tokens.unwrap_or(usize::MAX))?;
     let permit = loaded.engine.reserve_many(valid.choices.count)?;
     Ok((Admitted { loaded, valid, guide, end_thinking, permit, budget }, shape))
 }
@@ -165,7 +163,7 @@ async fn prepare(
         sampling.watched = letters.as_ref().map(WatchedLetters::token_ids).unwrap_or_default();
         guide::check_room(guide.as_ref(), sampling.max_tokens)?;
         let sequence = NewSequence { guide, ..sequence(prompt, &frames, cache_salt, sampling) };
-        let streams = permit.submit_siblings(siblings(sequence, choices.count))?;
+        let streams = permit.submit_siblings(siblings(sequence, choices.count).await?)?;
         progress.submitted();
         Ok((streams, letters, frames.iter().map(|frames| frames.info.clone()).collect()))
     };
@@ -260,10 +258,16 @@ async fn watched_letters(
     letters.map(Some).map_err(|error| ApiError::Internal(format!("looking through the vocabulary: {error}")))
 }
 
-/// `count` sequences that differ in their seeds alone.
-fn siblings(sequence: NewSequence, count: usize) -> Vec<NewSequence> {
-    let sampling = |index| sequence.sampling.for_choice(index);
-    (0..count).map(|index| NewSequence { sampling: sampling(index), ..sequence.clone() }).collect()
+/// `count` sequences that differ in their seeds alone; on the blocking pool, for a guide is large.
+async fn siblings(sequence: NewSequence, count: usize) -> Result<Vec<NewSequence>, ApiError> {
+    if count == 1 {
+        return Ok(vec![sequence]);
+    }
+    let copies = spawn_blocking(move || {
+        let sampling = |index| sequence.sampling.for_choice(index);
+        (0..count).map(|index| NewSequence { sampling: sampling(index), ..sequence.clone() }).collect()
+    });
+    copies.await.map_err(|error| ApiError::Internal(format!("copying a sequence: {error}")))
 }
 
 /// Decides what the request left open.

@@ -70,6 +70,7 @@ struct Inner {
     body_kib: Arc<Semaphore>,
     responses: Arc<ResponseStore>,
     chats: RunningChats,
+    grammar_places: Arc<Semaphore>,
 }
 
 impl AppState {
@@ -78,6 +79,7 @@ impl AppState {
         // A body that is allowed at all must find room when it comes alone.
         let inflight_bytes = config.max_inflight_body_bytes.max(config.max_body_bytes);
         let body_kib = Semaphore::new(inflight_bytes.div_ceil(1024).min(Semaphore::MAX_PERMITS));
+        let max_grammars = config.max_concurrent_grammars.max(1);
         AppState(Arc::new(Inner {
             responses: Arc::new(ResponseStore::new(&config.responses)),
             config,
@@ -86,6 +88,7 @@ impl AppState {
             loaded: OnceLock::new(),
             access: RwLock::default(),
             body_kib: Arc::new(body_kib),
+            grammar_places: Arc::new(Semaphore::new(max_grammars)),
             chats: RunningChats::default(),
         }))
     }
@@ -158,6 +161,11 @@ impl AppState {
     /// Responses that may be read again and continued.
     pub(super) fn responses(&self) -> &Arc<ResponseStore> {
         &self.0.responses
+    }
+
+    /// Places for grammars that are being compiled.
+    pub(super) fn grammar_places(&self) -> &Arc<Semaphore> {
+        &self.0.grammar_places
     }
 
     /// The chats that run now.

@@ -32,10 +32,12 @@ const MAX_GRAMMAR_SYMBOLS: usize = 100_000;
 /// States of a grammar's lexer, one or two kilobytes each.
 const MAX_LEXER_STATES: usize = 20_000;
 
-/// Items of the parser that one search for an end may make; a mask has llguidance's own limit.
+/// Items of the parser, and fuel of its lexer, that the search for an end may take before the reply begins.
 const MAX_SEARCH_ITEMS: usize = 4_000_000;
-/// Fuel of the lexer for one search.
 const MAX_SEARCH_FUEL: u64 = 1_000_000;
+/// The same for a question while others wait for their tokens; a mask has llguidance's own limits.
+const MAX_STEP_ITEMS: usize = 200_000;
+const MAX_STEP_FUEL: u64 = 200_000;
 
 /// What an answer must be.
 #[derive(Debug, Clone, PartialEq)]
@@ -55,12 +57,14 @@ pub enum Constraint {
 #[error("{0}")]
 pub struct GrammarError(String);
 
-/// The grammar of a reply, twice: a parser keeps what it has learnt of its grammar.
+/// The grammar of a reply, three times: a parser keeps what it has learnt of its grammar.
 pub struct Grammar {
     /// For the masks.
     pub parser: TokenParser,
-    /// For searches, which may cost more.
+    /// For questions between two tokens.
     pub probe: TokenParser,
+    /// For the search before the reply begins, which may cost more.
+    pub search: TokenParser,
 }
 
 /// Makes the grammars of one model.
@@ -152,9 +156,13 @@ impl GrammarCompiler {
         if lexer.token_range_lexemes(&lexer.all_lexemes()).len() > 1 {
             return Err(GrammarError("special tokens have no place in an answer".into()));
         }
-        let limits =
-            ParserLimits { step_max_items: MAX_SEARCH_ITEMS, step_lexer_fuel: MAX_SEARCH_FUEL, ..limits };
-        Ok(Grammar { parser, probe: self.parser(grammars, limits)? })
+        let limited = |step_max_items, step_lexer_fuel| {
+            let limits = ParserLimits { step_max_items, step_lexer_fuel, ..limits.clone() };
+            self.parser(grammars.clone(), limits)
+        };
+        let (probe, search) =
+            (limited(MAX_STEP_ITEMS, MAX_STEP_FUEL)?, limited(MAX_SEARCH_ITEMS, MAX_SEARCH_FUEL)?);
+        Ok(Grammar { parser, probe, search })
     }
 
     /// Alone first: a stray parenthesis must not change the meaning of what stands around the expression.

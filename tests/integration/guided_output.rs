@@ -260,3 +260,44 @@ async fn a_running_chat_can_be_told_to_answer() {
         server.until_idle().await;
     }
 }
+
+/// Rules that call each other, or conditions in each other, as deep as a grammar may be large.
+fn deep_grammars() -> Vec<String> {
+    let names: Vec<String> = (0..4000).map(|n| format!("r{n}")).collect();
+    let chain: Vec<String> = names.windows(2).map(|pair| format!("{}: {}", pair[0], pair[1])).collect();
+    let terminals = chain.join("\n").to_uppercase();
+    let conditions = format!("start: \"a\" %if {}true{}", "not(".repeat(9000), ")".repeat(9000));
+    vec![
+        format!("start: r0\n{}\nr3999: \"a\"", chain.join("\n")),
+        format!("start: R0\n{terminals}\nR3999: \"a\""),
+        conditions,
+    ]
+}
+
+#[tokio::test]
+async fn no_grammar_takes_the_server_down() {
+    let server = nano_server(config()).await;
+    let mut hostile: Vec<Value> =
+        deep_grammars().iter().map(|grammar| json!({"structured_outputs": {"grammar": grammar}})).collect();
+    for lexeme in ["a[lazy]: /.*e/", "a[suffix=\"e\"]: /.*/", "a[stop=\"x\"]: /.*/"] {
+        hostile.push(json!({"structured_outputs": {"grammar": format!("start: a \"!\"\n{lexeme}")}}));
+    }
+    hostile.push(json!({"guided_json": format!("[{}0]", "0,".repeat(1 << 20))}));
+    let refs: Vec<String> =
+        (0..1000).map(|n| format!("\"d{n}\": {{\"$ref\": \"#/$defs/d{}\"}}", n + 1)).collect();
+    let schema = format!(
+        "{{\"$ref\": \"#/$defs/d0\", \"$defs\": {{{}, \"d1000\": {{\"type\": \"null\"}}}}}}",
+        refs.join(",")
+    );
+    hostile.push(json!({"guided_json": schema}));
+    for more in hostile {
+        let response = server.post(&with(asked(json!({"max_tokens": 60})), &more)).send().await.unwrap();
+        let status = response.status().as_u16();
+        let text = response.text().await.unwrap();
+        assert!(status == 200 || status == 400, "{more:.80}: {status} {text}");
+        assert!(!text.contains("panic"), "{text}");
+    }
+    // And it still serves, guided and not.
+    let reply = server.ask(&asked(json!({"guided_choice": ["A", "B"], "max_tokens": 200}))).await;
+    assert!(["A", "B"].contains(&reply["choices"][0]["message"]["content"].as_str().unwrap()), "{reply}");
+}

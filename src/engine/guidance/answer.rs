@@ -69,9 +69,9 @@ pub(super) struct Answer {
 impl Answer {
     /// `None` when no end of the grammar can be found.
     pub(super) fn new(guide: AnswerGuide) -> Option<Self> {
-        let AnswerGuide { tokens, parser, mut probe, ends_at_once, .. } = guide;
+        let AnswerGuide { tokens, parser, probe, mut search, ends_at_once, .. } = guide;
         let end_bytes = tokens.end_bytes();
-        let plan = completion::shortest(&mut probe, &[], &end_bytes, MANY_BYTES)?;
+        let plan = completion::shortest(&mut search, &[], &end_bytes, MANY_BYTES)?;
         let plan = tokens.tokenize(&plan)?;
         let num_shortest = plan.len();
         let plan = Some(plan);
@@ -106,7 +106,12 @@ impl Answer {
         if !bytes.is_empty() && completion::can_follow(&mut self.probe, bytes) {
             return sampled;
         }
-        self.choose(num_left, sample)
+        self.choose(num_left, |allowed| {
+            sample(match allowed {
+                Allowed::Mask(mask) => Allowed::MaskAgain(mask),
+                other => other,
+            })
+        })
     }
 
     /// The next token of `num_left`.

@@ -5,7 +5,7 @@
 
 use std::{
     cmp::Reverse,
-    collections::{BinaryHeap, HashSet},
+    collections::{BinaryHeap, HashSet, VecDeque},
     sync::Mutex,
 };
 
@@ -20,6 +20,8 @@ use toktrie::{Recognizer, SimpleVob, TokEnv, TokTrie};
 pub(super) const MANY_BYTES: usize = 1 << 20;
 /// Bytes a search tries while others wait for their tokens: a few milliseconds.
 pub(super) const FEW_BYTES: usize = 1 << 17;
+/// Ways on from one lexeme that are looked at.
+const MAX_WAYS: usize = 8;
 /// Longest end that is looked for.
 const MAX_BYTES: usize = 16 << 10;
 
@@ -35,7 +37,8 @@ pub(super) fn goes_on(parser: &mut TokenParser, end: &[u8]) -> bool {
     })
 }
 
-/// The fewest bytes that stand between `prefix`, which is to follow, and `end`, which is left out.
+/// Few bytes that stand between `prefix`, which is to follow, and `end`, which is left out: the fewest where the grammar is
+/// small enough to tell.
 /// `None` when `prefix` may not follow or the search was given up after `max_tries` bytes.
 pub(super) fn shortest(
     parser: &mut TokenParser,
@@ -47,8 +50,16 @@ pub(super) fn shortest(
         if !push_all(grammar, prefix) {
             return None;
         }
-        let open = BinaryHeap::from([Reverse(Node::default())]);
-        Search { grammar, end, seen: HashSet::new(), open, tries_left: max_tries }.run()
+        let mut search = Search::new(grammar, end, max_tries / 2);
+        let found = search.shortest();
+        if found.is_some() || search.tries_left > 0 {
+            return found;
+        }
+        // Too many ways to compare them all.
+        grammar.trie_finished();
+        grammar.trie_started("what if, in short");
+        push_all(grammar, prefix);
+        Search::new(grammar, end, max_tries / 2).short()
     })
 }
 
@@ -110,7 +121,7 @@ struct Node {
     rows: usize,
 }
 
-/// Dijkstra's search over the bytes. Two ways that begin as many lexemes and stand in the same state of the lexer count as
+/// A search over the bytes. Two ways that begin as many lexemes and stand in the same state of the lexer count as
 /// the same place: that keeps it small, for most bytes of a string, a name or a number lead back to where they came from.
 struct Search<'a, 'p> {
     grammar: &'a mut ParserRecognizer<'p>,
@@ -120,8 +131,14 @@ struct Search<'a, 'p> {
     tries_left: usize,
 }
 
-impl Search<'_, '_> {
-    fn run(mut self) -> Option<Vec<u8>> {
+impl<'a, 'p> Search<'a, 'p> {
+    fn new(grammar: &'a mut ParserRecognizer<'p>, end: &'a [u8], tries_left: usize) -> Self {
+        let open = BinaryHeap::from([Reverse(Node::default())]);
+        Search { grammar, end, seen: HashSet::new(), open, tries_left }
+    }
+
+    /// Dijkstra's: the fewest bytes.
+    fn shortest(&mut self) -> Option<Vec<u8>> {
         while self.tries_left > 0 {
             let Reverse(mut node) = self.open.pop()?;
             self.tries_left = self.tries_left.saturating_sub(node.path.len());
@@ -152,6 +169,59 @@ impl Search<'_, '_> {
         None
     }
 
+    /// Depth first, lexeme by lexeme, each by its fewest bytes: soon at an end, if not at the nearest.
+    fn short(&mut self) -> Option<Vec<u8>> {
+        let mut path = Vec::new();
+        // Ways on from each lexeme of the path, the best last, and the path's length there.
+        let mut ways = vec![(0, self.lexemes(&Node::default())?)];
+        while self.tries_left > 0 {
+            let (num_bytes, nodes) = ways.last_mut()?;
+            self.grammar.pop_bytes(path.len() - *num_bytes);
+            path.truncate(*num_bytes);
+            let Some(node) = nodes.pop() else {
+                ways.pop();
+                continue;
+            };
+            if !push_all(self.grammar, &node.path) {
+                return None;
+            }
+            path.extend_from_slice(&node.path);
+            if self.at_end() {
+                return Some(path);
+            }
+            if path.len() < MAX_BYTES {
+                let here = Node { rows: node.rows, ..Node::default() };
+                let next = self.lexemes(&here)?;
+                ways.push((path.len(), next));
+            }
+        }
+        None
+    }
+
+    /// Ways to begin the next lexeme, or to the end, the best last. `None` when there are too many to look at.
+    fn lexemes(&mut self, from: &Node) -> Option<Vec<Node>> {
+        let mut within = VecDeque::from([Node { rows: from.rows, ..Node::default() }]);
+        let mut found = Vec::new();
+        while let Some(node) = within.pop_front().filter(|_| found.len() < MAX_WAYS) {
+            self.tries_left = self.tries_left.checked_sub(node.path.len())?;
+            if !push_all(self.grammar, &node.path) {
+                return None;
+            }
+            if node.num_bytes > 0 && self.at_end() {
+                found.push(node);
+                self.grammar.pop_bytes(found[found.len() - 1].num_bytes);
+                break;
+            }
+            let (same, next): (Vec<_>, Vec<_>) =
+                self.successors(&node).into_iter().partition(|next| next.rows == node.rows);
+            self.grammar.pop_bytes(node.num_bytes);
+            within.extend(same);
+            found.extend(next);
+        }
+        found.sort_by_key(|node| Reverse((node.num_bytes, !closes(node))));
+        Some(found)
+    }
+
     fn at_end(&mut self) -> bool {
         let mut pushed = 0;
         let fits = self.end.iter().all(|&byte| {
@@ -170,7 +240,10 @@ impl Search<'_, '_> {
         }
         let (mut found, mut any) = (Vec::new(), false);
         let state = self.grammar.lexer_state();
-        if let NextByte::ForcedByte(byte) = self.grammar.lexer_mut().next_byte(state) {
+        // The lexer does not answer where a lexeme may be over by its own word (`lazy`, `stop`).
+        if !state.has_lowest_match()
+            && let NextByte::ForcedByte(byte) = self.grammar.lexer_mut().next_byte(state)
+        {
             self.try_byte(node, byte, &mut found);
             return found;
         }
@@ -200,6 +273,11 @@ impl Search<'_, '_> {
         }
         true
     }
+}
+
+/// Whether a way ends in what ends something in most notations.
+fn closes(node: &Node) -> bool {
+    node.path.last().is_some_and(|last| b"}])>\"';".contains(last))
 }
 
 /// Grows with every lexeme begun, new or known.

@@ -47,7 +47,7 @@ impl Setup {
     }
 
     fn answer(&self, constraint: &Constraint, thinking: bool) -> AnswerGuide {
-        let Grammar { parser, probe } = self.compiler.compile(constraint, thinking).unwrap();
+        let Grammar { parser, probe, search } = self.compiler.compile(constraint, thinking).unwrap();
         AnswerGuide {
             tokens: GuideTokens {
                 trie: self.compiler.trie().clone(),
@@ -56,6 +56,7 @@ impl Setup {
             },
             parser,
             probe,
+            search,
             ends_at_once: thinking,
             num_reserved: None,
         }
@@ -80,7 +81,7 @@ impl Setup {
             let sample = |allowed: Allowed<'_>| match allowed {
                 Allowed::Only(token) => token,
                 Allowed::All => pick.borrow_mut()(&all),
-                Allowed::Mask(mask) => {
+                Allowed::Mask(mask) | Allowed::MaskAgain(mask) => {
                     let allowed: Vec<TokenId> =
                         mask.iter().map(|id| id as TokenId).filter(|&id| id < self.compiler.end()).collect();
                     assert!(

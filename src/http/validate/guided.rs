@@ -30,8 +30,8 @@ pub fn validate(request: &ChatRequest, config: &Config) -> Result<Option<Guided>
         let Some(value) = value.as_ref().filter(|value| !value.is_null()) else { continue };
         let guided = match name {
             "response_format" => response_format(value)?,
-            "structured_outputs" => Some(structured_outputs(value)?),
-            _ => Some(one(name, name.trim_start_matches("guided_"), value)?),
+            "structured_outputs" => Some(structured_outputs(value, config)?),
+            _ => Some(one(name, name.trim_start_matches("guided_"), value, config)?),
         };
         if let (Some(first), Some(second)) = (&found, &guided) {
             let message = format!("{} and {name} both say what the answer must be; send one", first.param);
@@ -122,7 +122,7 @@ fn json_schema(value: &Value) -> Result<Guided, InvalidRequest> {
     }
 }
 
-fn structured_outputs(value: &Value) -> Result<Guided, InvalidRequest> {
+fn structured_outputs(value: &Value, config: &Config) -> Result<Guided, InvalidRequest> {
     const KINDS: [&str; 5] = ["choice", "regex", "json", "grammar", "json_object"];
     let outputs = object(value, "structured_outputs")?;
     refuse_others(outputs, "structured_outputs", &KINDS)?;
@@ -130,7 +130,7 @@ fn structured_outputs(value: &Value) -> Result<Guided, InvalidRequest> {
     let asked = |(_, value): &(&String, &Value)| !value.is_null() && *value != &Value::Bool(false);
     let mut kinds = outputs.iter().filter(asked);
     match (kinds.next(), kinds.next()) {
-        (Some((kind, value)), None) => one(&format!("structured_outputs.{kind}"), kind, value),
+        (Some((kind, value)), None) => one(&format!("structured_outputs.{kind}"), kind, value, config),
         _ => Err(InvalidRequest::field(
             "structured_outputs",
             format!("structured_outputs needs exactly one of {}", KINDS.join(", ")),
@@ -142,7 +142,7 @@ fn any_object() -> Constraint {
     Constraint::Json(json!({"type": "object"}))
 }
 
-fn one(param: &str, kind: &str, value: &Value) -> Result<Guided, InvalidRequest> {
+fn one(param: &str, kind: &str, value: &Value, config: &Config) -> Result<Guided, InvalidRequest> {
     let fault = |message: &str| Err(InvalidRequest::field(param, message));
     let constraint = match (kind, value) {
         ("choice", Value::Array(choices)) => {
@@ -157,6 +157,10 @@ fn one(param: &str, kind: &str, value: &Value) -> Result<Guided, InvalidRequest>
         ("regex", _) => return fault("a regular expression must be a text"),
         ("grammar", Value::String(grammar)) => Constraint::Grammar(grammar.clone()),
         ("grammar", _) => return fault("a grammar must be a text, in Lark's notation"),
+        // Before anything is made of it: a text counts as one value, whatever is in it.
+        ("json", Value::String(text)) if text.len() > config.max_guide_bytes => {
+            return fault(&too_large(param, text.len(), config));
+        }
         ("json", Value::String(text)) => match serde_json::from_str(text) {
             Ok(schema) => Constraint::Json(schema),
             Err(error) => {
@@ -190,12 +194,14 @@ fn check_size(guided: &Guided, config: &Config) -> Result<(), InvalidRequest> {
         Constraint::Regex(text) | Constraint::Grammar(text) => text.len(),
         Constraint::Json(schema) => schema.to_string().len(),
     };
-    let max = config.max_guide_bytes;
-    if num_bytes > max {
-        let message = format!("{} has {num_bytes} bytes, but at most {max} are allowed", guided.param);
-        return Err(InvalidRequest::field(&guided.param, message));
+    if num_bytes > config.max_guide_bytes {
+        return Err(InvalidRequest::field(&guided.param, too_large(&guided.param, num_bytes, config)));
     }
     Ok(())
+}
+
+fn too_large(param: &str, num_bytes: usize, config: &Config) -> String {
+    format!("{param} has {num_bytes} bytes, but at most {} are allowed", config.max_guide_bytes)
 }
 
 #[cfg(test)]
