@@ -34,6 +34,9 @@ pub enum ApiError {
     /// One of the request's videos; `param` is the path of what is at fault.
     #[error("{error}")]
     Video { param: String, error: MediaError },
+    /// An error whose field has another name in this endpoint.
+    #[error("{error}")]
+    Renamed { param: &'static str, error: Box<ApiError> },
     #[error(transparent)]
     Files(#[from] FileStoreError),
     #[error(transparent)]
@@ -125,6 +128,10 @@ impl ApiError {
             ApiError::Media(error) => media_row(error),
             ApiError::Files(error) => files_row(error),
             ApiError::Video { param, error } => media_row(error).param(param),
+            ApiError::Renamed { param, error } => {
+                let row = error.row();
+                if row.param.is_some() { row.param(*param) } else { row }
+            }
             ApiError::Prompt(error) => match error {
                 PromptError::Empty | PromptError::MissingReply | PromptError::TextTooLong { .. } => {
                     Row::bad(S::BAD_REQUEST, None).param("messages")
@@ -324,6 +331,18 @@ mod tests {
             row(BodyError::ContentType { expected: "application/json" }),
             (415, "unsupported_content_type", false)
         );
+    }
+
+    #[test]
+    fn a_renamed_error_keeps_all_but_the_name_of_its_field() {
+        let renamed = |error| ApiError::Renamed { param: "input", error: Box::new(error) };
+        let too_long = SubmitError::ContextLengthExceeded { prompt_tokens: 9, max_tokens: 9, context: 9 };
+        let error = renamed(too_long.into());
+        assert_eq!(error.row().param.as_deref(), Some("input"));
+        assert_eq!(row(error), (400, "context_length_exceeded", false));
+        let internal = renamed(ApiError::Internal("secret".into()));
+        assert!(!internal.to_string().is_empty() && internal.row().param.is_none());
+        assert_eq!(row(internal), (500, "internal_error", false));
     }
 
     #[test]

@@ -39,6 +39,7 @@ struct Choice {
     tokens: Option<TokenStream>,
     assembler: OutputAssembler,
     last_token: Option<Instant>,
+    /// It has begun its answer, or has ended without one.
     answers: bool,
 }
 
@@ -113,8 +114,13 @@ impl Generation {
     }
 
     fn note_answer(&mut self, index: usize, event: &OutputEvent) {
-        let answers = matches!(event, OutputEvent::Delta { segment: Segment::Answer, .. });
-        let choice = self.choices.get_mut(index).filter(|choice| answers && !choice.answers);
+        if matches!(event, OutputEvent::Delta { segment: Segment::Answer, .. }) {
+            self.thinks_no_more(index);
+        }
+    }
+
+    fn thinks_no_more(&mut self, index: usize) {
+        let choice = self.choices.get_mut(index).filter(|choice| !choice.answers);
         if let (Some(choice), Some(running)) = (choice, &self.running) {
             choice.answers = true;
             running.answers();
@@ -170,6 +176,8 @@ impl Generation {
             }
             self.ready.push_back((index, event));
         }
+        // One that ends without an answer has nothing left to think either.
+        self.thinks_no_more(index);
     }
 }
 

@@ -146,8 +146,7 @@ async fn prepare(
     let (instruction, reasoning, raw_prompt) = (valid.instruction, valid.reasoning, valid.raw_prompt);
     let deadline = progress.deadline();
     let stages = async {
-        let frames = load_videos(&loaded, videos, &cache_salt, &mut progress).await?;
-        drop(budget);
+        let frames = load_videos(&loaded, videos, &cache_salt, budget, &mut progress).await?;
         let engine_limits = loaded.engine.limits();
         let started = Instant::now();
         let (tokenizer, num_visual_tokens) = (loaded.tokenizer.clone(), engine_limits.visual_tokens);
@@ -186,17 +185,20 @@ async fn prepare(
     }
 }
 
-/// All videos of a request at the same time; the first fault ends the others.
+/// All videos of a request at the same time; the first fault ends the others. The body's budget goes with the last of
+/// them, even if the client leaves before.
 async fn load_videos(
     loaded: &Loaded,
     videos: Vec<ValidVideo>,
     salt: &Salt,
+    budget: Budget,
     progress: &mut Progress,
 ) -> Result<Vec<Arc<VideoFrames>>, ApiError> {
     let started = Instant::now();
+    let budget: Arc<dyn Send + Sync> = Arc::new(budget);
     let load = async |video: ValidVideo| {
         let ValidVideo { path, knobs_path, source, sampling } = video;
-        let frames = loaded.media.load_isolated(source, sampling, salt.clone()).await;
+        let frames = loaded.media.load_isolated(source, sampling, salt.clone(), Some(budget.clone())).await;
         frames.map_err(|error| ApiError::Video { param: at_fault(&error, path, &knobs_path), error })
     };
     let frames = try_join_all(videos.into_iter().map(load)).await?;

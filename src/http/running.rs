@@ -62,7 +62,7 @@ impl RunningChats {
 }
 
 impl RunningChat {
-    /// One choice has begun its answer.
+    /// One choice has begun its answer, or has ended without one.
     pub fn answers(&self) {
         // At zero it stays.
         let _ = self

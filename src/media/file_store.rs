@@ -219,13 +219,29 @@ impl Shelf {
         let hash = self.find(id)?.content_hash;
         let directory = self.directory()?;
         directory.remove_record(id).map_err(FileStoreError::disk("cannot delete a file"))?;
-        let is_last = !self.files.values().any(|other| other.id != id && other.content_hash == hash);
-        if is_last && let Err(error) = directory.remove_blob(&hash) {
-            // The next server that opens the directory removes it.
-            tracing::warn!(%error, id, "the bytes of a deleted file could not be removed");
-        }
         self.files.remove(id);
+        self.remove_unused(&hash);
         Ok(())
+    }
+
+    /// Removes what was written of a file that is not to be.
+    fn undo(&self, record: &FileRecord) {
+        if let Some(Err(error)) = self.directory.as_ref().map(|directory| directory.remove_record(&record.id))
+        {
+            tracing::warn!(%error, id = record.id, "the record of a failed upload could not be removed");
+        }
+        self.remove_unused(&record.content_hash);
+    }
+
+    /// Removes bytes that no file has.
+    fn remove_unused(&self, hash: &[u8; 32]) {
+        let is_used = self.files.values().any(|record| record.content_hash == *hash);
+        let removed =
+            self.directory.as_ref().filter(|_| !is_used).map(|directory| directory.remove_blob(hash));
+        if let Some(Err(error)) = removed {
+            // The next server that opens the directory removes them.
+            tracing::warn!(%error, "the bytes of a deleted file could not be removed");
+        }
     }
 
     fn remove_expired(&mut self, now_ms: u64) {
@@ -321,10 +337,9 @@ impl Upload {
         };
         let mut shelf = store.shelf();
         // The bytes first: a record always has them, whenever the machine stops.
-        directory
-            .put_blob(file, &record.content_hash)
-            .and_then(|()| directory.put_record(&record))
-            .map_err(FileStoreError::disk("cannot store an upload"))?;
+        let kept =
+            directory.put_blob(file, &record.content_hash).and_then(|()| directory.put_record(&record));
+        kept.inspect_err(|_| shelf.undo(&record)).map_err(FileStoreError::disk("cannot store an upload"))?;
         shelf.files.insert(record.id.clone(), record.clone());
         drop(shelf);
         Ok(record)

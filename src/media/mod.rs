@@ -50,7 +50,7 @@ pub use self::{
     decode::Way,
     error::MediaError,
     file_store::{FileLabel, FileRecord, FileStore, FileStoreError, Upload},
-    source::Salt,
+    source::{Hold, Salt},
     tools::{SamplingBenchmark, SourceFrames, check_tools},
 };
 
@@ -194,22 +194,24 @@ impl MediaLoader {
         source: VideoSource,
         sampling: FrameSampling,
     ) -> Result<Arc<VideoFrames>, MediaError> {
-        self.load_isolated(source, sampling, None).await
+        self.load_isolated(source, sampling, None, None).await
     }
 
     /// As [`MediaLoader::load`], sharing downloads, frames and the digest with calls of the same `salt` only: no
-    /// client can tell by the time that it takes what others have sent.
+    /// client can tell by the time that it takes what others have sent. `hold` lasts as long as the memory of `source`,
+    /// also when the future is dropped.
     pub async fn load_isolated(
         &self,
         source: VideoSource,
         sampling: FrameSampling,
         salt: Salt,
+        hold: Hold,
     ) -> Result<Arc<VideoFrames>, MediaError> {
         let started = Instant::now();
         let (is_list, is_still) = (source.is_frame_list(), self.sources.is_still(&source).await?);
         if is_list || is_still {
             let still = is_still.then(|| Selection::of_still(sampling, &self.config)).transpose()?;
-            let files = self.sources.read(source, &salt).await?;
+            let files = self.sources.read(source, &salt, hold).await?;
             let fetch_seconds = started.elapsed().as_secs_f64();
             let selection = still.map_or_else(|| Selection::of_list(sampling, files.len()), Ok)?;
             let digest = self.digest(&files, &selection.digest_bytes, &salt);
@@ -217,7 +219,7 @@ impl MediaLoader {
             return self.cached(digest, fetch_seconds, load).await;
         }
         let sampling = Sampling::resolve(sampling, &self.config)?;
-        let files = self.sources.read(source, &salt).await?;
+        let files = self.sources.read(source, &salt, hold).await?;
         let fetch_seconds = started.elapsed().as_secs_f64();
         let digest = self.digest(&files, &sampling.digest_bytes(), &salt);
         let load = self.decode(&files[0], &sampling, digest);

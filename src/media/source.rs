@@ -50,6 +50,9 @@ impl LocalFile {
     }
 }
 
+/// What lasts until the memory of a source is free again, whoever has left by then: the caller's share of it.
+pub type Hold = Option<Arc<dyn Send + Sync>>;
+
 /// Whose downloads may be shared: requests with the same `cache_salt`.
 pub type Salt = Option<Arc<str>>;
 
@@ -89,25 +92,37 @@ impl SourceReader {
     }
 
     /// The files of `source` in order, with the hashes of their contents: one, or the pictures of a list. Pictures
-    /// of a list share the limits of one video.
-    pub async fn read(&self, source: VideoSource, salt: &Salt) -> Result<Vec<LocalFile>, MediaError> {
+    /// of a list share the limits of one video. `hold` lasts as long as `source` does.
+    pub async fn read(
+        &self,
+        source: VideoSource,
+        salt: &Salt,
+        hold: Hold,
+    ) -> Result<Vec<LocalFile>, MediaError> {
         let this = self.clone();
         match source {
-            VideoSource::Url(list) if is_picture_list(&list) => blocking(move || this.joined(&list)).await,
-            VideoSource::Url(url) | VideoSource::Image(url) => self.read_urls(vec![url], salt).await,
+            VideoSource::Url(list) if is_picture_list(&list) => {
+                holding(hold, move || this.joined(&list)).await
+            }
+            VideoSource::Url(url) | VideoSource::Image(url) => self.read_urls(vec![url], salt, hold).await,
             VideoSource::Frames(urls) => {
                 self.check_num_pictures(urls.len())?;
-                self.read_urls(urls, salt).await
+                self.read_urls(urls, salt, hold).await
             }
-            VideoSource::Base64(text) => one(move || this.store(&this.decode_base64(&text)?)).await,
-            VideoSource::Bytes(bytes) => one(move || this.store(&bytes)).await,
-            VideoSource::TempFile(file) => one(move || this.temporary(file.into_temp_path())).await,
-            VideoSource::LocalFile(path) => one(move || this.operators_file(&path)).await,
-            VideoSource::FileId(id) => one(move || this.stored_file(&id)).await,
+            VideoSource::Base64(text) => one(hold, move || this.store(&this.decode_base64(&text)?)).await,
+            VideoSource::Bytes(bytes) => one(hold, move || this.store(&bytes)).await,
+            VideoSource::TempFile(file) => one(hold, move || this.temporary(file.into_temp_path())).await,
+            VideoSource::LocalFile(path) => one(hold, move || this.operators_file(&path)).await,
+            VideoSource::FileId(id) => one(hold, move || this.stored_file(&id)).await,
         }
     }
 
-    async fn read_urls(&self, urls: Vec<String>, salt: &Salt) -> Result<Vec<LocalFile>, MediaError> {
+    async fn read_urls(
+        &self,
+        urls: Vec<String>,
+        salt: &Salt,
+        hold: Hold,
+    ) -> Result<Vec<LocalFile>, MediaError> {
         let origins: Vec<Origin> = urls.into_iter().map(origin).collect::<Result<_, _>>()?;
         let remote = origins.iter().filter_map(|origin| match origin {
             Origin::Remote(url) => Some(url.clone()),
@@ -118,7 +133,7 @@ impl SourceReader {
             return Ok(fetched);
         }
         let this = self.clone();
-        blocking(move || {
+        holding(hold, move || {
             let mut fetched = fetched.into_iter();
             this.within_limit(origins.into_iter().map(|origin| match origin {
                 Origin::Data(url) => this.store(&this.decode_data_url(&url)?),
@@ -340,9 +355,23 @@ fn origin(url: String) -> Result<Origin, MediaError> {
 
 /// Gets one file on the blocking pool.
 async fn one(
+    hold: Hold,
     work: impl FnOnce() -> Result<LocalFile, MediaError> + Send + 'static,
 ) -> Result<Vec<LocalFile>, MediaError> {
-    blocking(move || Ok(vec![work()?])).await
+    holding(hold, move || Ok(vec![work()?])).await
+}
+
+/// Runs on the blocking pool. What `work` has is gone before `hold` is, even if nobody waits any more.
+async fn holding<T: Send + 'static>(
+    hold: Hold,
+    work: impl FnOnce() -> Result<T, MediaError> + Send + 'static,
+) -> Result<T, MediaError> {
+    blocking(move || {
+        let done = work();
+        drop(hold);
+        done
+    })
+    .await
 }
 
 /// Runs on the blocking pool.
@@ -379,7 +408,7 @@ mod tests {
     }
 
     async fn read(max_video_bytes: usize, url: &str) -> Result<Vec<u8>, MediaError> {
-        let files = reader(max_video_bytes).read(VideoSource::Url(url.into()), &None).await?;
+        let files = reader(max_video_bytes).read(VideoSource::Url(url.into()), &None, None).await?;
         Ok(files.iter().flat_map(|file| std::fs::read(file.path()).unwrap()).collect())
     }
 
@@ -389,6 +418,30 @@ mod tests {
             ["data:video/mp4;base64,aGVsbG8=", "DATA:;base64,aGVsbG8", "data:video/mp4;x=1;base64, aGVsbG8= "]
         {
             assert_eq!(read(5, url).await.unwrap(), b"hello", "{url}");
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_held_lasts_as_long_as_the_source_whoever_waits() {
+        let held: Arc<dyn Send + Sync> = Arc::new(());
+        let (started, has_started) = std::sync::mpsc::channel();
+        let (go_on, may_go_on) = std::sync::mpsc::channel::<()>();
+        let (done, is_done) = std::sync::mpsc::channel::<()>();
+        let work = holding(Some(held.clone()), move || {
+            let _done = done;
+            started.send(()).unwrap();
+            may_go_on.recv().unwrap();
+            Ok(())
+        });
+        let waiting = tokio::spawn(work);
+        tokio::task::spawn_blocking(move || has_started.recv().unwrap()).await.unwrap();
+        waiting.abort();
+        assert!(waiting.await.unwrap_err().is_cancelled());
+        assert_eq!(Arc::strong_count(&held), 2, "the client has left, its bytes have not");
+        go_on.send(()).unwrap();
+        tokio::task::spawn_blocking(move || is_done.recv().unwrap_err()).await.unwrap();
+        while Arc::strong_count(&held) > 1 {
+            tokio::task::yield_now().await;
         }
     }
 
@@ -423,7 +476,7 @@ mod tests {
 
     #[tokio::test]
     async fn temporary_files_go_with_their_video() {
-        let files = reader(100).read(VideoSource::Bytes("hello".into()), &None).await.unwrap();
+        let files = reader(100).read(VideoSource::Bytes("hello".into()), &None, None).await.unwrap();
         let [video] = &files[..] else { panic!("one file is expected") };
         let path = video.path().to_owned();
         assert!(path.exists());
@@ -441,10 +494,13 @@ mod tests {
         assert_eq!(read(10, list).await.unwrap(), b"helloworld");
         assert!(matches!(read(9, list).await, Err(MediaError::TooManyBytes { .. })));
         let urls = |n: usize| VideoSource::Frames(vec!["data:;base64,aGVsbG8=".into(); n]);
-        assert_eq!(reader(1000).read(urls(64), &None).await.unwrap().len(), 64);
-        assert!(matches!(reader(100).read(urls(64), &None).await, Err(MediaError::TooManyBytes { .. })));
+        assert_eq!(reader(1000).read(urls(64), &None, None).await.unwrap().len(), 64);
+        assert!(matches!(
+            reader(100).read(urls(64), &None, None).await,
+            Err(MediaError::TooManyBytes { .. })
+        ));
         for n in [0, 65] {
-            assert!(matches!(reader(1000).read(urls(n), &None).await, Err(MediaError::Refused { .. })));
+            assert!(matches!(reader(1000).read(urls(n), &None, None).await, Err(MediaError::Refused { .. })));
         }
         let long = format!("data:video/jpeg;base64,{}", "aa,".repeat(64));
         assert!(matches!(read(1000, &long).await, Err(MediaError::Refused { .. })));

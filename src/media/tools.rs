@@ -104,7 +104,7 @@ impl MediaLoader {
     }
 
     async fn local_file(&self, file: &Path) -> Result<LocalFile, MediaError> {
-        let mut files = self.sources.read(VideoSource::LocalFile(file.to_owned()), &None).await?;
+        let mut files = self.sources.read(VideoSource::LocalFile(file.to_owned()), &None, None).await?;
         Ok(files.pop().expect("a file is one file: this is a bug"))
     }
 }

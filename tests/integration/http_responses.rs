@@ -227,7 +227,12 @@ async fn faults_are_answered_in_the_usual_form_and_later_ones_end_the_stream() {
         (json!({"input": "Hi", "model": "other"}), 404, json!("model")),
         (json!({"input": "Hi", "odd": 1}), 400, json!("odd")),
         (json!({"input": bad_video}), 415, json!("input[0].content[0].video_url")),
-        (json!({"input": "Hi", "max_output_tokens": 100_000}), 400, json!("messages")),
+        (json!({"input": "Hi", "max_output_tokens": 100_000}), 400, json!("input")),
+        (
+            json!({"input": "Hi", "max_output_tokens": 1, "guided_choice": ["left", "right"]}),
+            400,
+            json!("max_output_tokens"),
+        ),
     ] {
         let (got, refused) = error(server.send_json(RESPONSES, &body).await).await;
         assert_eq!((got, &refused["param"]), (status, &param), "{refused}");

@@ -177,7 +177,7 @@ async fn requests_for_one_url_at_the_same_time_share_its_download() {
     let loader = loader_with(MediaConfig { allow_private_addresses: true, ..MediaConfig::default() });
     let load = |salt: Option<&str>| {
         let source = VideoSource::Url(host.url.clone());
-        loader.load_isolated(source, FrameSampling::default(), salt.map(Into::into))
+        loader.load_isolated(source, FrameSampling::default(), salt.map(Into::into), None)
     };
     let mut first = Box::pin(load(None));
     assert!(futures_util::poll!(&mut first).is_pending());

@@ -47,6 +47,26 @@ impl Messages {
         self.origins.push(origin.into());
     }
 
+    /// Puts `instructions` first: as the system message, or before the text of the one that is there.
+    pub fn instruct(&mut self, instructions: &str) {
+        let first =
+            self.list.first_mut().filter(|first| first["role"] == "system" || first["role"] == "developer");
+        match first.map(|message| &mut message["content"]) {
+            Some(Value::String(text)) => prepend(text, instructions),
+            // Into its first part, so that the places of the parts stay those that were sent.
+            Some(Value::Array(parts)) => match parts.first_mut().and_then(|part| part.get_mut("text")) {
+                Some(Value::String(text)) => prepend(text, instructions),
+                _ => parts.push(json!({"type": "text", "text": instructions})),
+            },
+            // Without content it is refused.
+            Some(_) => {}
+            None => {
+                self.list.insert(0, json!({"role": "system", "content": instructions}));
+                self.origins.insert(0, "instructions".into());
+            }
+        }
+    }
+
     /// Appends what the client asks.
     ///
     /// # Errors
@@ -65,6 +85,10 @@ impl Messages {
         }
         Ok(())
     }
+}
+
+fn prepend(text: &mut String, instructions: &str) {
+    text.insert_str(0, &format!("{instructions}\n"));
 }
 
 fn message(path: &str, item: InputItem) -> Result<Option<Value>, InvalidRequest> {
@@ -197,6 +221,24 @@ mod tests {
         let messages = messages(json!("Hi")).unwrap();
         assert_eq!(messages.list, [json!({"role": "user", "content": "Hi"})]);
         assert_eq!(messages.origins, ["input"]);
+    }
+
+    #[test]
+    fn instructions_and_a_system_message_are_one() {
+        for (content, joined) in [
+            (json!("b"), json!("a\nb")),
+            (json!([{"type": "input_text", "text": "b"}]), json!([{"type": "text", "text": "a\nb"}])),
+        ] {
+            let input = json!([{"role": "developer", "content": content}, {"role": "user", "content": "Hi"}]);
+            let mut messages = messages(input).unwrap();
+            messages.instruct("a");
+            assert_eq!(messages.list[0], json!({"role": "developer", "content": joined}));
+            assert_eq!(messages.origins, ["input[0]", "input[1]"]);
+        }
+        let mut messages = messages(json!("Hi")).unwrap();
+        messages.instruct("a");
+        assert_eq!(messages.list[0], json!({"role": "system", "content": "a"}));
+        assert_eq!(messages.origins, ["instructions", "input"]);
     }
 
     #[test]

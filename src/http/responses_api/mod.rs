@@ -3,6 +3,7 @@
 //! Handlers of the router. A request is translated to a chat request and goes the same way (`http/pipeline.rs`); here
 //! its output is told in items and events, and kept for a while.
 
+mod echo;
 mod input;
 mod names;
 mod objects;
@@ -21,6 +22,7 @@ use axum::{
     http::header,
     response::{IntoResponse, Response},
 };
+use futures_util::{FutureExt, TryFutureExt};
 
 pub use objects::{ResponseDeleted, ResponseObject, StreamEvent};
 pub use request::ResponsesRequest;
@@ -67,7 +69,8 @@ pub async fn create(
     let begun = pipeline::begin(&state, record, request, move |json, upload, config, loaded| {
         request::check(json, upload, Limits::new(config, loaded), &store)
     });
-    let Begun { preparing, loaded, mut shape, .. } = begun.await?;
+    let Begun { preparing, loaded, mut shape, .. } = begun.await.map_err(names::late_fault)?;
+    let preparing = preparing.map_err(names::late_fault).boxed();
     shape.object.id = format!("resp_{}", uuid::Uuid::new_v4().simple());
     let created = SystemTime::now().duration_since(UNIX_EPOCH);
     shape.object.created_at = created.map_or(0, |since| since.as_secs());
@@ -159,7 +162,8 @@ fn finish(
             *reply = answer;
         }
         let json = serde_json::to_string(&object).expect("wire types are JSON: this is a bug");
-        store.put(object.id.clone(), KeptResponse { object: json, conversation });
+        // Said as it is when there is no room for one so large.
+        object.store = store.put(object.id.clone(), KeptResponse { object: json, conversation });
     }
     object
 }

@@ -4,7 +4,10 @@
 
 use serde_json::{Map, Value, json};
 
-use crate::http::validate::InvalidRequest;
+use crate::{
+    engine::SubmitError,
+    http::{error::ApiError, validate::InvalidRequest},
+};
 
 /// Chat's names and those of this endpoint; longer ones first.
 const RENAMED: [(&str, &str); 4] = [
@@ -56,6 +59,19 @@ impl Origins {
     }
 }
 
+/// A fault found after the request was checked, when nobody knows any more which endpoint it came to.
+pub fn late_fault(error: ApiError) -> ApiError {
+    let param = match &error {
+        ApiError::Prompt(_) | ApiError::Submit(SubmitError::ContextLengthExceeded { .. }) => "input",
+        ApiError::Submit(SubmitError::KvCacheTooSmall { .. }) => "max_output_tokens",
+        ApiError::Invalid(InvalidRequest::Field { param, .. }) if param == "max_tokens" => {
+            "max_output_tokens"
+        }
+        _ => return error,
+    };
+    ApiError::Renamed { param, error: Box::new(error) }
+}
+
 /// OpenAI's two endpoints differ in where a schema is.
 pub fn response_format(mut format: Map<String, Value>) -> Value {
     if format.get("type").is_none_or(|kind| kind != "json_schema") {
@@ -68,6 +84,23 @@ pub fn response_format(mut format: Map<String, Value>) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::prompt::PromptError;
+
+    #[test]
+    fn late_faults_have_the_names_of_this_endpoint() {
+        let too_long = SubmitError::ContextLengthExceeded { prompt_tokens: 9, max_tokens: 9, context: 9 };
+        let faults: [(ApiError, &str); 4] = [
+            (PromptError::Empty.into(), "input"),
+            (too_long.into(), "input"),
+            (SubmitError::KvCacheTooSmall { needed: 2, total: 1 }.into(), "max_output_tokens"),
+            (InvalidRequest::field("max_tokens", "no room").into(), "max_output_tokens"),
+        ];
+        for (error, own) in faults {
+            let named = late_fault(error);
+            assert!(matches!(named, ApiError::Renamed { param, .. } if param == own), "{named:?}");
+        }
+        assert!(matches!(late_fault(ApiError::Draining), ApiError::Draining));
+    }
 
     #[test]
     fn paths_lead_back_to_what_was_sent() {

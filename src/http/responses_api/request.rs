@@ -10,6 +10,7 @@ use tempfile::NamedTempFile;
 use utoipa::ToSchema;
 
 use super::{
+    echo,
     input::{InputItem, Messages},
     names::{Origins, response_format},
     objects::{ReasoningEcho, ResponseObject, Status},
@@ -61,8 +62,6 @@ const INCLUDABLE: [&str; 7] = [
     "web_search_call.action.sources",
     "web_search_call.results",
 ];
-const MAX_METADATA: usize = 16;
-const MAX_METADATA_BYTES: usize = 512;
 
 /// Body of `POST /v1/responses`. Fields of chat requests that say how to sample, think and read videos are accepted too.
 #[derive(Debug, Deserialize, ToSchema)]
@@ -89,8 +88,9 @@ pub struct ResponsesRequest {
     reasoning: Option<ReasoningOptions>,
     text: Option<TextOptions>,
     include: Option<Vec<String>>,
-    /// Returned with the response: up to 16 texts of up to 512 bytes.
+    /// Returned with the response: up to 16 texts of up to 512 characters, with names of up to 64.
     metadata: Option<Map<String, Value>>,
+    /// Returned with the response: up to 512 bytes.
     user: Option<String>,
     #[serde(flatten)]
     #[schema(ignore)]
@@ -123,12 +123,12 @@ pub struct ReasoningOptions {
 pub struct TextOptions {
     /// As `response_format` of chat requests, a `json_schema` without the object of that name around it.
     #[schema(value_type = Option<Value>)]
-    format: Option<Map<String, Value>>,
-    /// Without effect.
-    verbosity: Option<String>,
+    pub format: Option<Map<String, Value>>,
+    /// Without effect: low, medium or high.
+    pub verbosity: Option<String>,
     #[serde(flatten)]
     #[schema(ignore)]
-    extra: Extra,
+    pub extra: Extra,
 }
 
 /// What the endpoint must know to answer.
@@ -167,9 +167,7 @@ pub fn check(
     let is_kept = request.store.unwrap_or(true);
     let kept = is_kept.then(|| keep(&messages.list, limits.config.responses.max_conversation_bytes));
     if let Some(instructions) = &request.instructions {
-        let message = json!({"role": "system", "content": instructions});
-        messages.list.insert(0, message);
-        messages.origins.insert(0, "instructions".into());
+        messages.instruct(instructions);
     }
     let Messages { list, origins } = messages;
     let origins = Origins(origins);
@@ -245,6 +243,10 @@ impl ResponsesRequest {
         for (name, value) in &self.extra {
             let known = AS_IN_CHAT.contains(&name.as_str()) || HARMLESS.contains(&name.as_str());
             if !known && !value.is_null() && !asks_for_nothing(name, value) {
+                if name == "max_tokens" {
+                    let message = "max_tokens is called max_output_tokens here; rename it";
+                    return Err(InvalidRequest::field("max_output_tokens", message));
+                }
                 let name = shorten(name);
                 let message = format!("\"{name}\" is unknown or not supported here; remove it");
                 return Err(InvalidRequest::field(name, message));
@@ -266,7 +268,7 @@ impl ResponsesRequest {
             }
         }
         if let Some(text) = &self.text {
-            refuse_unknown(&text.extra, "text", &["format", "verbosity"])?;
+            echo::check_text(text)?;
         }
         let include = self
             .include
@@ -277,15 +279,8 @@ impl ResponsesRequest {
             let message = format!("\"{}\" cannot be included; leave it out", shorten(name));
             return Err(InvalidRequest::field("include", message));
         }
-        let metadata = self.metadata.iter().flatten();
-        let is_short = |value: &Value| value.as_str().is_some_and(|text| text.len() <= MAX_METADATA_BYTES);
-        if metadata.clone().count() > MAX_METADATA || metadata.clone().any(|(_, value)| !is_short(value)) {
-            let message = format!(
-                "metadata must be at most {MAX_METADATA} texts of at most {MAX_METADATA_BYTES} bytes"
-            );
-            return Err(InvalidRequest::field("metadata", message));
-        }
-        Ok(())
+        self.user.as_deref().map_or(Ok(()), echo::check_user)?;
+        self.metadata.as_ref().map_or(Ok(()), echo::check_metadata)
     }
 
     /// The same request to the chat endpoint.

@@ -11,6 +11,9 @@ use std::{
 
 use crate::config::ResponsesConfig;
 
+/// One response may take this part of the memory, so that none makes all others go.
+const MAX_SHARE: usize = 8;
+
 /// A response that is kept.
 #[derive(Debug)]
 pub struct KeptResponse {
@@ -65,8 +68,11 @@ impl ResponseStore {
         }
     }
 
-    /// Keeps a response; the oldest make room for it. One that is larger than all the room there is is not kept.
-    pub fn put(&self, id: String, response: KeptResponse) {
+    /// Keeps a response; the oldest make room for it. Whether it is kept: one that takes more than its share is not.
+    pub fn put(&self, id: String, response: KeptResponse) -> bool {
+        if self.max_responses == 0 || response.num_bytes() > self.max_bytes / MAX_SHARE {
+            return false;
+        }
         let now = Instant::now();
         self.with(now, |kept| {
             kept.num_bytes += response.num_bytes();
@@ -76,6 +82,7 @@ impl ResponseStore {
                 kept.remove_oldest();
             }
         });
+        true
     }
 
     /// A response, if it is kept.
@@ -139,21 +146,29 @@ mod tests {
 
     #[test]
     fn the_oldest_go_when_there_is_no_room() {
-        let store = store(2, 10, Duration::MAX);
-        for (id, num_bytes) in [("a", 1), ("b", 1), ("c", 9)] {
-            store.put(id.into(), response(num_bytes));
+        let few = store(2, 800, Duration::MAX);
+        for id in ["a", "b", "c"] {
+            assert!(few.put(id.into(), response(1)));
         }
-        assert!(store.get("a").is_none() && store.get("b").is_some() && store.get("c").is_some());
-        store.put("d".into(), response(2));
-        assert!(store.get("c").is_none() && store.get("d").is_some());
-        store.put("e".into(), response(11));
-        assert!(store.get("e").is_none(), "larger than all the room there is");
-        assert!(!store.delete("e"));
+        assert!(few.get("a").is_none() && few.get("b").is_some() && few.get("c").is_some());
+        let small = store(99, 80, Duration::MAX);
+        for n in 0..9 {
+            assert!(small.put(n.to_string(), response(10)));
+        }
+        assert!(small.get("0").is_none() && small.get("1").is_some() && small.get("8").is_some());
+    }
+
+    #[test]
+    fn a_response_that_takes_more_than_its_share_is_not_kept() {
+        let store = store(9, 80, Duration::MAX);
+        assert!(store.put("a".into(), response(10)));
+        assert!(!store.put("b".into(), response(11)));
+        assert!(store.get("a").is_some() && store.get("b").is_none() && !store.delete("b"));
     }
 
     #[test]
     fn old_responses_are_forgotten() {
-        let store = store(9, 99, Duration::from_secs(100));
+        let store = store(9, 800, Duration::from_secs(100));
         store.put("a".into(), response(1));
         let now = Instant::now();
         assert!(store.with(now, |kept| kept.responses.contains_key("a")));
@@ -163,8 +178,8 @@ mod tests {
     proptest! {
         /// The count of bytes is always that of what is there, and within its limit.
         #[test]
-        fn bytes_are_counted_right(steps in proptest::collection::vec((0usize..6, 0usize..12, any::<bool>()), 0..60)) {
-            let store = store(4, 20, Duration::MAX);
+        fn bytes_are_counted_right(steps in proptest::collection::vec((0usize..6, 0usize..14, any::<bool>()), 0..60)) {
+            let store = store(12, 88, Duration::MAX);
             for (n, (id, num_bytes, delete)) in steps.into_iter().enumerate() {
                 if delete {
                     store.delete(&format!("{}", n.saturating_sub(id)));
@@ -175,7 +190,7 @@ mod tests {
                 let num_bytes: usize = kept.responses.values().map(|response| response.num_bytes()).sum();
                 prop_assert_eq!(num_bytes, kept.num_bytes);
                 prop_assert_eq!(kept.responses.len(), kept.by_age.len());
-                prop_assert!(kept.num_bytes <= 20 && kept.responses.len() <= 4);
+                prop_assert!(kept.num_bytes <= 88 && kept.responses.len() <= 12);
             }
         }
     }

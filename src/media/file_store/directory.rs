@@ -91,12 +91,18 @@ impl Directory {
         let mut records = Vec::new();
         for entry in fs::read_dir(&self.records)? {
             let path = entry?.path();
+            // Whatever else lies there is the operator's own.
+            if !name_of(&path).and_then(|name| name.strip_suffix(".json")).is_some_and(is_id) {
+                continue;
+            }
             match self.read_record(&path) {
                 Ok(record) => records.push(record),
-                Err(error) => {
+                Err(error) if error.kind() == io::ErrorKind::InvalidData => {
                     tracing::warn!(path = %path.display(), %error, "forgetting a damaged file");
-                    let _ = fs::remove_file(&path);
+                    fs::remove_file(&path)?;
                 }
+                // It may be whole: no reason to forget it, or its bytes below.
+                Err(error) => return Err(error),
             }
         }
         let known: HashSet<String> = records.iter().map(|record| hex(&record.content_hash)).collect();
@@ -114,14 +120,17 @@ impl Directory {
         let damaged = |why: &str| io::Error::new(io::ErrorKind::InvalidData, why);
         let mut json = Vec::new();
         File::open(path)?.take(MAX_RECORD_BYTES).read_to_end(&mut json)?;
-        let record: FileRecord = serde_json::from_slice(&json)?;
+        let record: FileRecord =
+            serde_json::from_slice(&json).map_err(|error| damaged(&error.to_string()))?;
         if !is_id(&record.id) || path != self.record(&record.id) {
             return Err(damaged("its name is not its id"));
         }
-        if fs::metadata(self.blob(&record.content_hash))?.len() != record.num_bytes {
-            return Err(damaged("its bytes are not all there"));
+        match fs::metadata(self.blob(&record.content_hash)) {
+            Ok(blob) if blob.len() == record.num_bytes => Ok(record),
+            Ok(_) => Err(damaged("its bytes are not all there")),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Err(damaged("its bytes are gone")),
+            Err(error) => Err(error),
         }
-        Ok(record)
     }
 
     /// A file to write an upload to, removed when dropped.
@@ -159,16 +168,14 @@ impl Directory {
         Ok(Builder::new().prefix(UPLOAD_PREFIX).make_in(&self.uploads, link)?.into_temp_path())
     }
 
+    /// Removes bytes; those that are gone already are fine.
     pub fn remove_blob(&self, hash: &[u8; 32]) -> io::Result<()> {
-        fs::remove_file(self.blob(hash))
+        remove(&self.blob(hash))
     }
 
     /// Removes a record; one that is gone already is fine.
     pub fn remove_record(&self, id: &str) -> io::Result<()> {
-        match fs::remove_file(self.record(id)) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-            _ => Ok(()),
-        }
+        remove(&self.record(id))
     }
 
     fn blob(&self, hash: &[u8; 32]) -> PathBuf {
@@ -177,6 +184,13 @@ impl Directory {
 
     fn record(&self, id: &str) -> PathBuf {
         self.records.join(format!("{id}.json"))
+    }
+}
+
+fn remove(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
     }
 }
 

@@ -85,13 +85,46 @@ fn damaged_entries_and_leftovers_of_a_crash_are_forgotten() {
     std::fs::remove_file(blob_path(&lost)).unwrap();
     std::fs::write(record_path(&garbled), b"{\"id\":").unwrap();
     std::fs::copy(record_path(&whole), dir.path().join("records/file-other.json")).unwrap();
-    std::fs::write(dir.path().join("records/odd"), b"{}").unwrap();
+    std::fs::write(dir.path().join("records/odd.json"), b"{}").unwrap();
     std::fs::write(dir.path().join("blobs/notes.txt"), b"the operator's own").unwrap();
     let second = store(&dir);
     assert_eq!(second.list(), [whole]);
-    assert_eq!(names(&dir, "records").len(), 1);
+    assert_eq!(names(&dir, "records").len(), 2, "the whole one and the operator's own");
     assert_eq!(names(&dir, "blobs").len(), 2, "the whole one and the operator's own");
     assert!(names(&dir, "uploads").is_empty());
+}
+
+#[test]
+fn what_cannot_be_read_now_is_no_reason_to_forget_it() {
+    let dir = TempDir::new().unwrap();
+    let first = store(&dir);
+    let record = put(&first, b"hello").unwrap();
+    drop(first);
+    // A folder opens but cannot be read as a file.
+    let path = dir.path().join(format!("records/{}.json", record.id));
+    let aside = dir.path().join("aside");
+    std::fs::rename(&path, &aside).unwrap();
+    std::fs::create_dir(&path).unwrap();
+    let refused = FileStore::open(&config(&dir, FilesConfig::default()));
+    assert!(matches!(refused, Err(FileStoreError::Disk { .. })), "{refused:?}");
+    std::fs::remove_dir(&path).unwrap();
+    std::fs::rename(&aside, &path).unwrap();
+    assert_eq!(content(&store(&dir), &record.id), b"hello");
+}
+
+#[test]
+fn bytes_whose_record_cannot_be_written_are_removed_again() {
+    let dir = TempDir::new().unwrap();
+    let store = store(&dir);
+    let kept = put(&store, b"kept").unwrap();
+    let (records, aside) = (dir.path().join("records"), dir.path().join("aside"));
+    std::fs::rename(&records, &aside).unwrap();
+    for bytes in [b"gone", b"kept"] {
+        assert!(matches!(put(&store, bytes), Err(FileStoreError::Disk { .. })));
+        assert_eq!(names(&dir, "blobs").len(), 1);
+    }
+    std::fs::rename(&aside, &records).unwrap();
+    assert_eq!(content(&store, &kept.id), b"kept");
 }
 
 #[test]

@@ -97,7 +97,7 @@ fn faults_are_named_as_the_client_knows_them() {
             "input[0].content[0].text",
         ),
         (json!({"input": [{"role": "robot", "content": "Hi"}]}), "input[0].role"),
-        (json!({"instructions": "a", "input": [{"role": "system", "content": "b"}]}), "input[0].role"),
+        (with(json!({"max_tokens": 5})), "max_output_tokens"),
         (with(json!({"max_output_tokens": 0})), "max_output_tokens"),
         (with(json!({"temperature": 3})), "temperature"),
         (with(json!({"reasoning": {"effort": "huge"}})), "reasoning.effort"),
@@ -106,6 +106,12 @@ fn faults_are_named_as_the_client_knows_them() {
         (with(json!({"text": {"odd": 1}})), "text.odd"),
         (with(json!({"include": ["odd"]})), "include"),
         (with(json!({"metadata": {"a": 1}})), "metadata"),
+        (with(json!({"metadata": {"a": "x".repeat(513)}})), "metadata"),
+        (with(json!({"metadata": {"k".repeat(65): "x"}})), "metadata"),
+        (with(json!({"user": "x".repeat(513)})), "user"),
+        (with(json!({"text": {"verbosity": "x"}})), "text.verbosity"),
+        (with(json!({"text": {"format": {"name": "x".repeat(65)}}})), "text.format.name"),
+        (with(json!({"text": {"format": {"description": "x".repeat(1025)}}})), "text.format.description"),
         (with(json!({"messages": []})), "messages"),
         (with(json!({"n": 2})), "n"),
         (with(json!({"background": true})), "background"),
@@ -140,6 +146,20 @@ fn a_conversation_goes_on_with_its_reply() {
     assert_eq!(shape.object.previous_response_id.as_deref(), Some("resp_1"));
     let Some(KeptConversation::Whole { messages, .. }) = shape.kept else { panic!("{:?}", shape.kept) };
     assert!(messages.contains("a.mp4") && messages.contains("Why?"));
+}
+
+#[test]
+fn instructions_come_before_the_system_message_that_is_there() {
+    let store = store();
+    let first = json!({"input": [{"role": "system", "content": "b"}, {"role": "user", "content": "Hi"}], "instructions": "a"});
+    let (valid, shape) = checked(&first, &store).unwrap();
+    assert_eq!(valid.conversation.system.as_deref(), Some("a\nb"));
+    let Some(KeptConversation::Whole { messages, .. }) = shape.kept else { panic!("{:?}", shape.kept) };
+    let conversation = KeptConversation::Whole { messages, reply: "C".into() };
+    store.put("resp_1".into(), KeptResponse { object: "{}".into(), conversation });
+    let second = json!({"input": "Why?", "previous_response_id": "resp_1", "instructions": "c"});
+    let (valid, _) = checked(&second, &store).unwrap();
+    assert_eq!(valid.conversation.system.as_deref(), Some("c\nb"));
 }
 
 #[test]
