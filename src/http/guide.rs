@@ -64,18 +64,8 @@ impl Guides {
         end_token_ids.push(tokenizer.end_of_text());
         end_token_ids.retain(|&id| id < compiler.end());
         let tokens = GuideTokens { trie: compiler.trie().clone(), end: compiler.end(), end_token_ids };
-        let mut after_closing = tokens.trie.alloc_token_set();
-        let begins_answer = |id: &TokenId| {
-            let first = tokens.trie.token(*id).strip_prefix(TAG_END.as_bytes()).and_then(<[u8]>::first);
-            first.is_some_and(|first| !first.is_ascii_whitespace() && !first.is_ascii_punctuation())
-        };
-        (0..compiler.end()).filter(begins_answer).for_each(|id| after_closing.allow_token(id));
-        if after_closing.is_zero() {
-            // A vocabulary of bytes: the end of the tag alone.
-            tokenizer.encode(TAG_END)?.first().into_iter().for_each(|&id| after_closing.allow_token(id));
-        }
         Ok(Guides {
-            after_closing: Arc::new(after_closing),
+            after_closing: Arc::new(tokens.after_tag(TAG_END.as_bytes())),
             compiler,
             tokens,
             head: Head(Mutex::new(head)),

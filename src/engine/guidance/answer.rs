@@ -32,6 +32,21 @@ impl std::fmt::Debug for GuideTokens {
 }
 
 impl GuideTokens {
+    /// Tokens that end a tag with `tag_end` and begin what stands in it; the end alone where there are none, as in a
+    /// vocabulary of bytes.
+    pub fn after_tag(&self, tag_end: &[u8]) -> SimpleVob {
+        let mut allowed = self.trie.alloc_token_set();
+        let begins_text = |id: &TokenId| {
+            let first = self.trie.token(*id).strip_prefix(tag_end).and_then(<[u8]>::first);
+            first.is_some_and(|first| !first.is_ascii_whitespace() && !first.is_ascii_punctuation())
+        };
+        (0..self.end).filter(begins_text).for_each(|id| allowed.allow_token(id));
+        if allowed.is_zero() {
+            self.trie.greedy_tokenize(tag_end).first().into_iter().for_each(|&id| allowed.allow_token(id));
+        }
+        allowed
+    }
+
     /// How grammars spell the end of a reply.
     fn end_bytes(&self) -> Vec<u8> {
         [&[TokTrie::SPECIAL_TOKEN_MARKER], format!("[{}]", self.end).as_bytes()].concat()

@@ -38,12 +38,9 @@ impl Setup {
         self.tokenizer.end_of_text()
     }
 
-    fn after_closing(&self) -> SimpleVob {
-        let trie = self.compiler.trie();
-        let mut mask = trie.alloc_token_set();
-        let ends_tag = |id: &TokenId| trie.token(*id).starts_with(TAG_END.as_bytes());
-        (0..self.compiler.end()).filter(ends_tag).for_each(|id| mask.allow_token(id));
-        mask
+    fn tokens(&self) -> GuideTokens {
+        let (trie, end) = (self.compiler.trie().clone(), self.compiler.end());
+        GuideTokens { trie, end, end_token_ids: vec![self.end()] }
     }
 
     fn thinking(&self, budget: Option<usize>, end: EndThinking) -> ThinkingGuide {
@@ -51,7 +48,7 @@ impl Setup {
             head: self.compiler.head().unwrap(),
             opening: self.tokenizer.encode(THINK_OPENING).unwrap(),
             closing: self.tokenizer.encode(THINK_CLOSING).unwrap(),
-            after_closing: Arc::new(self.after_closing()),
+            after_closing: Arc::new(self.tokens().after_tag(TAG_END.as_bytes())),
             budget,
             end,
         }
@@ -60,11 +57,7 @@ impl Setup {
     fn answer(&self, constraint: &Constraint, thinking: bool) -> AnswerGuide {
         let Grammar { parser, probe, search } = self.compiler.compile(constraint, thinking).unwrap();
         AnswerGuide {
-            tokens: GuideTokens {
-                trie: self.compiler.trie().clone(),
-                end: self.compiler.end(),
-                end_token_ids: vec![self.end()],
-            },
+            tokens: self.tokens(),
             parser,
             probe,
             search,
