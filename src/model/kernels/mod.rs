@@ -6,7 +6,9 @@
 
 pub mod activation;
 pub mod attention;
+mod dot;
 pub mod gemm;
+pub mod quant;
 
 use std::marker::PhantomData;
 
