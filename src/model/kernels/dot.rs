@@ -131,7 +131,8 @@ fn portable(work: &Work<'_>, tile: &mut Tile) {
                     }
                 }
             }
-            let half = |column: usize| f16::from_le_bytes([halves[2 * column], halves[2 * column + 1]]).to_f32();
+            let half =
+                |column: usize| f16::from_le_bytes([halves[2 * column], halves[2 * column + 1]]).to_f32();
             let (scale, sum) = (work.scales[at], work.sums[at]);
             for (column, acc) in acc.iter_mut().enumerate() {
                 match work.bits {
@@ -341,7 +342,9 @@ mod tests {
             let mut next = || { state ^= state << 13; state ^= state >> 17; state ^= state << 5; (state >> 8) as f32 / 8e6 - 1.0 };
             let weights: Vec<f32> = (0..n * k).map(|_| next()).collect();
             let x: Vec<f32> = (0..rows * k).map(|_| next() * loud).collect();
-            let matrix = QuantMatrix::pack(&weights, n, k, if four { Bits::Four } else { Bits::Eight });
+            let matrix = QuantMatrix::pack(n, k, if four { Bits::Four } else { Bits::Eight }, |index, row| {
+                row.copy_from_slice(&weights[index * k..][..k]);
+            });
             let quantised = QuantRows::new(&x, k);
             for panel in 0..n.div_ceil(WIDTH) {
                 let run = |set: InstructionSet| {

@@ -8,6 +8,7 @@ pub mod activation;
 pub mod attention;
 mod dot;
 pub mod gemm;
+pub mod matrix;
 pub mod quant;
 
 use std::marker::PhantomData;

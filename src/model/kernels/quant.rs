@@ -68,22 +68,21 @@ impl std::fmt::Debug for QuantMatrix {
 }
 
 impl QuantMatrix {
-    /// Quantises a row-major `[n, k]` matrix.
-    pub fn pack(weights: &[f32], n: usize, k: usize, bits: Bits) -> Self {
-        assert_eq!(weights.len(), n * k, "a matrix of another size: this is a bug");
+    /// Quantises a matrix `[n, k]`; `read` copies a row of it.
+    pub fn pack(n: usize, k: usize, bits: Bits, read: impl Fn(usize, &mut [f32]) + Sync) -> Self {
         let panel_bytes = k.div_ceil(GROUP) * bits.record_bytes();
         let mut records = vec![0; n.div_ceil(WIDTH) * panel_bytes];
         records.par_chunks_mut(panel_bytes.max(1)).enumerate().for_each(|(panel, records)| {
-            for (group, record) in records.chunks_exact_mut(bits.record_bytes()).enumerate() {
-                for column in 0..WIDTH {
-                    let mut values = [0.0; GROUP];
-                    let row = panel * WIDTH + column;
-                    if row < n {
-                        let inputs = group * GROUP..((group + 1) * GROUP).min(k);
-                        let weights = &weights[row * k..][..k][inputs];
-                        values[..weights.len()].copy_from_slice(weights);
-                    }
-                    write_column(record, column, &values, bits);
+            // Padded to whole groups; rows beyond the matrix are zero.
+            let mut row = vec![0.0; k.next_multiple_of(GROUP)];
+            for column in 0..WIDTH {
+                match panel * WIDTH + column {
+                    index if index < n => read(index, &mut row[..k]),
+                    _ => row.fill(0.0),
+                }
+                let groups = row.as_chunks::<GROUP>().0.iter();
+                for (record, values) in records.chunks_exact_mut(bits.record_bytes()).zip(groups) {
+                    write_column(record, column, values, bits);
                 }
             }
         });
@@ -135,7 +134,11 @@ impl QuantMatrix {
             self.block(&rows, block, panels, bias, &output);
         };
         let tasks = 0..m.div_ceil(rows_a_block) * num_groups;
-        if is_small { tasks.for_each(run) } else { tasks.into_par_iter().for_each(run) }
+        if is_small {
+            tasks.for_each(run)
+        } else {
+            tasks.into_par_iter().for_each(run)
+        }
         out
     }
 
@@ -162,7 +165,10 @@ impl QuantMatrix {
                     match bias {
                         Some(bias) => {
                             let bias = &bias[columns.clone()];
-                            out.iter_mut().zip(sums).zip(bias).for_each(|((out, sum), bias)| *out = sum + bias);
+                            out.iter_mut()
+                                .zip(sums)
+                                .zip(bias)
+                                .for_each(|((out, sum), bias)| *out = sum + bias);
                         }
                         None => out.copy_from_slice(&sums[..columns.len()]),
                     }
@@ -325,6 +331,10 @@ mod tests {
         std::iter::repeat_with(next).take(len).collect()
     }
 
+    fn packed(weights: &[f32], n: usize, k: usize, bits: Bits) -> QuantMatrix {
+        QuantMatrix::pack(n, k, bits, |index, row| row.copy_from_slice(&weights[index * k..][..k]))
+    }
+
     /// Distance of `got` from `expected`, relative to the length of `expected`.
     fn distance(got: &[f32], expected: &[f32]) -> f32 {
         let off: f32 = got.iter().zip(expected).map(|(a, b)| (a - b) * (a - b)).sum();
@@ -338,7 +348,7 @@ mod tests {
         fn rows_come_back_within_half_a_step(n in 1..90usize, k in 1..200usize, four: bool, seed: u32) {
             let w = values(n * k, seed);
             let (bits, step) = if four { (Bits::Four, 1.0 / 15.0) } else { (Bits::Eight, 0.5 / 127.0) };
-            let matrix = QuantMatrix::pack(&w, n, k, bits);
+            let matrix = packed(&w, n, k, bits);
             let mut row = vec![0.0; k];
             for (index, expected) in w.chunks(k).enumerate() {
                 matrix.copy_row(index, &mut row);
@@ -351,7 +361,7 @@ mod tests {
         #[test]
         fn products_are_those_of_the_rounded_rows(m in 1..20usize, n in 1..90usize, k in 1..200usize, four: bool, seed: u32) {
             let (w, x, bias) = (values(n * k, seed), values(m * k, !seed), values(n, seed ^ 5));
-            let matrix = QuantMatrix::pack(&w, n, k, if four { Bits::Four } else { Bits::Eight });
+            let matrix = packed(&w, n, k, if four { Bits::Four } else { Bits::Eight });
             let mut rounded = vec![0.0; n * k];
             rounded.chunks_mut(k).enumerate().for_each(|(index, row)| matrix.copy_row(index, row));
             let rows = QuantRows::new(&x, k);
@@ -370,7 +380,7 @@ mod tests {
         #[test]
         fn a_row_gives_the_same_bits_in_any_batch(m in 1..70usize, n in 1..300usize, k in 1..200usize, four: bool, seed: u32) {
             let (w, x) = (values(n * k, seed), values(m * k, !seed));
-            let matrix = QuantMatrix::pack(&w, n, k, if four { Bits::Four } else { Bits::Eight });
+            let matrix = packed(&w, n, k, if four { Bits::Four } else { Bits::Eight });
             let together = matrix.multiply(&x, None);
             for (row, expected) in x.chunks(k).zip(together.chunks(n)) {
                 prop_assert_eq!(&matrix.multiply(row, None)[..], expected);
@@ -383,7 +393,7 @@ mod tests {
         let (m, n, k) = (9, 64, 1024);
         let (w, x) = (values(n * k, 1), values(m * k, 2));
         let exact = super::super::gemm::PackedMatrix::pack(&w, n, k).multiply(&x, None);
-        let off = |bits| distance(&QuantMatrix::pack(&w, n, k, bits).multiply(&x, None), &exact);
+        let off = |bits| distance(&packed(&w, n, k, bits).multiply(&x, None), &exact);
         assert!(off(Bits::Eight) < 0.01, "{}", off(Bits::Eight));
         assert!(off(Bits::Four) < 0.08, "{}", off(Bits::Four));
     }
