@@ -397,7 +397,7 @@ mod tests {
     }
 
     async fn read(max_video_bytes: usize, url: &str) -> Result<Vec<u8>, MediaError> {
-        let files = reader(max_video_bytes).read(VideoSource::Url(url.into()), &None, None).await?;
+        let files = reader(max_video_bytes).read(VideoSource::Url(url.into()), &Caller::default()).await?;
         Ok(files.iter().flat_map(|file| std::fs::read(file.path()).unwrap()).collect())
     }
 
@@ -465,7 +465,7 @@ mod tests {
 
     #[tokio::test]
     async fn temporary_files_go_with_their_video() {
-        let files = reader(100).read(VideoSource::Bytes("hello".into()), &None, None).await.unwrap();
+        let files = reader(100).read(VideoSource::Bytes("hello".into()), &Caller::default()).await.unwrap();
         let [video] = &files[..] else { panic!("one file is expected") };
         let path = video.path().to_owned();
         assert!(path.exists());
@@ -483,13 +483,16 @@ mod tests {
         assert_eq!(read(10, list).await.unwrap(), b"helloworld");
         assert!(matches!(read(9, list).await, Err(MediaError::TooManyBytes { .. })));
         let urls = |n: usize| VideoSource::Frames(vec!["data:;base64,aGVsbG8=".into(); n]);
-        assert_eq!(reader(1000).read(urls(64), &None, None).await.unwrap().len(), 64);
+        assert_eq!(reader(1000).read(urls(64), &Caller::default()).await.unwrap().len(), 64);
         assert!(matches!(
-            reader(100).read(urls(64), &None, None).await,
+            reader(100).read(urls(64), &Caller::default()).await,
             Err(MediaError::TooManyBytes { .. })
         ));
         for n in [0, 65] {
-            assert!(matches!(reader(1000).read(urls(n), &None, None).await, Err(MediaError::Refused { .. })));
+            assert!(matches!(
+                reader(1000).read(urls(n), &Caller::default()).await,
+                Err(MediaError::Refused { .. })
+            ));
         }
         let long = format!("data:video/jpeg;base64,{}", "aa,".repeat(64));
         assert!(matches!(read(1000, &long).await, Err(MediaError::Refused { .. })));

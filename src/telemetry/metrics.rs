@@ -343,8 +343,8 @@ mod tests {
         let metrics = Metrics::new("nano");
         metrics.set_running(2);
         metrics.set_waiting(1);
-        metrics.set_kv_blocks(25, 5, 100);
         metrics.set_cache_config(16, 100);
+        metrics.set_kv_blocks(25, 5, 100);
         assert_lines(
             &metrics,
             &[
