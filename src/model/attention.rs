@@ -33,42 +33,86 @@ impl Heads {
     }
 }
 
-/// Every query sees every key. `queries` `[m, heads x dim]`, `keys` and `values` `[n, heads x dim]`; gives `[m, heads x dim]`.
-pub fn full_attention(queries: &[f32], keys: &[f32], values: &[f32], heads: Heads) -> Vec<f32> {
-    let width = heads.width();
-    let (num_queries, num_keys) = (queries.len() / width, keys.len() / width);
-    let packed = PackedKeyValues::pack(keys, values, num_keys, heads.num_heads, heads.head_dim);
-    let mut out = vec![0.0; queries.len()];
+/// Rows with the heads of queries, keys or values somewhere in them: head `h` of row `r` starts at
+/// `r * stride + offset + h * head_dim`.
+#[derive(Debug, Clone, Copy)]
+pub struct Projected<'a> {
+    pub rows: &'a [f32],
+    pub stride: usize,
+    pub offset: usize,
+}
+
+impl<'a> Projected<'a> {
+    /// The part of `[rows, stride]` that starts at `offset`.
+    pub fn new(rows: &'a [f32], stride: usize, offset: usize) -> Self {
+        Projected { rows, stride, offset }
+    }
+
+    fn num_rows(&self) -> usize {
+        self.rows.len() / self.stride
+    }
+
+    /// One head of one row.
+    fn head(&self, row: usize, head: usize, head_dim: usize) -> &'a [f32] {
+        &self.rows[row * self.stride + self.offset + head * head_dim..][..head_dim]
+    }
+}
+
+/// Every query sees every key of its batch; the rows of `num_batches` batches lie behind one another, each with as many
+/// as the others. Gives `[rows, heads x dim]`.
+pub fn full_attention(
+    queries: Projected<'_>,
+    keys: Projected<'_>,
+    values: Projected<'_>,
+    num_batches: usize,
+    heads: Heads,
+) -> Vec<f32> {
+    let (width, dim) = (heads.width(), heads.head_dim);
+    let (num_queries, num_keys) = (queries.num_rows() / num_batches, keys.num_rows() / num_batches);
+    let mut out = vec![0.0; num_batches * num_queries * width];
     let output = SharedOutput::new(&mut out);
-    let tiles_a_head = num_queries.div_ceil(QUERY_ROWS);
-    (0..heads.num_heads * tiles_a_head).into_par_iter().for_each(|task| {
-        let (head, tile) = (task / tiles_a_head, task % tiles_a_head);
-        let tokens = tile * QUERY_ROWS..((tile + 1) * QUERY_ROWS).min(num_queries);
-        let offsets: Vec<usize> = tokens.map(|token| token * width + head * heads.head_dim).collect();
-        let visible = vec![num_keys; offsets.len()];
-        run_tile(queries, &output, &offsets, &visible, heads, &packed.head(head));
+    // The keys of a head are packed once by each of the tasks that share them.
+    let num_heads = num_batches * heads.num_heads;
+    let tasks_a_head = (rayon::current_num_threads() * 2).div_ceil(num_heads).max(1);
+    let queries_a_task = num_queries.div_ceil(tasks_a_head).next_multiple_of(QUERY_ROWS);
+    (0..num_heads * tasks_a_head).into_par_iter().for_each(|task| {
+        let (batch, head) = (task / tasks_a_head / heads.num_heads, task / tasks_a_head % heads.num_heads);
+        let first = task % tasks_a_head * queries_a_task;
+        let end = (first + queries_a_task).min(num_queries);
+        if first >= end {
+            return;
+        }
+        let packed = PackedKeyValues::pack(num_keys, dim, |token| {
+            let row = batch * num_keys + token;
+            (keys.head(row, head, dim), values.head(row, head, dim))
+        });
+        for tile in (first..end).step_by(QUERY_ROWS) {
+            let rows = (tile..(tile + QUERY_ROWS).min(end)).map(|query| batch * num_queries + query);
+            let places = rows.map(|row| (queries.head(row, head, dim), row * width + head * dim, num_keys));
+            run_tile(places, &output, heads, &packed);
+        }
     });
     out
 }
 
-/// Writes the step's keys and values, `[rows, kv_heads x dim]` each, to their slots.
+/// Writes the step's keys and values to their slots.
 pub fn write_cache(
     cache: &mut LayerCache,
     input: &StepInput,
-    keys: &[f32],
-    values: &[f32],
+    keys: Projected<'_>,
+    values: Projected<'_>,
     layout: CacheLayout,
 ) {
     let CacheLayout { block_size, num_kv_heads, head_dim } = layout;
     for (row, &slot) in input.slot_mapping.iter().enumerate() {
         let (block, token) = (slot / block_size, slot % block_size);
         for head in 0..num_kv_heads {
-            let from = (row * num_kv_heads + head) * head_dim;
             let to = (block * num_kv_heads + head) * head_dim * block_size;
-            for (i, &key) in keys[from..from + head_dim].iter().enumerate() {
+            for (i, &key) in keys.head(row, head, head_dim).iter().enumerate() {
                 cache.keys[to + i * block_size + token] = key;
             }
-            cache.values[to + token * head_dim..][..head_dim].copy_from_slice(&values[from..from + head_dim]);
+            cache.values[to + token * head_dim..][..head_dim]
+                .copy_from_slice(values.head(row, head, head_dim));
         }
     }
 }
@@ -93,9 +137,9 @@ impl CacheLayout {
 }
 
 /// Causal attention of a step's rows over the paged cache, prefill and decode alike: the row at position `p` of its
-/// sequence sees positions `[0, p]` through its block table. `queries` `[rows, heads x dim]`, and so the result.
+/// sequence sees positions `[0, p]` through its block table. Gives `[rows, heads x dim]`.
 pub fn paged_attention(
-    queries: &[f32],
+    queries: Projected<'_>,
     cache: &LayerCache,
     input: &StepInput,
     heads: Heads,
@@ -111,16 +155,18 @@ pub fn paged_attention(
             tasks.extend(starts.map(|start| (index, kv_head, start..(start + QUERY_ROWS).min(num_pairs))));
         }
     }
-    let mut out = vec![0.0; queries.len()];
+    let mut out = vec![0.0; queries.num_rows() * heads.width()];
     let output = SharedOutput::new(&mut out);
     let run = |(index, kv_head, pairs): (usize, usize, std::ops::Range<usize>)| {
         let sequence = &input.sequences[index];
-        let row_of = |pair: usize| sequence.rows.start + pair / group;
-        let offset = |pair| row_of(pair) * heads.width() + (kv_head * group + pair % group) * heads.head_dim;
-        let offsets: Vec<usize> = pairs.clone().map(offset).collect();
-        let visible: Vec<usize> = pairs.map(|pair| input.positions[row_of(pair)] as usize + 1).collect();
+        let places = pairs.map(|pair| {
+            let (row, head) = (sequence.rows.start + pair / group, kv_head * group + pair % group);
+            let visible = input.positions[row] as usize + 1;
+            let query = queries.head(row, head, heads.head_dim);
+            (query, row * heads.width() + head * heads.head_dim, visible)
+        });
         let blocks = &input.block_tables[sequence.blocks.clone()];
-        run_tile(queries, &output, &offsets, &visible, heads, &PagedHead { cache, blocks, kv_head, layout });
+        run_tile(places, &output, heads, &PagedHead { cache, blocks, kv_head, layout });
     };
     if tasks.len() == 1 {
         tasks.into_iter().for_each(run)
@@ -130,20 +176,25 @@ pub fn paged_attention(
     out
 }
 
-/// Attends for the queries at `offsets`; their results go to the same offsets of `output`.
-fn run_tile<T: KeyValueTiles>(
-    queries: &[f32],
+/// Attends for a few queries; `places`: each with the offset its result goes to, and how many keys it sees.
+fn run_tile<'q, T: KeyValueTiles>(
+    places: impl Iterator<Item = (&'q [f32], usize, usize)>,
     output: &SharedOutput<'_>,
-    offsets: &[usize],
-    visible: &[usize],
     heads: Heads,
     tiles: &T,
 ) {
-    let rows: Vec<&[f32]> = offsets.iter().map(|&offset| &queries[offset..offset + heads.head_dim]).collect();
-    // SAFETY: each (row, head) belongs to one tile, so no two slices overlap.
-    let slice = |&offset: &usize| unsafe { output.slice(offset, heads.head_dim) };
-    let mut out: Vec<&mut [f32]> = offsets.iter().map(slice).collect();
-    attend(Queries { queries: &rows, visible, tiles, scale: heads.scale(), out: &mut out });
+    let mut rows = [&[][..]; QUERY_ROWS];
+    let mut visible = [0; QUERY_ROWS];
+    let mut out: [&mut [f32]; QUERY_ROWS] = Default::default();
+    let mut len = 0;
+    for (query, offset, sees) in places {
+        (rows[len], visible[len]) = (query, sees);
+        // SAFETY: each (row, head) belongs to one tile, so no two slices overlap.
+        out[len] = unsafe { output.slice(offset, heads.head_dim) };
+        len += 1;
+    }
+    let (queries, visible, out) = (&rows[..len], &visible[..len], &mut out[..len]);
+    attend(Queries { queries, visible, tiles, scale: heads.scale(), out });
 }
 
 /// One KV head of a sequence, seen through its block table.
@@ -215,7 +266,7 @@ mod tests {
                 let blocks: Vec<u32> = (0..context.div_ceil(block_size)).map(|i| (num_blocks - 1 - n * 8 - i) as u32).collect();
                 let slot = |position: usize| blocks[position / block_size] as usize * block_size + position % block_size;
                 let write = StepInput { slot_mapping: (0..context).map(slot).collect(), ..StepInput::default() };
-                write_cache(&mut cache, &write, &keys, &values, layout);
+                write_cache(&mut cache, &write, Projected::new(&keys, width, 0), Projected::new(&values, width, 0), layout);
                 let first_row = input.positions.len();
                 for position in context.saturating_sub(asked)..context {
                     input.positions.push(position as u32);
@@ -236,7 +287,8 @@ mod tests {
                 let rows = first_row..input.positions.len();
                 input.sequences.push(SequenceInput { rows, context_len: context, blocks: first_block..input.block_tables.len() });
             }
-            let got = paged_attention(&queries, &cache, &input, heads, layout);
+            let queries = Projected::new(&queries, heads.width(), 0);
+            let got = paged_attention(queries, &cache, &input, heads, layout);
             for (got, expected) in got.iter().zip(expected) {
                 prop_assert!((f64::from(*got) - expected).abs() < 2e-5, "{got} {expected}");
             }

@@ -203,76 +203,59 @@ fn exponentials(values: &mut [f32; ROUND], largest: f32) -> f32 {
     lanes.into_iter().sum()
 }
 
-/// A sequence of keys and values packed into tiles, `heads` of them: for attention outside the cache.
+/// Keys and values of one head packed into tiles: for attention outside the cache.
 #[derive(Debug)]
 pub struct PackedKeyValues {
-    /// `[heads, tiles, head_dim, 16]`
+    /// `[tiles, head_dim, 16]`
     keys: Vec<f32>,
-    /// `[heads, tiles, 16, value_width]`
+    /// `[tiles, 16, value_width]`
     values: Vec<f32>,
-    num_tiles: usize,
     head_dim: usize,
     value_width: usize,
 }
 
-/// One head of a [`PackedKeyValues`].
-#[derive(Debug, Clone, Copy)]
-pub struct PackedHead<'a> {
-    packed: &'a PackedKeyValues,
-    head: usize,
-}
-
 impl PackedKeyValues {
-    /// Packs rows of `[heads x head_dim]`, `token_stride` floats apart, from `keys` and `values`.
-    pub fn pack(keys: &[f32], values: &[f32], num_tokens: usize, heads: usize, head_dim: usize) -> Self {
-        let token_stride = heads * head_dim;
-        let num_tiles = num_tokens.div_ceil(TILE);
-        let value_width = head_dim.next_multiple_of(TILE);
+    /// `token` gives the key and the value of a token, `[head_dim]` each.
+    pub fn pack<'a>(
+        num_tokens: usize,
+        head_dim: usize,
+        token: impl Fn(usize) -> (&'a [f32], &'a [f32]),
+    ) -> Self {
+        let (num_tiles, value_width) = (num_tokens.div_ceil(TILE), head_dim.next_multiple_of(TILE));
         let mut packed = PackedKeyValues {
-            keys: vec![0.0; heads * num_tiles * head_dim * TILE],
-            values: vec![0.0; heads * num_tiles * TILE * value_width],
-            num_tiles,
+            keys: vec![0.0; num_tiles * head_dim * TILE],
+            values: vec![0.0; num_tiles * TILE * value_width],
             head_dim,
             value_width,
         };
-        for token in 0..num_tokens {
-            for head in 0..heads {
-                let from =
-                    token * token_stride + head * head_dim..token * token_stride + (head + 1) * head_dim;
-                let tile = head * num_tiles + token / TILE;
-                let key_tile = &mut packed.keys[tile * head_dim * TILE..][..head_dim * TILE];
-                for (i, &key) in keys[from.clone()].iter().enumerate() {
-                    key_tile[i * TILE + token % TILE] = key;
-                }
-                let at = (tile * TILE + token % TILE) * value_width;
-                packed.values[at..at + head_dim].copy_from_slice(&values[from]);
+        let tiles = packed.keys.chunks_exact_mut(head_dim * TILE).enumerate();
+        for (tile, keys) in tiles {
+            for column in 0..TILE.min(num_tokens - tile * TILE) {
+                let (key, value) = token(tile * TILE + column);
+                keys.iter_mut().skip(column).step_by(TILE).zip(key).for_each(|(to, key)| *to = *key);
+                packed.values[(tile * TILE + column) * value_width..][..head_dim].copy_from_slice(value);
             }
         }
         packed
     }
-
-    /// The tiles of one head.
-    pub fn head(&self, head: usize) -> PackedHead<'_> {
-        PackedHead { packed: self, head }
-    }
 }
 
-impl KeyValueTiles for PackedHead<'_> {
+impl KeyValueTiles for PackedKeyValues {
     #[inline(always)]
     fn keys(&self, tile: usize) -> (&[f32], usize) {
-        let len = self.packed.head_dim * TILE;
-        (&self.packed.keys[(self.head * self.packed.num_tiles + tile) * len..][..len], TILE)
+        let len = self.head_dim * TILE;
+        (&self.keys[tile * len..][..len], TILE)
     }
 
     #[inline(always)]
     fn values(&self, tile: usize) -> &[f32] {
-        let len = self.packed.value_width * TILE;
-        &self.packed.values[(self.head * self.packed.num_tiles + tile) * len..][..len]
+        let len = self.value_width * TILE;
+        &self.values[tile * len..][..len]
     }
 
     #[inline(always)]
     fn value_width(&self) -> usize {
-        self.packed.value_width
+        self.value_width
     }
 }
 
@@ -297,7 +280,7 @@ mod tests {
         (0..dim).map(column).collect()
     }
 
-    fn run(queries: &[&[f32]], visible: &[usize], tiles: &PackedHead<'_>, scale: f32) -> Vec<Vec<f32>> {
+    fn run(queries: &[&[f32]], visible: &[usize], tiles: &PackedKeyValues, scale: f32) -> Vec<Vec<f32>> {
         let mut out = vec![vec![f32::NAN; queries[0].len()]; queries.len()];
         let mut rows: Vec<&mut [f32]> = out.iter_mut().map(Vec::as_mut_slice).collect();
         attend(Queries { queries, visible, tiles, scale, out: &mut rows });
@@ -317,8 +300,7 @@ mod tests {
             let values: Vec<f32> = (0..num_keys * dim).map(|_| next()).collect();
             let queries: Vec<Vec<f32>> = (0..rows).map(|_| (0..dim).map(|_| next()).collect()).collect();
             let visible: Vec<usize> = (0..rows).map(|row| (num_keys * (row + 1) / rows).max(1)).collect();
-            let packed = PackedKeyValues::pack(&keys, &values, num_keys, 1, dim);
-            let head = packed.head(0);
+            let head = PackedKeyValues::pack(num_keys, dim, |token| (&keys[token * dim..][..dim], &values[token * dim..][..dim]));
             let rows: Vec<&[f32]> = queries.iter().map(Vec::as_slice).collect();
             let together = run(&rows, &visible, &head, 0.7);
             for (row, query) in rows.iter().enumerate() {

@@ -88,6 +88,15 @@ impl PackedMatrix {
         self.n
     }
 
+    /// Memory it takes, bytes.
+    pub fn num_bytes(&self) -> usize {
+        match &self.panels {
+            Panels::F32(w) => size_of_val(&w[..]),
+            Panels::Bf16(w) => size_of_val(&w[..]),
+            Panels::F16(w) => size_of_val(&w[..]),
+        }
+    }
+
     /// Row `index` of the matrix, `[k]` (a token's embedding, where the head is tied to the embeddings).
     pub fn copy_row(&self, index: usize, row: &mut [f32]) {
         let start = (index / self.width) * self.k * self.width + index % self.width;

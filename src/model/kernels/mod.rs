@@ -6,7 +6,10 @@
 
 pub mod activation;
 pub mod attention;
+mod dot;
 pub mod gemm;
+pub mod matrix;
+pub mod quant;
 
 use std::marker::PhantomData;
 
