@@ -5,7 +5,7 @@
 
 use std::time::{Duration, Instant, SystemTime};
 
-use axum::http::{HeaderMap, header};
+use axum::http::{HeaderMap, header, uri::Authority};
 use opentelemetry::{
     Context, InstrumentationScope, KeyValue,
     propagation::TextMapPropagator,
@@ -230,7 +230,10 @@ fn request_attributes(request: &RequestStart<'_>) -> Vec<KeyValue> {
         KeyValue::new("url.path", path.to_owned()),
         KeyValue::new("url.scheme", scheme),
     ];
-    attributes.extend(text(&header::HOST).map(|host| KeyValue::new("server.address", host)));
+    if let Some(host) = text(&header::HOST).and_then(|host| host.parse::<Authority>().ok()) {
+        attributes.push(KeyValue::new("server.address", host.host().to_owned()));
+        attributes.extend(host.port_u16().map(|port| KeyValue::new("server.port", i64::from(port))));
+    }
     attributes.extend(text(&header::USER_AGENT).map(|agent| KeyValue::new("user_agent.original", agent)));
     attributes
 }
@@ -247,7 +250,7 @@ fn generation_attributes(generation: &GenerationRecord) -> Vec<KeyValue> {
         count("gen_ai.request.choice.count", generation.num_choices),
         count("tinyllava.video_tokens", tokens.video),
         count("tinyllava.video_frames", generation.num_frames),
-        KeyValue::new("tinyllava.stream", generation.stream),
+        KeyValue::new("gen_ai.request.stream", generation.stream),
         KeyValue::new("tinyllava.outcome", generation.outcome.name()),
     ];
     if generation.outcome == Outcome::Completed {
@@ -258,7 +261,7 @@ fn generation_attributes(generation: &GenerationRecord) -> Vec<KeyValue> {
         ));
     }
     if let Some(first_token) = generation.first_token {
-        attributes.push(KeyValue::new("gen_ai.response.time_to_first_chunk", first_token.as_secs_f64()));
+        attributes.push(KeyValue::new("tinyllava.time_to_first_token", first_token.as_secs_f64()));
     }
     attributes
 }

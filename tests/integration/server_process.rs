@@ -3,13 +3,13 @@
 use std::{
     io::{BufRead, BufReader},
     process::{Command, Stdio},
-    sync::mpsc,
+    sync::{Mutex, mpsc},
 };
 
 /// A server of its own, and what it logs.
 pub struct Server {
     pub process: std::process::Child,
-    log: mpsc::IntoIter<String>,
+    log: Mutex<mpsc::Receiver<String>>,
     pub url: String,
     /// What it logged until it was ready.
     pub before: Vec<String>,
@@ -33,15 +33,14 @@ impl Server {
         let (lines, log) = mpsc::channel();
         let mut stderr = BufReader::new(process.stderr.take().unwrap()).lines().map(Result::unwrap);
         std::thread::spawn(move || stderr.try_for_each(|line| lines.send(line)));
-        let mut log = log.into_iter();
         let mut before = Vec::new();
-        let ready = log.by_ref().find(|line| {
+        let ready = log.iter().find(|line| {
             before.push(line.clone());
             line.contains("ready: ")
         });
         let ready = ready.unwrap_or_else(|| panic!("the server did not start: {before:#?}"));
         let url = ready.split("ready: ").nth(1).unwrap().split('"').next().unwrap().to_string();
-        Server { process, log, url, before }
+        Server { process, log: Mutex::new(log), url, before }
     }
 
     /// Posts a chat request with curl; its output is the response body.
@@ -63,7 +62,7 @@ impl Server {
     /// Asks it to stop; gives the rest of its log once it has, which must be with success.
     pub fn stop(mut self) -> Vec<String> {
         self.terminate();
-        let rest = self.log.by_ref().collect();
+        let rest = self.log.get_mut().unwrap().iter().collect();
         assert!(self.process.wait().unwrap().success());
         rest
     }
@@ -79,7 +78,7 @@ impl Server {
 
     /// Waits for a line with `text` in it.
     pub fn until_logged(&mut self, text: &str) {
-        let found = self.log.by_ref().any(|line| line.contains(text));
+        let found = self.log.get_mut().unwrap().iter().any(|line| line.contains(text));
         assert!(found, "\"{text}\" was never logged");
     }
 }
