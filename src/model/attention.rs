@@ -2,6 +2,8 @@
 //!
 //! Cuts the work into tiles of queries and runs them on all threads; the arithmetic is in `kernels/`.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 use super::{
@@ -9,6 +11,7 @@ use super::{
     kernels::{
         SharedOutput,
         attention::{KeyValueTiles, PackedKeyValues, QUERY_ROWS, Queries, TILE, attend},
+        attention_bf16::{self, Bf16KeyValues, Scratch},
     },
     kv_cache::LayerCache,
 };
@@ -58,41 +61,94 @@ impl<'a> Projected<'a> {
     }
 }
 
-/// Every query sees every key of its batch; the rows of `num_batches` batches lie behind one another, each with as many
-/// as the others. Gives `[rows, heads x dim]`.
-pub fn full_attention(
-    queries: Projected<'_>,
-    keys: Projected<'_>,
-    values: Projected<'_>,
-    num_batches: usize,
-    heads: Heads,
-) -> Vec<f32> {
-    let (width, dim) = (heads.width(), heads.head_dim);
-    let (num_queries, num_keys) = (queries.num_rows() / num_batches, keys.num_rows() / num_batches);
-    let mut out = vec![0.0; num_batches * num_queries * width];
-    let output = SharedOutput::new(&mut out);
-    // The keys of a head are packed once by each of the tasks that share them.
-    let num_heads = num_batches * heads.num_heads;
-    let tasks_a_head = (rayon::current_num_threads() * 2).div_ceil(num_heads).max(1);
-    let queries_a_task = num_queries.div_ceil(tasks_a_head).next_multiple_of(QUERY_ROWS);
-    (0..num_heads * tasks_a_head).into_par_iter().for_each(|task| {
-        let (batch, head) = (task / tasks_a_head / heads.num_heads, task / tasks_a_head % heads.num_heads);
-        let first = task % tasks_a_head * queries_a_task;
-        let end = (first + queries_a_task).min(num_queries);
-        if first >= end {
-            return;
-        }
-        let packed = PackedKeyValues::pack(num_keys, dim, |token| {
-            let row = batch * num_keys + token;
-            (keys.head(row, head, dim), values.head(row, head, dim))
+/// An attention in which every query sees every key of its batch.
+#[derive(Debug, Clone, Copy)]
+pub struct FullAttention<'a> {
+    pub queries: Projected<'a>,
+    pub keys: Projected<'a>,
+    pub values: Projected<'a>,
+    /// The rows of the batches lie behind one another, each with as many as the others.
+    pub num_batches: usize,
+    pub heads: Heads,
+    /// Whether operands may be rounded to bf16 where the CPU is faster with them.
+    pub may_round: bool,
+}
+
+impl FullAttention<'_> {
+    /// `[rows, heads x dim]`.
+    pub fn run(self) -> Vec<f32> {
+        let width = self.heads.width();
+        let (num_queries, num_heads) =
+            (self.queries.num_rows() / self.num_batches, self.num_batches * self.heads.num_heads);
+        let mut out = vec![0.0; self.num_batches * num_queries * width];
+        let output = SharedOutput::new(&mut out);
+        let rounds = self.may_round && attention_bf16::is_available();
+        // The keys of a head are packed by each of the tasks that share them.
+        let tasks_a_head = (rayon::current_num_threads() * 2).div_ceil(num_heads).max(1);
+        let queries_a_task = num_queries.div_ceil(tasks_a_head).next_multiple_of(QUERY_ROWS);
+        (0..num_heads * tasks_a_head).into_par_iter().for_each(|task| {
+            let (place, part) = (task / tasks_a_head, task % tasks_a_head);
+            let queries = part * queries_a_task..((part + 1) * queries_a_task).min(num_queries);
+            let (batch, head) = (place / self.heads.num_heads, place % self.heads.num_heads);
+            match rounds {
+                true => self.head_in_bf16(batch, head, queries, &output),
+                false => self.head(batch, head, queries, &output),
+            }
         });
-        for tile in (first..end).step_by(QUERY_ROWS) {
-            let rows = (tile..(tile + QUERY_ROWS).min(end)).map(|query| batch * num_queries + query);
-            let places = rows.map(|row| (queries.head(row, head, dim), row * width + head * dim, num_keys));
-            run_tile(places, &output, heads, &packed);
+        out
+    }
+
+    /// Key and value of a token of a batch.
+    fn key_value<'s>(&'s self, batch: usize, head: usize) -> impl Fn(usize) -> (&'s [f32], &'s [f32]) {
+        let (num_keys, dim) = (self.num_keys(), self.heads.head_dim);
+        move |token| {
+            let row = batch * num_keys + token;
+            (self.keys.head(row, head, dim), self.values.head(row, head, dim))
         }
-    });
-    out
+    }
+
+    fn num_keys(&self) -> usize {
+        self.keys.num_rows() / self.num_batches
+    }
+
+    /// Some queries of one head, a few at a time: each with the offset its result goes to, and how many keys it sees.
+    fn tiles(
+        &self,
+        batch: usize,
+        head: usize,
+        queries: Range<usize>,
+    ) -> impl Iterator<Item = impl Iterator<Item = (&[f32], usize, usize)>> {
+        let (width, dim) = (self.heads.width(), self.heads.head_dim);
+        let (first_row, num_keys) = (batch * self.queries.num_rows() / self.num_batches, self.num_keys());
+        let end = queries.end;
+        queries.step_by(QUERY_ROWS).map(move |start| {
+            (start..(start + QUERY_ROWS).min(end)).map(move |query| {
+                let row = first_row + query;
+                (self.queries.head(row, head, dim), row * width + head * dim, num_keys)
+            })
+        })
+    }
+
+    fn head(&self, batch: usize, head: usize, queries: Range<usize>, output: &SharedOutput<'_>) {
+        let token = self.key_value(batch, head);
+        let packed = PackedKeyValues::pack(self.num_keys(), self.heads.head_dim, token);
+        for places in self.tiles(batch, head, queries) {
+            run_tile(places, output, self.heads, |queries, visible, out| {
+                attend(Queries { queries, visible, tiles: &packed, scale: self.heads.scale(), out });
+            });
+        }
+    }
+
+    fn head_in_bf16(&self, batch: usize, head: usize, queries: Range<usize>, output: &SharedOutput<'_>) {
+        let token = self.key_value(batch, head);
+        let packed = Bf16KeyValues::pack(self.num_keys(), self.heads.head_dim, token);
+        let mut scratch = Scratch::default();
+        for places in self.tiles(batch, head, queries) {
+            run_tile(places, output, self.heads, |queries, _, out| {
+                packed.attend(queries, self.heads.scale(), &mut scratch, out);
+            });
+        }
+    }
 }
 
 /// Writes the step's keys and values to their slots.
@@ -147,7 +203,7 @@ pub fn paged_attention(
 ) -> Vec<f32> {
     let group = heads.num_heads / heads.num_kv_heads;
     // One task: a tile of (row, query head) pairs of one sequence that share a KV head.
-    let mut tasks: Vec<(usize, usize, std::ops::Range<usize>)> = Vec::new();
+    let mut tasks: Vec<(usize, usize, Range<usize>)> = Vec::new();
     for (index, sequence) in input.sequences.iter().enumerate() {
         let num_pairs = sequence.rows.len() * group;
         for kv_head in 0..heads.num_kv_heads {
@@ -157,7 +213,7 @@ pub fn paged_attention(
     }
     let mut out = vec![0.0; queries.num_rows() * heads.width()];
     let output = SharedOutput::new(&mut out);
-    let run = |(index, kv_head, pairs): (usize, usize, std::ops::Range<usize>)| {
+    let run = |(index, kv_head, pairs): (usize, usize, Range<usize>)| {
         let sequence = &input.sequences[index];
         let places = pairs.map(|pair| {
             let (row, head) = (sequence.rows.start + pair / group, kv_head * group + pair % group);
@@ -166,7 +222,10 @@ pub fn paged_attention(
             (query, row * heads.width() + head * heads.head_dim, visible)
         });
         let blocks = &input.block_tables[sequence.blocks.clone()];
-        run_tile(places, &output, heads, &PagedHead { cache, blocks, kv_head, layout });
+        let tiles = &PagedHead { cache, blocks, kv_head, layout };
+        run_tile(places, &output, heads, |queries, visible, out| {
+            attend(Queries { queries, visible, tiles, scale: heads.scale(), out });
+        });
     };
     if tasks.len() == 1 {
         tasks.into_iter().for_each(run)
@@ -177,11 +236,11 @@ pub fn paged_attention(
 }
 
 /// Attends for a few queries; `places`: each with the offset its result goes to, and how many keys it sees.
-fn run_tile<'q, T: KeyValueTiles>(
+fn run_tile<'q>(
     places: impl Iterator<Item = (&'q [f32], usize, usize)>,
     output: &SharedOutput<'_>,
     heads: Heads,
-    tiles: &T,
+    attend: impl FnOnce(&[&[f32]], &[usize], &mut [&mut [f32]]),
 ) {
     let mut rows = [&[][..]; QUERY_ROWS];
     let mut visible = [0; QUERY_ROWS];
@@ -193,8 +252,7 @@ fn run_tile<'q, T: KeyValueTiles>(
         out[len] = unsafe { output.slice(offset, heads.head_dim) };
         len += 1;
     }
-    let (queries, visible, out) = (&rows[..len], &visible[..len], &mut out[..len]);
-    attend(Queries { queries, visible, tiles, scale: heads.scale(), out });
+    attend(&rows[..len], &visible[..len], &mut out[..len]);
 }
 
 /// One KV head of a sequence, seen through its block table.

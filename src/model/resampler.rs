@@ -7,7 +7,7 @@ use half::f16;
 
 use super::{
     Result, Tap, Tensor,
-    attention::{Heads, Projected, full_attention},
+    attention::{FullAttention, Heads, Projected},
     config::{ConnectorConfig, ConnectorKind},
     kernels::activation::{add, gelu_erf_in_place},
     layers::{LayerNorm, Linear, Loader, rows, show, with_slice},
@@ -134,7 +134,10 @@ impl Layer {
         let key_values = self.to_kv.forward(&context);
         let half = |index| Projected::new(&key_values, 2 * RESAMPLER_INNER, index * RESAMPLER_INNER);
         let queries = Projected::new(&queries, RESAMPLER_INNER, 0);
-        self.to_out.forward(&full_attention(queries, half(0), half(1), 1, HEADS))
+        let may_round = self.to_kv.weight().is_quantised();
+        let (keys, values) = (half(0), half(1));
+        let attended = FullAttention { queries, keys, values, num_batches: 1, heads: HEADS, may_round };
+        self.to_out.forward(&attended.run())
     }
 
     fn feed_forward(&self, latents: &[f32]) -> Vec<f32> {

@@ -6,7 +6,7 @@ use rayon::prelude::*;
 
 use super::{
     FrameBatch, Result, Tap, Tensor,
-    attention::{Heads, Projected, full_attention},
+    attention::{FullAttention, Heads, Projected},
     config::SiglipConfig,
     kernels::activation::gelu_tanh_in_place,
     layers::{LayerNorm, Linear, Loader, rows, show, with_slice},
@@ -137,8 +137,15 @@ impl Layer {
         let width = heads.width();
         let qkv = self.qkv_proj.forward(&self.layer_norm1.forward(x));
         let part = |index: usize| Projected::new(&qkv, 3 * width, index * width);
-        let attended = full_attention(part(0), part(1), part(2), num_frames, heads);
-        self.out_proj.forward_add(&attended, x);
+        let attended = FullAttention {
+            queries: part(0),
+            keys: part(1),
+            values: part(2),
+            num_batches: num_frames,
+            heads,
+            may_round: self.qkv_proj.weight().is_quantised(),
+        };
+        self.out_proj.forward_add(&attended.run(), x);
         let mut inner = self.fc1.forward(&self.layer_norm2.forward(x));
         gelu_tanh_in_place(&mut inner);
         self.fc2.forward_add(&inner, x);

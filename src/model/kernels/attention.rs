@@ -15,7 +15,7 @@ pub const QUERY_ROWS: usize = 6;
 const TILES_A_ROUND: usize = 8;
 const ROUND: usize = TILE * TILES_A_ROUND;
 /// Lanes of the reductions.
-const LANES: usize = 8;
+const LANES: usize = 16;
 
 /// Where keys and values lie.
 pub trait KeyValueTiles: Sync {
@@ -28,7 +28,7 @@ pub trait KeyValueTiles: Sync {
 }
 
 /// Up to [`QUERY_ROWS`] queries against the same keys.
-pub struct Queries<'a, T> {
+pub struct Queries<'a, 'o, T> {
     /// Each `[head_dim]`.
     pub queries: &'a [&'a [f32]],
     /// How many keys each of them sees, at least 1.
@@ -36,16 +36,16 @@ pub struct Queries<'a, T> {
     pub tiles: &'a T,
     pub scale: f32,
     /// Each `[head_dim]`, written.
-    pub out: &'a mut [&'a mut [f32]],
+    pub out: &'a mut [&'o mut [f32]],
 }
 
 /// `out[r] = softmax(scale * q[r] K^T) V` over the first `visible[r]` keys.
-pub fn attend<T: KeyValueTiles>(work: Queries<'_, T>) {
+pub fn attend<T: KeyValueTiles>(work: Queries<'_, '_, T>) {
     debug_assert!(work.visible.iter().all(|&visible| visible > 0));
     Arch::new().dispatch(work);
 }
 
-impl<T: KeyValueTiles> WithSimd for Queries<'_, T> {
+impl<T: KeyValueTiles> WithSimd for Queries<'_, '_, T> {
     type Output = ();
 
     #[inline(always)]
@@ -59,7 +59,7 @@ impl<T: KeyValueTiles> WithSimd for Queries<'_, T> {
     }
 }
 
-impl<T: KeyValueTiles> Queries<'_, T> {
+impl<T: KeyValueTiles> Queries<'_, '_, T> {
     #[inline(always)]
     fn by_rows<S: Simd, const VECTORS: usize>(self, simd: S) {
         match self.queries.len() {
@@ -75,7 +75,11 @@ impl<T: KeyValueTiles> Queries<'_, T> {
     #[inline(always)]
     fn run<S: Simd, const VECTORS: usize, const ROWS: usize>(self, simd: S) {
         let head_dim = self.queries[0].len();
-        let queries: [&[f32]; ROWS] = std::array::from_fn(|row| &self.queries[row][..head_dim]);
+        // Transposed, so that one pointer reaches all rows.
+        let mut queries = vec![[0.0; ROWS]; head_dim];
+        for (i, values) in queries.iter_mut().enumerate() {
+            *values = std::array::from_fn(|row| self.queries[row][i]);
+        }
         let num_keys = self.visible.iter().copied().max().unwrap_or(0);
         let width = self.tiles.value_width();
         let mut sums = vec![0.0f32; ROWS * width];
@@ -116,17 +120,17 @@ impl<T: KeyValueTiles> Queries<'_, T> {
     fn scores<S: Simd, const VECTORS: usize, const ROWS: usize>(
         &self,
         simd: S,
-        queries: &[&[f32]; ROWS],
+        queries: &[[f32; ROWS]],
         tile: usize,
         offset: usize,
         weights: &mut [[f32; ROUND]; ROWS],
     ) {
         let (keys, stride) = self.tiles.keys(tile);
         let mut sums = [[simd.splat_f32s(0.0); VECTORS]; ROWS];
-        for i in 0..queries[0].len() {
+        for (i, queries) in queries.iter().enumerate() {
             let (keys, _) = S::as_simd_f32s(&keys[i * stride..][..TILE]);
             for row in 0..ROWS {
-                let query = simd.splat_f32s(queries[row][i]);
+                let query = simd.splat_f32s(queries[row]);
                 for v in 0..VECTORS {
                     sums[row][v] = simd.mul_add_e_f32s(query, keys[v], sums[row][v]);
                 }
@@ -193,10 +197,13 @@ fn maximum(values: &[f32; ROUND]) -> f32 {
 /// Turns scores into `e^(score - largest)`; returns their sum.
 #[inline(always)]
 fn exponentials(values: &mut [f32; ROUND], largest: f32) -> f32 {
+    // A loop of its own, or the compiler does not turn it into vector code.
+    for value in values.iter_mut() {
+        *value = exp(*value - largest);
+    }
     let mut lanes = [0.0f32; LANES];
-    for chunk in values.chunks_exact_mut(LANES) {
+    for chunk in values.as_chunks::<LANES>().0 {
         for lane in 0..LANES {
-            chunk[lane] = exp(chunk[lane] - largest);
             lanes[lane] += chunk[lane];
         }
     }

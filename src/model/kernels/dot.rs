@@ -1,4 +1,5 @@
-//! Integer dot products of a tile: up to six rows of 8-bit activations times one panel of quantised weights.
+//! Integer dot products of a tile: up to six rows of 8-bit activations times one panel of quantised weights; and the
+//! rounding of those activations.
 //!
 //! Called by `kernels/quant.rs` only. One function for each instruction set, chosen at run time; all give the same bits.
 
@@ -53,6 +54,17 @@ impl InstructionSet {
         InstructionSet::Portable
     }
 
+    /// Rounds one group of activations to 8 bits by its largest value; gives its scale and the sum of its values.
+    #[inline]
+    pub fn quantise(self, x: &[f32; GROUP], values: &mut [i8; GROUP]) -> (f32, i32) {
+        match self {
+            // SAFETY: this value exists only where the CPU has these instructions.
+            #[cfg(target_arch = "x86_64")]
+            InstructionSet::Avx512Vnni => unsafe { x86::quantise_avx512(x, values) },
+            _ => quantise(x, values),
+        }
+    }
+
     /// `rows` times panel `panel`, into the first rows of `tile`.
     #[inline]
     pub fn multiply(
@@ -96,18 +108,39 @@ impl<'a> Work<'a> {
     #[inline]
     fn new(matrix: &'a QuantMatrix, rows: &'a QuantRows, panel: usize, range: Range<usize>) -> Self {
         let groups = matrix.num_groups();
-        let panel_bytes = groups * matrix.bits.record_bytes();
         assert!(!range.is_empty() && range.len() <= Tile::MAX_ROWS, "a tile of another size: this is a bug");
         Work {
             bits: matrix.bits,
             num_rows: range.len(),
             groups,
-            records: &matrix.records[panel * panel_bytes..][..panel_bytes],
+            records: matrix.panel(panel),
             values: &rows.values[range.start * groups * GROUP..range.end * groups * GROUP],
             scales: &rows.scales[range.start * groups..range.end * groups],
             sums: &rows.sums[range.start * groups..range.end * groups],
         }
     }
+}
+
+/// Levels on either side of zero.
+const LEVELS: f32 = 127.0;
+
+fn quantise(x: &[f32; GROUP], values: &mut [i8; GROUP]) -> (f32, i32) {
+    // Adding 1.5 * 2^23 rounds to an integer, to the even one of two, and leaves it in the low bits.
+    const ROUND: f32 = 12_582_912.0;
+    const LANES: usize = 8;
+    let mut lanes = [0.0f32; LANES];
+    for chunk in x.as_chunks::<LANES>().0 {
+        for lane in 0..LANES {
+            let value = chunk[lane].abs();
+            lanes[lane] = if value > lanes[lane] { value } else { lanes[lane] };
+        }
+    }
+    let largest = lanes.into_iter().fold(0.0, f32::max);
+    let inverse = if largest > 0.0 { LEVELS / largest } else { 0.0 };
+    for (value, x) in values.iter_mut().zip(x) {
+        *value = (x * inverse + ROUND).to_bits() as i8;
+    }
+    (largest / LEVELS, values.iter().map(|&value| i32::from(value)).sum())
 }
 
 /// The definition the others are tested against.
@@ -154,7 +187,30 @@ fn portable(work: &Work<'_>, tile: &mut Tile) {
 mod x86 {
     use std::arch::x86_64::*;
 
-    use super::{Bits, GROUP, QUADS, Tile, WIDTH, Work};
+    use super::{Bits, GROUP, LEVELS, QUADS, Tile, WIDTH, Work};
+
+    /// As the plain function, four vectors at a time.
+    ///
+    /// # Safety
+    /// The CPU must have AVX-512 F.
+    #[target_feature(enable = "avx512f")]
+    pub(super) unsafe fn quantise_avx512(x: &[f32; GROUP], values: &mut [i8; GROUP]) -> (f32, i32) {
+        // SAFETY: both arrays hold four times 16 elements.
+        let x: [__m512; 4] = std::array::from_fn(|i| unsafe { _mm512_loadu_ps(x.as_ptr().add(16 * i)) });
+        let larger = |a, b| _mm512_max_ps(_mm512_abs_ps(a), _mm512_abs_ps(b));
+        let largest = _mm512_reduce_max_ps(_mm512_max_ps(larger(x[0], x[1]), larger(x[2], x[3])));
+        let inverse = if largest > 0.0 { LEVELS / largest } else { 0.0 };
+        let mut sum = _mm512_setzero_si512();
+        for (i, x) in x.into_iter().enumerate() {
+            let rounded = _mm512_cvtps_epi32(_mm512_mul_ps(x, _mm512_set1_ps(inverse)));
+            sum = _mm512_add_epi32(sum, rounded);
+            // SAFETY: as above.
+            unsafe {
+                _mm_storeu_si128(values.as_mut_ptr().add(16 * i).cast(), _mm512_cvtepi32_epi8(rounded))
+            };
+        }
+        (largest / LEVELS, _mm512_reduce_add_epi32(sum))
+    }
 
     /// # Safety
     /// The CPU must have AVX-512 F, BW and VNNI.
@@ -346,6 +402,13 @@ mod tests {
                 row.copy_from_slice(&weights[index * k..][..k]);
             });
             let quantised = QuantRows::new(&x, k);
+            for x in x.as_chunks::<GROUP>().0 {
+                let run = |set: InstructionSet| {
+                    let mut values = [0; GROUP];
+                    (set.quantise(x, &mut values), values)
+                };
+                prop_assert_eq!(run(InstructionSet::of_this_cpu()), run(InstructionSet::Portable));
+            }
             for panel in 0..n.div_ceil(WIDTH) {
                 let run = |set: InstructionSet| {
                     let mut tile = Tile::default();

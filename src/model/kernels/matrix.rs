@@ -22,6 +22,11 @@ impl Matrix {
         }
     }
 
+    /// Whether products are rounded to 8 bits on their way.
+    pub fn is_quantised(&self) -> bool {
+        matches!(self, Matrix::Quant(_))
+    }
+
     /// Memory it takes, bytes.
     pub fn num_bytes(&self) -> usize {
         match self {

@@ -4,15 +4,15 @@
 //! ascending order, of an exact integer sum times both scales: the same bits for one row or a thousand, and for every
 //! instruction set of `kernels/dot.rs`.
 
-use std::{borrow::Cow, ops::Range};
+use std::ops::Range;
 
 use half::f16;
-use pulp::Arch;
 use rayon::prelude::*;
 
 use super::{
-    MIN_PARALLEL_WORK, SharedOutput,
+    MIN_PARALLEL_WORK, NewOutput,
     dot::{InstructionSet, Tile},
+    filled, write_sums,
 };
 
 /// Inputs that share a scale.
@@ -50,11 +50,21 @@ impl Bits {
     }
 }
 
+/// A line of the cache; records are made of whole ones, and loads never cross two.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Line([u8; LINE]);
+
+const LINE: usize = 64;
+const _: () = assert!(
+    Bits::Eight.record_bytes().is_multiple_of(LINE) && Bits::Four.record_bytes().is_multiple_of(LINE)
+);
+
 /// A quantised weight matrix `[n, k]`.
 pub struct QuantMatrix {
     pub(super) bits: Bits,
     /// `[panels, groups, record]`, see [`Bits::record_bytes`]; columns and inputs beyond the matrix are zero weights.
-    pub(super) records: Cow<'static, [u8]>,
+    records: Vec<Line>,
     /// Outputs.
     n: usize,
     /// Inputs.
@@ -71,8 +81,9 @@ impl QuantMatrix {
     /// Quantises a matrix `[n, k]`; `read` copies a row of it.
     pub fn pack(n: usize, k: usize, bits: Bits, read: impl Fn(usize, &mut [f32]) + Sync) -> Self {
         let panel_bytes = k.div_ceil(GROUP) * bits.record_bytes();
-        let mut records = vec![0; n.div_ceil(WIDTH) * panel_bytes];
-        records.par_chunks_mut(panel_bytes.max(1)).enumerate().for_each(|(panel, records)| {
+        let mut lines = vec![Line([0; LINE]); n.div_ceil(WIDTH) * panel_bytes / LINE];
+        lines.par_chunks_mut((panel_bytes / LINE).max(1)).enumerate().for_each(|(panel, lines)| {
+            let records = bytes_mut(lines);
             // Padded to whole groups; rows beyond the matrix are zero.
             let mut row = vec![0.0; k.next_multiple_of(GROUP)];
             for column in 0..WIDTH {
@@ -86,7 +97,7 @@ impl QuantMatrix {
                 }
             }
         });
-        QuantMatrix { bits, records: records.into(), n, k }
+        QuantMatrix { bits, records: lines, n, k }
     }
 
     /// Outputs.
@@ -101,13 +112,19 @@ impl QuantMatrix {
 
     /// Memory it takes, bytes.
     pub fn num_bytes(&self) -> usize {
-        self.records.len()
+        size_of_val(&self.records[..])
+    }
+
+    /// All records of a panel, `[groups, record]`.
+    pub(super) fn panel(&self, index: usize) -> &[u8] {
+        let lines = self.num_groups() * self.bits.record_bytes() / LINE;
+        bytes(&self.records[index * lines..][..lines])
     }
 
     /// Row `index` of the matrix, `[k]`, as it is used in products.
     pub fn copy_row(&self, index: usize, row: &mut [f32]) {
         let record_bytes = self.bits.record_bytes();
-        let panel = &self.records[index / WIDTH * self.num_groups() * record_bytes..];
+        let panel = self.panel(index / WIDTH);
         for (values, record) in row.chunks_mut(GROUP).zip(panel.chunks_exact(record_bytes)) {
             read_column(record, index % WIDTH, values, self.bits);
         }
@@ -118,7 +135,6 @@ impl QuantMatrix {
         let m = x.len() / self.k;
         assert_eq!(x.len(), m * self.k, "an input of another width: this is a bug");
         let rows = QuantRows::new(x, self.k);
-        let mut out = vec![0.0; m * self.n];
         let is_small = m * self.n * self.k < MIN_PARALLEL_WORK * 4;
         let num_panels = self.n.div_ceil(WIDTH);
         // Several tasks a thread, so that a slow one does not hold up the rest.
@@ -126,20 +142,18 @@ impl QuantMatrix {
         let rows_a_block = (BLOCK_BYTES / self.k).clamp(2 * Tile::MAX_ROWS, 16 * Tile::MAX_ROWS)
             / Tile::MAX_ROWS
             * Tile::MAX_ROWS;
-        let output = SharedOutput::new(&mut out);
-        let run = |task: usize| {
-            let (block, group) = (task / num_groups, task % num_groups);
-            let panels = group * num_panels / num_groups..(group + 1) * num_panels / num_groups;
-            let block = block * rows_a_block..((block + 1) * rows_a_block).min(m);
-            self.block(&rows, block, panels, bias, &output);
+        let fill = |output: &NewOutput<'_>| {
+            let run = |task: usize| {
+                let (block, group) = (task / num_groups, task % num_groups);
+                let panels = group * num_panels / num_groups..(group + 1) * num_panels / num_groups;
+                let block = block * rows_a_block..((block + 1) * rows_a_block).min(m);
+                self.block(&rows, block, panels, bias, output);
+            };
+            let tasks = 0..m.div_ceil(rows_a_block) * num_groups;
+            if is_small { tasks.for_each(run) } else { tasks.into_par_iter().for_each(run) }
         };
-        let tasks = 0..m.div_ceil(rows_a_block) * num_groups;
-        if is_small {
-            tasks.for_each(run)
-        } else {
-            tasks.into_par_iter().for_each(run)
-        }
-        out
+        // SAFETY: the tasks cover all blocks of rows and all panels.
+        unsafe { filled(m * self.n, fill) }
     }
 
     /// A block of rows times a range of panels.
@@ -149,34 +163,36 @@ impl QuantMatrix {
         block: Range<usize>,
         panels: Range<usize>,
         bias: Option<&[f32]>,
-        output: &SharedOutput<'_>,
+        output: &NewOutput<'_>,
     ) {
         let instructions = InstructionSet::of_this_cpu();
+        let mut tile = Tile::default();
         for panel in panels {
             let columns = panel * WIDTH..((panel + 1) * WIDTH).min(self.n);
+            let bias = bias.map(|bias| &bias[columns.clone()]);
             let mut first = block.start;
             while first < block.end {
                 let num_rows = (block.end - first).min(Tile::MAX_ROWS);
-                let mut tile = Tile::default();
                 instructions.multiply(self, rows, panel, first..first + num_rows, &mut tile);
                 for (row, sums) in tile.sums[..num_rows].iter().enumerate() {
                     // SAFETY: tasks have disjoint rows or panels, and within a task each tile is visited once.
                     let out = unsafe { output.slice((first + row) * self.n + columns.start, columns.len()) };
-                    match bias {
-                        Some(bias) => {
-                            let bias = &bias[columns.clone()];
-                            out.iter_mut()
-                                .zip(sums)
-                                .zip(bias)
-                                .for_each(|((out, sum), bias)| *out = sum + bias);
-                        }
-                        None => out.copy_from_slice(&sums[..columns.len()]),
-                    }
+                    write_sums(out, sums, bias);
                 }
                 first += num_rows;
             }
         }
     }
+}
+
+fn bytes(lines: &[Line]) -> &[u8] {
+    // SAFETY: a line is 64 bytes without padding, and bytes have no alignment.
+    unsafe { std::slice::from_raw_parts(lines.as_ptr().cast(), size_of_val(lines)) }
+}
+
+fn bytes_mut(lines: &mut [Line]) -> &mut [u8] {
+    // SAFETY: as above; any bytes are a line.
+    unsafe { std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), size_of_val(lines)) }
 }
 
 /// Where weight `(column, input)` of a record lies: its byte, and whether in the high half of it.
@@ -191,7 +207,7 @@ fn place(column: usize, input: usize, bits: Bits) -> (usize, bool) {
 /// Quantises one group of one output's weights.
 fn write_column(record: &mut [u8], column: usize, values: &[f32; GROUP], bits: Bits) {
     let (scale, least) = match bits {
-        Bits::Eight => (largest(values) / 127.0, 0.0),
+        Bits::Eight => (values.iter().fold(0.0, |most: f32, x| most.max(x.abs())) / 127.0, 0.0),
         Bits::Four => range_of_four_bits(values),
     };
     // What is multiplied with is what is stored.
@@ -246,21 +262,9 @@ fn range_of_four_bits(values: &[f32; GROUP]) -> (f32, f32) {
     candidates.min_by(|a, b| error(*a).total_cmp(&error(*b))).expect("there are ten: this is a bug")
 }
 
-fn largest(values: &[f32]) -> f32 {
-    const LANES: usize = 16;
-    let mut lanes = [0.0f32; LANES];
-    for chunk in values.chunks(LANES) {
-        for (lane, value) in lanes.iter_mut().zip(chunk) {
-            let value = value.abs();
-            *lane = if value > *lane { value } else { *lane };
-        }
-    }
-    lanes.into_iter().fold(0.0, f32::max)
-}
-
 /// Activations `[m, k]` in 8 bits.
 #[derive(Debug)]
-pub(super) struct QuantRows {
+pub struct QuantRows {
     /// `[m, groups, 64]`, zero beyond `k`.
     pub values: Vec<i8>,
     /// `[m, groups]`
@@ -278,12 +282,15 @@ impl QuantRows {
             scales: vec![0.0; m * groups],
             sums: vec![0; m * groups],
         };
+        let instructions = InstructionSet::of_this_cpu();
         let work = |(((x, values), scales), sums): (((&[f32], &mut [i8]), &mut [f32]), &mut [i32])| {
-            Arch::new().dispatch(|| {
-                for (group, x) in x.chunks(GROUP).enumerate() {
-                    (scales[group], sums[group]) = quantise(x, &mut values[group * GROUP..][..x.len()]);
-                }
-            });
+            let (whole, rest) = x.as_chunks::<GROUP>();
+            let places = values.as_chunks_mut::<GROUP>().0.iter_mut().zip(scales.iter_mut().zip(sums));
+            let mut last = [0.0; GROUP];
+            last[..rest.len()].copy_from_slice(rest);
+            for (x, (values, (scale, sum))) in whole.iter().chain([&last]).zip(places) {
+                (*scale, *sum) = instructions.quantise(x, values);
+            }
         };
         if x.len() < MIN_PARALLEL_WORK {
             let values = rows.values.chunks_mut(groups * GROUP);
@@ -299,21 +306,6 @@ impl QuantRows {
         }
         rows
     }
-}
-
-/// One group; gives its scale and the sum of its values.
-#[inline(always)]
-fn quantise(x: &[f32], values: &mut [i8]) -> (f32, i32) {
-    // Adding 1.5 * 2^23 rounds to an integer, to the even one of two, and leaves it in the low bits.
-    const ROUND: f32 = 12_582_912.0;
-    let largest = largest(x);
-    let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
-    let mut sum = 0;
-    for (value, x) in values.iter_mut().zip(x) {
-        *value = (x * inverse + ROUND).to_bits() as i8;
-        sum += i32::from(*value);
-    }
-    (largest / 127.0, sum)
 }
 
 #[cfg(test)]
