@@ -5,6 +5,7 @@
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use axum::http::HeaderValue;
+use url::Url;
 
 /// Settings of the HTTP server and of everything behind it but the model.
 #[derive(Debug, Clone)]
@@ -62,6 +63,10 @@ pub struct Config {
     pub max_concurrent_grammars: usize,
     /// Most videos a request.
     pub max_videos_per_request: usize,
+    /// Whether the log tells what was asked and answered, and how much of each.
+    pub log_content: bool,
+    pub max_logged_text_bytes: usize,
+    pub traces: TracesConfig,
     pub responses: ResponsesConfig,
     pub media: MediaConfig,
     pub engine: EngineConfig,
@@ -78,6 +83,25 @@ pub struct ResponsesConfig {
     pub max_conversation_bytes: usize,
     /// How long a response is kept.
     pub max_age: Duration,
+}
+
+/// Where traces go, and how many may wait to be sent.
+#[derive(Debug, Clone)]
+pub struct TracesConfig {
+    /// Base URL of the collector (OTLP over HTTP); none: there are no traces.
+    pub endpoint: Option<Url>,
+    /// Share of the traces that begin here; those of a caller are its own decision.
+    pub sample_ratio: f64,
+    /// Spans that wait; further ones are lost.
+    pub max_queued_spans: usize,
+    /// Spans sent at once.
+    pub max_batch_spans: usize,
+    /// Longest time a span waits for others.
+    pub batch_delay: Duration,
+    /// Wall clock for sending a batch.
+    pub export_timeout: Duration,
+    /// Longest time that the end of the server waits for the last spans.
+    pub shutdown_timeout: Duration,
 }
 
 /// Limits of the media stage: what a video may cost.
@@ -191,9 +215,26 @@ impl Default for Config {
             max_guide_choices: 256,
             max_concurrent_grammars: 2,
             max_videos_per_request: 1,
+            log_content: false,
+            max_logged_text_bytes: 64 << 10,
+            traces: TracesConfig::default(),
             responses: ResponsesConfig::default(),
             media: MediaConfig::default(),
             engine: EngineConfig::default(),
+        }
+    }
+}
+
+impl Default for TracesConfig {
+    fn default() -> Self {
+        TracesConfig {
+            endpoint: None,
+            sample_ratio: 1.0,
+            max_queued_spans: 4096,
+            max_batch_spans: 512,
+            batch_delay: Duration::from_secs(2),
+            export_timeout: Duration::from_secs(5),
+            shutdown_timeout: Duration::from_secs(3),
         }
     }
 }

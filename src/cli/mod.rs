@@ -6,6 +6,7 @@ mod access;
 pub mod ask;
 pub mod bench;
 pub mod chat_client;
+mod observing;
 mod options;
 pub mod serve;
 pub mod sse_client;
@@ -90,7 +91,7 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
 fn run_on(runtime: &tokio::runtime::Runtime, cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         Command::Serve(args) => {
-            logs::init(args.log_format, "info");
+            logs::init(args.observing.log_format, "info");
             runtime.block_on(serve::serve(*args))
         }
         Command::Ask(command) => {

@@ -9,6 +9,7 @@ use url::Url;
 
 use super::{
     access::AccessOptions,
+    observing::ObservingOptions,
     options::ModelOptions,
     start::{ensure_ffmpeg, start},
 };
@@ -17,7 +18,7 @@ use crate::{
     engine::EngineHandle,
     http::{self, Access, AppState},
     shutdown,
-    telemetry::{EngineMetrics, Metrics, tracing::LogFormat},
+    telemetry::{EngineMetrics, Metrics, Traces},
 };
 
 /// Settings of the server; what is not here has the default of [`Config`].
@@ -108,9 +109,8 @@ pub struct ServeArgs {
     /// How long running requests may go on after SIGTERM, seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub drain_timeout: u64,
-    /// pretty or json.
-    #[arg(long, default_value = "pretty", env = "TINYLLAVA_LOG_FORMAT")]
-    pub log_format: LogFormat,
+    #[command(flatten)]
+    pub observing: ObservingOptions,
 }
 
 impl ServeArgs {
@@ -155,6 +155,8 @@ impl ServeArgs {
         };
         Config {
             responses,
+            log_content: self.observing.log_content,
+            traces: self.observing.traces(),
             max_videos_per_request: self.max_videos_per_request,
             listen: SocketAddr::new(self.host, self.port),
             metrics_listen: self.metrics_port.map(|port| SocketAddr::new(self.host, port)),
@@ -180,7 +182,10 @@ impl ServeArgs {
 pub async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     let config = Arc::new(args.config());
     let stop = shutdown::requested().context("cannot install signal handlers")?;
-    let state = AppState::new(config.clone(), Metrics::new(&args.served_name()));
+    let traces = Traces::start(&config.traces, &config.served_model_name)?;
+    let metrics = Metrics::new(&config.served_model_name);
+    let state = AppState::traced(config.clone(), metrics, traces.clone());
+    args.observing.warn_of_content();
     let access = args.access.load()?;
     warn_if_open(&access, config.listen);
     state.set_access(access);
@@ -196,12 +201,14 @@ pub async fn serve(args: ServeArgs) -> anyhow::Result<()> {
         engine.stopped().await;
         bail!("the engine has stopped; the log above says why")
     };
-    tokio::select! {
-        served = served => Ok(served?),
+    let outcome = tokio::select! {
+        served = served => served.map_err(anyhow::Error::from),
         broken = running => broken,
         broken = args.access.reload_on_hangup(&state) => broken,
         () = metrics => Ok(()),
-    }
+    };
+    spawn_blocking(move || traces.shut_down()).await?;
+    outcome
 }
 
 /// What answers at the port of the metrics, if there is one. Never completes.

@@ -203,7 +203,7 @@ async fn generate(engine: &crate::engine::EngineHandle, sequence: NewSequence) -
     let mut ids = Vec::new();
     while let Some(event) = stream.next().await {
         match event {
-            TokenEvent::Started { .. } => {}
+            TokenEvent::Started { .. } | TokenEvent::PromptComputed(_) => {}
             TokenEvent::Token { id, .. } => ids.push(id),
             TokenEvent::Finished(_) => return Ok(ids),
             TokenEvent::Failed(error) => bail!("the model failed: {error}"),

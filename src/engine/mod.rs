@@ -12,7 +12,7 @@ pub mod worker;
 
 pub use guidance::{AnswerGuide, EndThinking, Guide, GuideTokens, NoEnd, ThinkingGuide};
 pub use handle::{
-    EngineHandle, EngineLimits, EngineStatus, NewSequence, Permit, ReserveError, SubmitError, TokenEvent,
-    TokenStream, VideoInput,
+    EngineHandle, EngineLimits, EngineStatus, NewSequence, Permit, PromptTimes, ReserveError, SubmitError,
+    TokenEvent, TokenStream, VideoInput,
 };
 pub use worker::{EngineOptions, EngineThread, StepObserver, StepReport, start};

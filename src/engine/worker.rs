@@ -14,7 +14,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 
 use super::{
     guidance::Guide,
-    handle::{EngineHandle, EngineLimits, EngineStatus, Submission, TokenEvent, VideoInput},
+    handle::{EngineHandle, EngineLimits, EngineStatus, PromptTimes, Submission, TokenEvent, VideoInput},
     runner::{Requests, Runner, Sampled},
 };
 use crate::{
@@ -148,6 +148,8 @@ struct Request {
     videos: Vec<VideoInput>,
     guide: Option<Mutex<Guide>>,
     events: mpsc::Sender<TokenEvent>,
+    /// Until they are told.
+    times: Option<PromptTimes>,
     _place: OwnedSemaphorePermit,
 }
 
@@ -240,6 +242,7 @@ impl Worker {
                 videos: sequence.videos,
                 guide: sequence.guide.map(Mutex::new),
                 events,
+                times: Some(PromptTimes::default()),
                 _place: place,
             });
         }
@@ -275,6 +278,9 @@ impl Worker {
         plan.encode.into_iter().for_each(|work| self.encode(work));
         report.encode_seconds = start.elapsed().as_secs_f64();
         let start = Instant::now();
+        for work in &plan.compute[plan.num_decodes..] {
+            self.note(work.sequence, |times| times.prefilling(start));
+        }
         self.compute(plan.compute);
         report.compute_seconds = start.elapsed().as_secs_f64();
         #[cfg(debug_assertions)]
@@ -282,8 +288,16 @@ impl Worker {
         self.report(report);
     }
 
+    fn note(&mut self, id: SequenceId, note: impl FnOnce(&mut PromptTimes)) {
+        if let Some(times) = self.requests.0.get_mut(&id).and_then(|request| request.times.as_mut()) {
+            note(times);
+        }
+    }
+
     fn encode(&mut self, work: EncodeWork) {
+        let start = Instant::now();
         let outcome = guarded(|| self.runner.encode(&work, &self.requests.videos(work.sequence)[work.video]));
+        self.note(work.sequence, |times| times.encoded(start));
         let part = StepPlan { encode: vec![work], ..StepPlan::default() };
         match outcome {
             Ok(()) => self.deliver(&part, Vec::new()),
@@ -316,8 +330,11 @@ impl Worker {
             sampling.zip(sampled).filter_map(|(id, sampled)| Some((id, sampled.logprobs?))).collect();
         for update in self.scheduler.complete(plan, &ids) {
             // The prompt is computed: its pixels are not needed any more.
-            if let Some(request) = self.requests.0.get_mut(&update.sequence) {
+            if let Some(request) = self.requests.0.get_mut(&update.sequence)
+                && let Some(times) = request.times.take()
+            {
                 request.videos = Vec::new();
+                self.send(update.sequence, TokenEvent::PromptComputed(times.finished()));
             }
             if let Some(id) = update.token {
                 let logprobs = logprobs.remove(&update.sequence);

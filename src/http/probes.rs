@@ -62,7 +62,7 @@ pub async fn version() -> Json<Version> {
     responses((status = 200, description = "Prometheus' text format.", body = String, content_type = "text/plain")))]
 pub async fn metrics(State(state): State<AppState>) -> Response {
     let content_type = (header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8");
-    ([content_type], state.metrics().render()).into_response()
+    ([content_type], state.render_metrics()).into_response()
 }
 
 /// `GET /v1/models`

@@ -219,6 +219,11 @@ impl BlockManager {
         self.blocks.len() - self.free.len() - self.reusable.len()
     }
 
+    /// Blocks without holder whose content may be asked for again.
+    pub(super) fn num_reusable(&self) -> usize {
+        self.reusable.len()
+    }
+
     pub(super) fn check_integrity<'a>(&self, tables: impl Iterator<Item = &'a [BlockId]>) {
         let mut holders = vec![0usize; self.blocks.len()];
         for table in tables {

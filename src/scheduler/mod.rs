@@ -81,6 +81,8 @@ pub struct SchedulerStats {
     pub num_waiting: usize,
     pub num_running: usize,
     pub num_used_blocks: usize,
+    /// Held by nobody, kept for prompts that begin alike.
+    pub num_cached_blocks: usize,
     pub prefix: PrefixStats,
     pub encoder_queries: u64,
     pub encoder_hits: u64,
@@ -226,6 +228,7 @@ impl Scheduler {
             num_waiting: self.waiting.len(),
             num_running: self.running.len(),
             num_used_blocks: self.blocks.num_used(),
+            num_cached_blocks: self.blocks.num_reusable(),
             prefix: self.blocks.stats(),
             encoder_queries,
             encoder_hits,

@@ -27,7 +27,7 @@ impl StepObserver for EngineMetrics {
         let (now, last) = (&report.stats, &self.last);
         self.metrics.set_running(now.num_running);
         self.metrics.set_waiting(now.num_waiting);
-        self.metrics.set_kv_usage(now.num_used_blocks as f64 / report.num_blocks.max(1) as f64);
+        self.metrics.set_kv_blocks(now.num_used_blocks, now.num_cached_blocks, report.num_blocks);
         self.metrics.prefix_cache(
             now.prefix.queried_tokens - last.prefix.queried_tokens,
             now.prefix.hit_tokens - last.prefix.hit_tokens,

@@ -1,10 +1,17 @@
-//! Metrics and logs.
+//! Metrics, traces and logs.
 //!
-//! Called by everyone but [`crate::scheduler`]. Never knows what a prompt or an answer says.
+//! Called by everyone but [`crate::scheduler`]. Never knows what a prompt or an answer says, unless `--log-content` asks.
 
+mod collector;
 pub mod engine;
+mod generation;
 pub mod metrics;
+mod traces;
 pub mod tracing;
+mod trail;
 
 pub use engine::EngineMetrics;
+pub use generation::{ContentRecord, GenerationRecord, Outcome, TokenCounts};
 pub use metrics::Metrics;
+pub use traces::{RequestStart, RequestTrace, Traces, TracesError};
+pub use trail::{PieceTimer, Stage, StageRun, Trail};

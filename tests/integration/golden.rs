@@ -122,7 +122,7 @@ async fn run(handle: &EngineHandle, sequence: NewSequence) -> Vec<u32> {
     let mut ids = vec![];
     loop {
         match stream.next().await.expect("the engine lives") {
-            TokenEvent::Started { .. } => {}
+            TokenEvent::Started { .. } | TokenEvent::PromptComputed(_) => {}
             TokenEvent::Token { id, .. } => ids.push(id),
             TokenEvent::Finished(_) => return ids,
             TokenEvent::Failed(error) => panic!("{error}"),
