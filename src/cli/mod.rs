@@ -6,6 +6,7 @@ mod access;
 pub mod ask;
 pub mod bench;
 pub mod chat_client;
+mod kv_events;
 mod options;
 pub mod serve;
 pub mod sse_client;

@@ -63,6 +63,7 @@ struct Inner {
     http_requests: IntCounterVec,
     cache_queries: IntCounterVec,
     cache_hits: IntCounterVec,
+    kv_event_batches: IntCounterVec,
 }
 
 /// What the inference gateway reads, under vLLM's names.
@@ -166,6 +167,12 @@ impl Metrics {
             ),
             cache_queries: counters(r, "tinyllava_cache_queries_total", "Asked of a cache.", &["cache"]),
             cache_hits: counters(r, "tinyllava_cache_hits_total", "Found in a cache.", &["cache"]),
+            kv_event_batches: counters(
+                r,
+                "tinyllava_kv_event_batches_total",
+                "Batches of KV events for routers.",
+                &["outcome"],
+            ),
             registry,
         }))
     }
@@ -224,6 +231,11 @@ impl Metrics {
     fn cache(&self, name: &str, queries: u64, hits: u64) {
         self.0.cache_queries.with_label_values(&[name]).inc_by(queries);
         self.0.cache_hits.with_label_values(&[name]).inc_by(hits);
+    }
+
+    /// A batch of KV events was "published" or "dropped".
+    pub fn kv_event_batch(&self, outcome: &str) {
+        self.0.kv_event_batches.with_label_values(&[outcome]).inc();
     }
 
     /// One stage of one request.

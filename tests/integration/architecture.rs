@@ -14,7 +14,7 @@ const IMPORTS: [(&str, &[&str]); 11] = [
     ("engine", &["config", "model", "scheduler"]),
     ("model", &["scheduler"]),
     ("output", &["prompt", "scheduler"]),
-    ("telemetry", &["engine", "scheduler"]),
+    ("telemetry", &["config", "engine", "scheduler"]),
     ("config", &[]),
     ("shutdown", &[]),
     (
