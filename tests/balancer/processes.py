@@ -46,7 +46,7 @@ class Server:
             "--log-format", "json", "--drain-delay", str(DRAIN_DELAY), "--drain-timeout", "60",
         ]
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(command, stderr=log, cwd=ROOT)
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT)
 
     async def until_ready(self):
         await until(f"server {self.port} is ready", self.is_ready)
@@ -94,10 +94,6 @@ class Balancer:
         except ConnectionError:
             return False
 
-    def stop(self):
-        self.process.terminate()
-        self.process.wait(30)
-
 
 class HAProxy(Balancer):
     NAME = "haproxy"
@@ -125,6 +121,8 @@ class Nginx(Balancer):
             ["envsubst", " ".join(f"${name}" for name in names)], input=template, env=self.environment,
             stdout=subprocess.PIPE, check=True,
         )
+        # Started by root, its workers are somebody else.
+        self.directory.chmod(0o755)
         (self.directory / "nginx.conf").write_bytes(filled.stdout)
         foreground = f"daemon off; pid {self.directory}/pid;"
         # On Debian only root has the directory on its path.

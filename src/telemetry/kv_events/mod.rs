@@ -161,6 +161,8 @@ impl Sender {
             tracing::warn!(%error, address, "cannot connect to send KV events; trying again");
             tokio::time::sleep(replay::PAUSE).await;
         }
+        // What the router subscribes to follows the connection; until then all is thrown away.
+        tokio::time::sleep(replay::PAUSE).await;
     }
 
     async fn send(&mut self, sequence: u64, payload: Vec<u8>) {
