@@ -34,7 +34,9 @@ pub struct Config {
     pub write_stall_timeout: Duration,
     /// How often an idle stream carries a comment.
     pub keep_alive_interval: Duration,
-    /// How long running streams may go on after SIGTERM.
+    /// How long new work is taken on after SIGTERM, while `/ready` says no already.
+    pub drain_delay: Duration,
+    /// How long running streams may go on after that.
     pub drain_timeout: Duration,
     /// Completion length when the request names none (bounded by what the context leaves).
     pub default_max_tokens: usize,
@@ -70,6 +72,19 @@ pub struct Config {
     pub responses: ResponsesConfig,
     pub media: MediaConfig,
     pub engine: EngineConfig,
+    pub kv_events: KvEventsConfig,
+}
+
+/// Limits of the events that tell routers what is in the KV cache.
+#[derive(Debug, Clone)]
+pub struct KvEventsConfig {
+    /// Batches on their way from the engine to the socket; more are dropped.
+    pub max_queued_batches: usize,
+    /// Batches kept for routers that missed some, and their bytes.
+    pub max_replay_batches: usize,
+    pub max_replay_bytes: usize,
+    /// Longest time for one answer of a replay.
+    pub replay_timeout: Duration,
 }
 
 /// Limits of the responses that are kept to be read again and continued.
@@ -200,6 +215,7 @@ impl Default for Config {
             body_idle_timeout: Duration::from_secs(30),
             write_stall_timeout: Duration::from_secs(60),
             keep_alive_interval: Duration::from_secs(5),
+            drain_delay: Duration::ZERO,
             drain_timeout: Duration::from_secs(30),
             default_max_tokens: 1024,
             max_stop_strings: 4,
@@ -221,6 +237,18 @@ impl Default for Config {
             responses: ResponsesConfig::default(),
             media: MediaConfig::default(),
             engine: EngineConfig::default(),
+            kv_events: KvEventsConfig::default(),
+        }
+    }
+}
+
+impl Default for KvEventsConfig {
+    fn default() -> Self {
+        KvEventsConfig {
+            max_queued_batches: 4096,
+            max_replay_batches: 10_000,
+            max_replay_bytes: 32 << 20,
+            replay_timeout: Duration::from_secs(5),
         }
     }
 }

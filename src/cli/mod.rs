@@ -6,6 +6,7 @@ mod access;
 pub mod ask;
 pub mod bench;
 pub mod chat_client;
+mod kv_events;
 mod observing;
 mod options;
 pub mod serve;

@@ -9,6 +9,7 @@ use url::Url;
 
 use super::{
     access::AccessOptions,
+    kv_events::KvEventsOptions,
     observing::ObservingOptions,
     options::ModelOptions,
     start::{ensure_ffmpeg, start},
@@ -18,7 +19,7 @@ use crate::{
     engine::EngineHandle,
     http::{self, Access, AppState},
     shutdown,
-    telemetry::{EngineMetrics, Metrics, Traces},
+    telemetry::{EngineMetrics, KvEventPublisher, Metrics, Traces},
 };
 
 /// Settings of the server; what is not here has the default of [`Config`].
@@ -106,11 +107,17 @@ pub struct ServeArgs {
     /// Longest time for one request, seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
     pub request_timeout: u64,
-    /// How long running requests may go on after SIGTERM, seconds.
+    /// How long new requests are still taken on after SIGTERM, while /ready says no already: as long as a balancer
+    /// takes to notice, seconds.
+    #[arg(long, value_name = "SECONDS", default_value_t = 0)]
+    pub drain_delay: u64,
+    /// How long running requests may go on after that, seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub drain_timeout: u64,
     #[command(flatten)]
     pub observing: ObservingOptions,
+    #[command(flatten)]
+    pub kv_events: KvEventsOptions,
 }
 
 impl ServeArgs {
@@ -164,6 +171,7 @@ impl ServeArgs {
             served_model_name: self.served_name(),
             default_max_tokens: self.default_max_tokens.max(1),
             request_timeout: Duration::from_secs(self.request_timeout),
+            drain_delay: Duration::from_secs(self.drain_delay),
             drain_timeout: Duration::from_secs(self.drain_timeout),
             media: self.model.media(media),
             engine: self.model.engine(engine),
@@ -192,10 +200,11 @@ pub async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     let listener = bind(config.listen, "--port").await?;
     let address = listener.local_addr()?;
     let metrics = serve_metrics(&state).await?;
+    let kv_events = args.kv_events.start(&state).await?;
     tracing::info!(%address, model = %args.model.model, "listening; loading the model");
     let served = http::run(listener, state.clone(), stop);
     let running = async {
-        let engine = load_into(&state, &args.model).await?;
+        let engine = load_into(&state, &args.model, kv_events).await?;
         let scheme = if args.access.is_secure() { "https" } else { "http" };
         tracing::info!("ready: {scheme}://{address}");
         engine.stopped().await;
@@ -255,7 +264,7 @@ pub async fn with_private_server(
     let listener = bind(([127, 0, 0, 1], 0).into(), "--port").await?;
     let url = Url::parse(&format!("http://{}", listener.local_addr()?))?;
     let state = AppState::new(Arc::new(config), Metrics::new(&options.model.to_string()));
-    load_into(&state, options).await?;
+    load_into(&state, options, None).await?;
     tokio::select! {
         served = http::run(listener, state, std::future::pending()) => Ok(served?),
         answered = client(url) => answered,
@@ -263,9 +272,13 @@ pub async fn with_private_server(
 }
 
 /// Loads the model into a server that listens already.
-async fn load_into(state: &AppState, options: &ModelOptions) -> anyhow::Result<EngineHandle> {
+async fn load_into(
+    state: &AppState,
+    options: &ModelOptions,
+    kv_events: Option<KvEventPublisher>,
+) -> anyhow::Result<EngineHandle> {
     let config = state.config();
-    let observer = Box::new(EngineMetrics::new(state.metrics().clone()));
+    let observer = Box::new(EngineMetrics::new(state.metrics().clone()).publishing(kv_events));
     ensure_ffmpeg(options, &config.media).await?;
     let started = start(options, config.engine.clone(), observer, Box::new(())).await?;
     let config = config.clone();

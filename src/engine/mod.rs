@@ -6,6 +6,7 @@ mod encoder_cache;
 pub mod guidance;
 pub mod handle;
 pub mod logprobs;
+pub mod observer;
 pub mod runner;
 pub mod sampler;
 pub mod worker;
@@ -15,4 +16,5 @@ pub use handle::{
     EngineHandle, EngineLimits, EngineStatus, NewSequence, Permit, PromptTimes, ReserveError, SubmitError,
     TokenEvent, TokenStream, VideoInput,
 };
-pub use worker::{EngineOptions, EngineThread, StepObserver, StepReport, start};
+pub use observer::{StepObserver, StepReport};
+pub use worker::{EngineOptions, EngineThread, start};

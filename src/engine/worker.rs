@@ -15,42 +15,17 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use super::{
     guidance::Guide,
     handle::{EngineHandle, EngineLimits, EngineStatus, PromptTimes, Submission, TokenEvent, VideoInput},
+    observer::{StepObserver, StepReport},
     runner::{Requests, Runner, Sampled},
 };
 use crate::{
     config::EngineConfig,
     model::{KvCache, Tap, VideoLanguageModel},
     scheduler::{
-        ComputeWork, EncodeWork, SamplingParams, Scheduler, SchedulerLimits, SchedulerStats, SequenceId,
-        SequenceSpec, SequenceUpdate, StepPlan, StopReason, TokenId, VisualSpan,
+        ComputeWork, EncodeWork, SamplingParams, Scheduler, SchedulerLimits, SequenceId, SequenceSpec,
+        SequenceUpdate, StepPlan, StopReason, TokenId, VisualSpan,
     },
 };
-
-/// What a step did, for the metrics.
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub struct StepReport {
-    /// After the step.
-    pub stats: SchedulerStats,
-    /// Blocks of the cache.
-    pub num_blocks: usize,
-    pub num_encoded_frames: usize,
-    pub num_prefill_tokens: usize,
-    pub num_decodes: usize,
-    /// Seconds of the step's encoding and of its decoder run.
-    pub encode_seconds: f64,
-    pub compute_seconds: f64,
-}
-
-/// Hears of every step, on the engine thread: must return at once.
-pub trait StepObserver: Send {
-    /// Called after each step, and when the last sequence has gone.
-    fn step(&mut self, report: &StepReport);
-}
-
-/// Hears nothing.
-impl StepObserver for () {
-    fn step(&mut self, _: &StepReport) {}
-}
 
 /// What the engine needs besides a model.
 pub struct EngineOptions {
@@ -188,7 +163,7 @@ struct Worker {
 impl Worker {
     fn new(model: Box<dyn VideoLanguageModel>, options: EngineOptions, limits: EngineLimits) -> Self {
         let config = &options.config;
-        let scheduler = Scheduler::new(SchedulerLimits {
+        let mut scheduler = Scheduler::new(SchedulerLimits {
             block_size: config.block_size,
             num_blocks: limits.num_blocks,
             max_running_sequences: config.max_running_sequences,
@@ -198,6 +173,9 @@ impl Worker {
             prefix_cache: config.prefix_cache,
             end_token_ids: options.end_token_ids,
         });
+        if let Some(seed) = options.observer.cache_event_seed() {
+            scheduler.log_cache_events(seed);
+        }
         let cache = KvCache::new(model.shape(), limits.num_blocks, limits.block_size);
         let runner = Runner::new(model, cache, options.num_token_ids, options.tap);
         let requests = RequestTable(HashMap::new());
@@ -285,6 +263,10 @@ impl Worker {
         report.compute_seconds = start.elapsed().as_secs_f64();
         #[cfg(debug_assertions)]
         self.scheduler.check_integrity();
+        let changes = self.scheduler.take_cache_events();
+        if !changes.is_empty() {
+            self.observer.cache_changed(changes);
+        }
         self.report(report);
     }
 

@@ -39,7 +39,8 @@ pub async fn health() -> Json<Status> {
     Json(Status { status: "ok" })
 }
 
-/// `GET /ready`: a request sent now would be taken on.
+/// `GET /ready`: requests should be sent here. Says no as soon as the server is asked to stop, while what comes within
+/// `drain_delay` is still taken on: balancers need a while to notice.
 ///
 /// # Errors
 /// 503 while loading or draining, and when the engine has stopped.
@@ -47,6 +48,9 @@ pub async fn health() -> Json<Status> {
     responses((status = 200, description = "It would.", body = Status), NotReady))]
 pub async fn ready(State(state): State<AppState>) -> Result<Json<Status>, ApiError> {
     state.ready()?;
+    if state.drain().is_announced() {
+        return Err(ApiError::Draining);
+    }
     Ok(Json(Status { status: "ready" }))
 }
 

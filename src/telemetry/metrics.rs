@@ -35,6 +35,7 @@ struct Inner {
     http_in_flight: IntGauge,
     cache_queries: IntCounterVec,
     cache_hits: IntCounterVec,
+    kv_event_batches: IntCounterVec,
 }
 
 /// What the inference gateway reads, under vLLM's names.
@@ -318,6 +319,13 @@ impl Metrics {
                 "Found in a cache, in the same units.",
                 "cache",
                 &CACHES,
+            ),
+            kv_event_batches: counters(
+                r,
+                "tinyllava_kv_event_batches_total",
+                "Batches of KV events for routers.",
+                "outcome",
+                &["published", "dropped"],
             ),
             registry,
         }))

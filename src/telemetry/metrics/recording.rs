@@ -89,6 +89,11 @@ impl Metrics {
         self.cache("encoder", queries, hits);
     }
 
+    /// A batch of KV events was "published" or "dropped".
+    pub fn kv_event_batch(&self, outcome: &str) {
+        self.0.kv_event_batches.with_label_values(&[outcome]).inc();
+    }
+
     fn cache(&self, name: &str, queries: u64, hits: u64) {
         if queries > 0 {
             self.0.cache_queries.with_label_values(&[name]).inc_by(queries);
