@@ -8,6 +8,8 @@ mod checkpoint_open;
 mod cli_access;
 mod cli_client;
 mod cli_commands;
+mod cli_doctor;
+mod deployment;
 mod engine;
 mod golden;
 mod guided_output;
