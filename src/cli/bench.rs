@@ -23,6 +23,7 @@ use uuid::Uuid;
 use super::chat_client::{ChatClient, ChatError};
 use report::Level;
 
+pub mod engine;
 mod report;
 
 /// Largest video that is sent; it travels as base64 inside every request.

@@ -38,7 +38,7 @@ enum Command {
     Serve(Box<serve::ServeArgs>),
     /// Ask one question about one video.
     Ask(Box<AskCommand>),
-    /// Measure a running server, or the frame sampling.
+    /// Measure a running server, the engine alone, or the frame sampling.
     Bench(Box<BenchCommand>),
     /// Write a random checkpoint of a given size in the published layout.
     Synth(synth::SynthArgs),
@@ -71,6 +71,8 @@ struct BenchCommand {
 
 #[derive(Debug, Subcommand)]
 enum BenchSubcommand {
+    /// Time the engine alone: encode a video, prefill a prompt, decode batches.
+    Engine(Box<bench::engine::EngineArgs>),
     /// Time the sampling of 16 frames against decoding the whole file.
     Frames {
         /// Video files.
@@ -133,6 +135,7 @@ async fn ask_command(command: AskCommand) -> anyhow::Result<()> {
 
 async fn bench_command(command: BenchCommand) -> anyhow::Result<()> {
     match (command.what, command.load) {
+        (Some(BenchSubcommand::Engine(args)), _) => bench::engine::bench_engine(&args).await,
         (Some(BenchSubcommand::Frames { files }), _) => bench_frames(&files).await,
         (None, Some(load)) => bench::bench(&load).await,
         (None, None) => anyhow::bail!("nothing to measure: give --url or a subcommand"),

@@ -9,7 +9,12 @@ use clap::{
 
 use crate::{
     config::{EngineConfig, MediaConfig},
-    model::{checkpoint::ModelSpec, variant::Variant, weights::StoredDType},
+    model::{
+        checkpoint::ModelSpec,
+        layers::{Bits, WeightFormat},
+        variant::Variant,
+        weights::StoredDType,
+    },
 };
 
 /// Which model to run, and with how much of the machine.
@@ -23,9 +28,13 @@ pub struct ModelOptions {
     /// directory's name].
     #[arg(long, value_name = "VARIANT", value_parser = variant_parser())]
     pub variant: Option<Variant>,
-    /// What weights are kept as; "auto": as they are stored. Arithmetic is always f32.
+    /// What weights are kept as where they are not quantised; "auto": as they are stored. Arithmetic is then f32.
     #[arg(long, value_enum, default_value_t = DType::Auto)]
     pub dtype: DType,
+    /// Quantise the weights while loading: 8 bits, or 4 (the decoder's; the rest in 8). "auto": the fastest that keeps the
+    /// answers, or none when --dtype says what to keep.
+    #[arg(long, value_enum, default_value_t = Quant::Auto)]
+    pub quant: Quant,
     /// Threads for the model [default: all cores].
     #[arg(long, value_name = "N")]
     pub threads: Option<usize>,
@@ -52,16 +61,13 @@ pub enum DType {
     F16,
 }
 
-impl DType {
-    /// `None`: as stored.
-    pub fn stored(self) -> Option<StoredDType> {
-        match self {
-            DType::Auto => None,
-            DType::F32 => Some(StoredDType::F32),
-            DType::Bf16 => Some(StoredDType::Bf16),
-            DType::F16 => Some(StoredDType::F16),
-        }
-    }
+/// Quantisation of the weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Quant {
+    Auto,
+    None,
+    Q8,
+    Q4,
 }
 
 fn variant_parser() -> impl TypedValueParser<Value = Variant> {
@@ -70,6 +76,21 @@ fn variant_parser() -> impl TypedValueParser<Value = Variant> {
 }
 
 impl ModelOptions {
+    /// What matrices are kept as.
+    pub fn weight_format(&self) -> WeightFormat {
+        let floats = match self.dtype {
+            DType::Auto => WeightFormat::AsStored,
+            DType::F32 => WeightFormat::Float(StoredDType::F32),
+            DType::Bf16 => WeightFormat::Float(StoredDType::Bf16),
+            DType::F16 => WeightFormat::Float(StoredDType::F16),
+        };
+        match self.quant {
+            Quant::Q8 => WeightFormat::Quant(Bits::Eight),
+            Quant::Q4 => WeightFormat::Quant(Bits::Four),
+            Quant::Auto | Quant::None => floats,
+        }
+    }
+
     /// The published model this one is trained like, if it is known.
     pub fn variant(&self) -> Option<Variant> {
         self.variant.or_else(|| Variant::of(&self.model))

@@ -35,6 +35,8 @@ pub struct Started {
     pub generation: GenerationConfig,
     /// Whether a question that does not say is to be thought about.
     pub thinks: bool,
+    /// Bytes of weights that one decode step reads.
+    pub decode_bytes: usize,
 }
 
 /// Sets the number of threads of the kernels. Only the first call counts.
@@ -83,13 +85,14 @@ fn load(
     bar.set_length(checkpoint.weights.num_bytes());
     let on_read = bar.clone();
     checkpoint.weights.on_read(move |bytes| on_read.inc(bytes));
-    let model = TinyLlava::load(&checkpoint.weights, &checkpoint.config, options.dtype.stored())
+    let model = TinyLlava::load(&checkpoint.weights, &checkpoint.config, options.weight_format())
         .map_err(|error| anyhow!("cannot load {}: {error}", checkpoint.id))?;
     bar.finish_and_clear();
     let mut end_token_ids = checkpoint.generation.eos_token_ids.clone();
     end_token_ids.push(tokenizer.end_of_text());
     let engine_options =
         EngineOptions { config, num_token_ids: tokenizer.vocab_size(), end_token_ids, observer, tap };
+    let decode_bytes = model.decode_bytes();
     let (engine, _thread) = engine::start(Box::new(model), engine_options)?;
     tracing::info!(
         model = checkpoint.id,
@@ -101,7 +104,8 @@ fn load(
         "model loaded"
     );
     let shape = tinyllava::shape(&checkpoint.config);
-    Ok(Started { engine, tokenizer, shape, generation: checkpoint.generation, thinks: options.thinks() })
+    let (generation, thinks) = (checkpoint.generation, options.thinks());
+    Ok(Started { engine, tokenizer, shape, generation, thinks, decode_bytes })
 }
 
 fn load_tokenizer(files: &TokenizerFiles) -> anyhow::Result<Tokenizer> {

@@ -2,6 +2,8 @@
 //!
 //! Cuts the work into tiles of queries and runs them on all threads; the arithmetic is in `kernels/`.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 use super::{
@@ -9,6 +11,7 @@ use super::{
     kernels::{
         SharedOutput,
         attention::{KeyValueTiles, PackedKeyValues, QUERY_ROWS, Queries, TILE, attend},
+        attention_bf16::{self, Bf16KeyValues, Scratch},
     },
     kv_cache::LayerCache,
 };
@@ -33,42 +36,139 @@ impl Heads {
     }
 }
 
-/// Every query sees every key. `queries` `[m, heads x dim]`, `keys` and `values` `[n, heads x dim]`; gives `[m, heads x dim]`.
-pub fn full_attention(queries: &[f32], keys: &[f32], values: &[f32], heads: Heads) -> Vec<f32> {
-    let width = heads.width();
-    let (num_queries, num_keys) = (queries.len() / width, keys.len() / width);
-    let packed = PackedKeyValues::pack(keys, values, num_keys, heads.num_heads, heads.head_dim);
-    let mut out = vec![0.0; queries.len()];
-    let output = SharedOutput::new(&mut out);
-    let tiles_a_head = num_queries.div_ceil(QUERY_ROWS);
-    (0..heads.num_heads * tiles_a_head).into_par_iter().for_each(|task| {
-        let (head, tile) = (task / tiles_a_head, task % tiles_a_head);
-        let tokens = tile * QUERY_ROWS..((tile + 1) * QUERY_ROWS).min(num_queries);
-        let offsets: Vec<usize> = tokens.map(|token| token * width + head * heads.head_dim).collect();
-        let visible = vec![num_keys; offsets.len()];
-        run_tile(queries, &output, &offsets, &visible, heads, &packed.head(head));
-    });
-    out
+/// Rows with the heads of queries, keys or values somewhere in them: head `h` of row `r` starts at
+/// `r * stride + offset + h * head_dim`.
+#[derive(Debug, Clone, Copy)]
+pub struct Projected<'a> {
+    pub rows: &'a [f32],
+    pub stride: usize,
+    pub offset: usize,
 }
 
-/// Writes the step's keys and values, `[rows, kv_heads x dim]` each, to their slots.
+impl<'a> Projected<'a> {
+    /// The part of `[rows, stride]` that starts at `offset`.
+    pub fn new(rows: &'a [f32], stride: usize, offset: usize) -> Self {
+        Projected { rows, stride, offset }
+    }
+
+    fn num_rows(&self) -> usize {
+        self.rows.len() / self.stride
+    }
+
+    /// One head of one row.
+    fn head(&self, row: usize, head: usize, head_dim: usize) -> &'a [f32] {
+        &self.rows[row * self.stride + self.offset + head * head_dim..][..head_dim]
+    }
+}
+
+/// An attention in which every query sees every key of its batch.
+#[derive(Debug, Clone, Copy)]
+pub struct FullAttention<'a> {
+    pub queries: Projected<'a>,
+    pub keys: Projected<'a>,
+    pub values: Projected<'a>,
+    /// The rows of the batches lie behind one another, each with as many as the others.
+    pub num_batches: usize,
+    pub heads: Heads,
+    /// Whether operands may be rounded to bf16 where the CPU is faster with them.
+    pub may_round: bool,
+}
+
+impl FullAttention<'_> {
+    /// `[rows, heads x dim]`.
+    pub fn run(self) -> Vec<f32> {
+        let width = self.heads.width();
+        let (num_queries, num_heads) =
+            (self.queries.num_rows() / self.num_batches, self.num_batches * self.heads.num_heads);
+        let mut out = vec![0.0; self.num_batches * num_queries * width];
+        let output = SharedOutput::new(&mut out);
+        let rounds = self.may_round && attention_bf16::is_available();
+        // The keys of a head are packed by each of the tasks that share them.
+        let tasks_a_head = (rayon::current_num_threads() * 2).div_ceil(num_heads).max(1);
+        let queries_a_task = num_queries.div_ceil(tasks_a_head).next_multiple_of(QUERY_ROWS);
+        (0..num_heads * tasks_a_head).into_par_iter().for_each(|task| {
+            let (place, part) = (task / tasks_a_head, task % tasks_a_head);
+            let queries = part * queries_a_task..((part + 1) * queries_a_task).min(num_queries);
+            let (batch, head) = (place / self.heads.num_heads, place % self.heads.num_heads);
+            match rounds {
+                true => self.head_in_bf16(batch, head, queries, &output),
+                false => self.head(batch, head, queries, &output),
+            }
+        });
+        out
+    }
+
+    /// Key and value of a token of a batch.
+    fn key_value<'s>(&'s self, batch: usize, head: usize) -> impl Fn(usize) -> (&'s [f32], &'s [f32]) {
+        let (num_keys, dim) = (self.num_keys(), self.heads.head_dim);
+        move |token| {
+            let row = batch * num_keys + token;
+            (self.keys.head(row, head, dim), self.values.head(row, head, dim))
+        }
+    }
+
+    fn num_keys(&self) -> usize {
+        self.keys.num_rows() / self.num_batches
+    }
+
+    /// Some queries of one head, a few at a time: each with the offset its result goes to, and how many keys it sees.
+    fn tiles(
+        &self,
+        batch: usize,
+        head: usize,
+        queries: Range<usize>,
+    ) -> impl Iterator<Item = impl Iterator<Item = (&[f32], usize, usize)>> {
+        let (width, dim) = (self.heads.width(), self.heads.head_dim);
+        let (first_row, num_keys) = (batch * self.queries.num_rows() / self.num_batches, self.num_keys());
+        let end = queries.end;
+        queries.step_by(QUERY_ROWS).map(move |start| {
+            (start..(start + QUERY_ROWS).min(end)).map(move |query| {
+                let row = first_row + query;
+                (self.queries.head(row, head, dim), row * width + head * dim, num_keys)
+            })
+        })
+    }
+
+    fn head(&self, batch: usize, head: usize, queries: Range<usize>, output: &SharedOutput<'_>) {
+        let token = self.key_value(batch, head);
+        let packed = PackedKeyValues::pack(self.num_keys(), self.heads.head_dim, token);
+        for places in self.tiles(batch, head, queries) {
+            run_tile(places, output, self.heads, |queries, visible, out| {
+                attend(Queries { queries, visible, tiles: &packed, scale: self.heads.scale(), out });
+            });
+        }
+    }
+
+    fn head_in_bf16(&self, batch: usize, head: usize, queries: Range<usize>, output: &SharedOutput<'_>) {
+        let token = self.key_value(batch, head);
+        let packed = Bf16KeyValues::pack(self.num_keys(), self.heads.head_dim, token);
+        let mut scratch = Scratch::default();
+        for places in self.tiles(batch, head, queries) {
+            run_tile(places, output, self.heads, |queries, _, out| {
+                packed.attend(queries, self.heads.scale(), &mut scratch, out);
+            });
+        }
+    }
+}
+
+/// Writes the step's keys and values to their slots.
 pub fn write_cache(
     cache: &mut LayerCache,
     input: &StepInput,
-    keys: &[f32],
-    values: &[f32],
+    keys: Projected<'_>,
+    values: Projected<'_>,
     layout: CacheLayout,
 ) {
     let CacheLayout { block_size, num_kv_heads, head_dim } = layout;
     for (row, &slot) in input.slot_mapping.iter().enumerate() {
         let (block, token) = (slot / block_size, slot % block_size);
         for head in 0..num_kv_heads {
-            let from = (row * num_kv_heads + head) * head_dim;
             let to = (block * num_kv_heads + head) * head_dim * block_size;
-            for (i, &key) in keys[from..from + head_dim].iter().enumerate() {
+            for (i, &key) in keys.head(row, head, head_dim).iter().enumerate() {
                 cache.keys[to + i * block_size + token] = key;
             }
-            cache.values[to + token * head_dim..][..head_dim].copy_from_slice(&values[from..from + head_dim]);
+            cache.values[to + token * head_dim..][..head_dim]
+                .copy_from_slice(values.head(row, head, head_dim));
         }
     }
 }
@@ -93,9 +193,9 @@ impl CacheLayout {
 }
 
 /// Causal attention of a step's rows over the paged cache, prefill and decode alike: the row at position `p` of its
-/// sequence sees positions `[0, p]` through its block table. `queries` `[rows, heads x dim]`, and so the result.
+/// sequence sees positions `[0, p]` through its block table. Gives `[rows, heads x dim]`.
 pub fn paged_attention(
-    queries: &[f32],
+    queries: Projected<'_>,
     cache: &LayerCache,
     input: &StepInput,
     heads: Heads,
@@ -103,7 +203,7 @@ pub fn paged_attention(
 ) -> Vec<f32> {
     let group = heads.num_heads / heads.num_kv_heads;
     // One task: a tile of (row, query head) pairs of one sequence that share a KV head.
-    let mut tasks: Vec<(usize, usize, std::ops::Range<usize>)> = Vec::new();
+    let mut tasks: Vec<(usize, usize, Range<usize>)> = Vec::new();
     for (index, sequence) in input.sequences.iter().enumerate() {
         let num_pairs = sequence.rows.len() * group;
         for kv_head in 0..heads.num_kv_heads {
@@ -111,16 +211,21 @@ pub fn paged_attention(
             tasks.extend(starts.map(|start| (index, kv_head, start..(start + QUERY_ROWS).min(num_pairs))));
         }
     }
-    let mut out = vec![0.0; queries.len()];
+    let mut out = vec![0.0; queries.num_rows() * heads.width()];
     let output = SharedOutput::new(&mut out);
-    let run = |(index, kv_head, pairs): (usize, usize, std::ops::Range<usize>)| {
+    let run = |(index, kv_head, pairs): (usize, usize, Range<usize>)| {
         let sequence = &input.sequences[index];
-        let row_of = |pair: usize| sequence.rows.start + pair / group;
-        let offset = |pair| row_of(pair) * heads.width() + (kv_head * group + pair % group) * heads.head_dim;
-        let offsets: Vec<usize> = pairs.clone().map(offset).collect();
-        let visible: Vec<usize> = pairs.map(|pair| input.positions[row_of(pair)] as usize + 1).collect();
+        let places = pairs.map(|pair| {
+            let (row, head) = (sequence.rows.start + pair / group, kv_head * group + pair % group);
+            let visible = input.positions[row] as usize + 1;
+            let query = queries.head(row, head, heads.head_dim);
+            (query, row * heads.width() + head * heads.head_dim, visible)
+        });
         let blocks = &input.block_tables[sequence.blocks.clone()];
-        run_tile(queries, &output, &offsets, &visible, heads, &PagedHead { cache, blocks, kv_head, layout });
+        let tiles = &PagedHead { cache, blocks, kv_head, layout };
+        run_tile(places, &output, heads, |queries, visible, out| {
+            attend(Queries { queries, visible, tiles, scale: heads.scale(), out });
+        });
     };
     if tasks.len() == 1 {
         tasks.into_iter().for_each(run)
@@ -130,20 +235,24 @@ pub fn paged_attention(
     out
 }
 
-/// Attends for the queries at `offsets`; their results go to the same offsets of `output`.
-fn run_tile<T: KeyValueTiles>(
-    queries: &[f32],
+/// Attends for a few queries; `places`: each with the offset its result goes to, and how many keys it sees.
+fn run_tile<'q>(
+    places: impl Iterator<Item = (&'q [f32], usize, usize)>,
     output: &SharedOutput<'_>,
-    offsets: &[usize],
-    visible: &[usize],
     heads: Heads,
-    tiles: &T,
+    attend: impl FnOnce(&[&[f32]], &[usize], &mut [&mut [f32]]),
 ) {
-    let rows: Vec<&[f32]> = offsets.iter().map(|&offset| &queries[offset..offset + heads.head_dim]).collect();
-    // SAFETY: each (row, head) belongs to one tile, so no two slices overlap.
-    let slice = |&offset: &usize| unsafe { output.slice(offset, heads.head_dim) };
-    let mut out: Vec<&mut [f32]> = offsets.iter().map(slice).collect();
-    attend(Queries { queries: &rows, visible, tiles, scale: heads.scale(), out: &mut out });
+    let mut rows = [&[][..]; QUERY_ROWS];
+    let mut visible = [0; QUERY_ROWS];
+    let mut out: [&mut [f32]; QUERY_ROWS] = Default::default();
+    let mut len = 0;
+    for (query, offset, sees) in places {
+        (rows[len], visible[len]) = (query, sees);
+        // SAFETY: each (row, head) belongs to one tile, so no two slices overlap.
+        out[len] = unsafe { output.slice(offset, heads.head_dim) };
+        len += 1;
+    }
+    attend(&rows[..len], &visible[..len], &mut out[..len]);
 }
 
 /// One KV head of a sequence, seen through its block table.
@@ -215,7 +324,7 @@ mod tests {
                 let blocks: Vec<u32> = (0..context.div_ceil(block_size)).map(|i| (num_blocks - 1 - n * 8 - i) as u32).collect();
                 let slot = |position: usize| blocks[position / block_size] as usize * block_size + position % block_size;
                 let write = StepInput { slot_mapping: (0..context).map(slot).collect(), ..StepInput::default() };
-                write_cache(&mut cache, &write, &keys, &values, layout);
+                write_cache(&mut cache, &write, Projected::new(&keys, width, 0), Projected::new(&values, width, 0), layout);
                 let first_row = input.positions.len();
                 for position in context.saturating_sub(asked)..context {
                     input.positions.push(position as u32);
@@ -236,7 +345,8 @@ mod tests {
                 let rows = first_row..input.positions.len();
                 input.sequences.push(SequenceInput { rows, context_len: context, blocks: first_block..input.block_tables.len() });
             }
-            let got = paged_attention(&queries, &cache, &input, heads, layout);
+            let queries = Projected::new(&queries, heads.width(), 0);
+            let got = paged_attention(queries, &cache, &input, heads, layout);
             for (got, expected) in got.iter().zip(expected) {
                 prop_assert!((f64::from(*got) - expected).abs() < 2e-5, "{got} {expected}");
             }

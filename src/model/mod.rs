@@ -5,6 +5,7 @@
 pub mod attention;
 pub mod checkpoint;
 pub mod config;
+mod cost;
 pub mod embedded;
 pub mod fake;
 mod folders;
@@ -13,6 +14,7 @@ mod kernels;
 pub mod kv_cache;
 pub mod layers;
 pub mod layout;
+pub mod machine;
 pub mod presets;
 pub mod qwen2;
 pub mod resampler;
@@ -118,12 +120,21 @@ pub struct StepInput {
 
 /// Looks at intermediate tensors: for `tinyllava trace` and the parity tests.
 pub trait Tap: Send {
+    /// Whether it looks at all: tensors are not made for nobody.
+    fn is_watching(&self) -> bool {
+        true
+    }
+
     /// `name` as in the golden files; `index` counts layers.
     fn tensor(&mut self, name: &'static str, index: Option<usize>, tensor: &Tensor);
 }
 
 /// Looks at nothing.
 impl Tap for () {
+    fn is_watching(&self) -> bool {
+        false
+    }
+
     fn tensor(&mut self, _: &'static str, _: Option<usize>, _: &Tensor) {}
 }
 

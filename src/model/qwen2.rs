@@ -5,22 +5,21 @@
 
 use super::{
     KvCache, Result, StepInput, Tap, Tensor, VISUAL_TOKEN,
-    attention::{CacheLayout, Heads, paged_attention, write_cache},
+    attention::{CacheLayout, Heads, Projected, paged_attention, write_cache},
     config::Qwen2Config,
     kernels::activation::silu_mul,
-    layers::{Linear, Loader, RmsNorm, rows, with_slice},
+    layers::{Linear, Loader, RmsNorm, rows, show, with_slice},
 };
 
 #[derive(Debug)]
 struct Layer {
     input_layernorm: RmsNorm,
-    q_proj: Linear,
-    k_proj: Linear,
-    v_proj: Linear,
+    /// `[q | k | v]`
+    qkv_proj: Linear,
     o_proj: Linear,
     post_attention_layernorm: RmsNorm,
-    gate_proj: Linear,
-    up_proj: Linear,
+    /// `[gate | up]`
+    gate_up_proj: Linear,
     down_proj: Linear,
 }
 
@@ -41,10 +40,10 @@ impl Decoder {
     pub fn load(loader: &Loader<'_>, config: &Qwen2Config, context: usize) -> Result<Self> {
         let model = loader.pp("model");
         let layers = model.pp("layers");
-        let lm_head =
-            (!config.tie_word_embeddings).then(|| Linear::load(&loader.pp("lm_head"), false)).transpose()?;
+        let table = |place: Loader<'_>| Linear::load(&place.at_least_8_bits(), false);
+        let lm_head = (!config.tie_word_embeddings).then(|| table(loader.pp("lm_head"))).transpose()?;
         Ok(Decoder {
-            embed_tokens: Linear::load(&model.pp("embed_tokens"), false)?,
+            embed_tokens: table(model.pp("embed_tokens"))?,
             layers: (0..config.num_hidden_layers)
                 .map(|i| Layer::load(&layers.pp(i), config))
                 .collect::<Result<_>>()?,
@@ -57,24 +56,35 @@ impl Decoder {
 
     /// Writes the step to `cache`; returns the logits of its `logit_rows`, `[logit_rows, vocab]`.
     pub fn forward(&self, input: &StepInput, cache: &mut KvCache, tap: &mut dyn Tap) -> Result<Tensor> {
+        let hidden = self.config.hidden_size;
         let mut x = self.embed(input)?;
-        tap.tensor("inputs_embeds", None, &x);
+        show(tap, "inputs_embeds", None, &x, hidden)?;
         let layout = CacheLayout::of(cache);
+        let (heads, kv_width) = (self.heads(), layout.num_kv_heads * layout.head_dim);
+        let stride = heads.width() + 2 * kv_width;
         for (index, layer) in self.layers.iter().enumerate() {
-            tap.tensor("llm_hidden", Some(index), &x);
-            let normed = layer.input_layernorm.forward(&x)?;
-            let attended = with_slice(&normed, |x| {
-                let (mut q, mut k) = (layer.q_proj.forward_slice(x), layer.k_proj.forward_slice(x));
-                let v = layer.v_proj.forward_slice(x);
-                self.rotary.apply(&mut q, &input.positions, self.config.num_attention_heads);
-                self.rotary.apply(&mut k, &input.positions, self.config.num_key_value_heads);
-                write_cache(&mut cache.layers[index], input, &k, &v, layout);
-                paged_attention(&q, &cache.layers[index], input, self.heads(), layout)
-            })?;
-            x = (x + rows(layer.o_proj.forward_slice(&attended), self.config.hidden_size)?)?;
-            x = (&x + layer.mlp(&layer.post_attention_layernorm.forward(&x)?)?)?;
+            show(tap, "llm_hidden", Some(index), &x, hidden)?;
+            let mut qkv = layer.qkv_proj.forward(&layer.input_layernorm.forward(&x));
+            self.rotary.apply(&mut qkv, stride, &input.positions, heads.num_heads + heads.num_kv_heads);
+            let part = |offset| Projected::new(&qkv, stride, offset);
+            let (keys, values) = (part(heads.width()), part(heads.width() + kv_width));
+            write_cache(&mut cache.layers[index], input, keys, values, layout);
+            let attended = paged_attention(part(0), &cache.layers[index], input, heads, layout);
+            layer.o_proj.forward_add(&attended, &mut x);
+            let inner = layer.gate_up_proj.forward(&layer.post_attention_layernorm.forward(&x));
+            layer.down_proj.forward_add(&silu_mul(&inner, self.config.intermediate_size), &mut x);
         }
         self.logits(&x, &input.logit_rows, tap)
+    }
+
+    /// Bytes of all matrices a step reads.
+    pub fn num_bytes(&self) -> usize {
+        let layer = |layer: &Layer| {
+            let matrices = [&layer.qkv_proj, &layer.o_proj, &layer.gate_up_proj, &layer.down_proj];
+            matrices.map(|linear| linear.weight().num_bytes()).iter().sum::<usize>()
+        };
+        let head = self.lm_head.as_ref().unwrap_or(&self.embed_tokens);
+        head.weight().num_bytes() + self.layers.iter().map(layer).sum::<usize>()
     }
 
     fn heads(&self) -> Heads {
@@ -86,7 +96,7 @@ impl Decoder {
     }
 
     /// `[rows, hidden]`: embeddings of the tokens, and the visual ones where they stand.
-    fn embed(&self, input: &StepInput) -> Result<Tensor> {
+    fn embed(&self, input: &StepInput) -> Result<Vec<f32>> {
         let hidden = self.config.hidden_size;
         let mut embedded = vec![0.0; input.token_ids.len() * hidden];
         for (row, &id) in embedded.chunks_mut(hidden).zip(&input.token_ids) {
@@ -98,18 +108,17 @@ impl Decoder {
             let place = visual.rows.start * hidden..visual.rows.end * hidden;
             with_slice(&visual.embeddings, |x| embedded[place].copy_from_slice(x))?;
         }
-        rows(embedded, hidden)
+        Ok(embedded)
     }
 
     /// The last norm and the head, for the wanted rows only.
-    fn logits(&self, x: &Tensor, wanted: &[usize], tap: &mut dyn Tap) -> Result<Tensor> {
+    fn logits(&self, x: &[f32], wanted: &[usize], tap: &mut dyn Tap) -> Result<Tensor> {
         let hidden = self.config.hidden_size;
-        let picked = with_slice(x, |x| {
-            wanted.iter().flat_map(|&row| &x[row * hidden..][..hidden]).copied().collect()
-        })?;
-        let normed = self.norm.forward(&rows(picked, hidden)?)?;
-        tap.tensor("llm_last_hidden", None, &normed);
-        self.lm_head.as_ref().unwrap_or(&self.embed_tokens).forward(&normed)
+        let picked: Vec<f32> = wanted.iter().flat_map(|&row| &x[row * hidden..][..hidden]).copied().collect();
+        let normed = self.norm.forward(&picked);
+        show(tap, "llm_last_hidden", None, &normed, hidden)?;
+        let head = self.lm_head.as_ref().unwrap_or(&self.embed_tokens);
+        rows(head.forward(&normed), self.config.vocab_size)
     }
 }
 
@@ -118,24 +127,18 @@ impl Layer {
         let (attention, mlp) = (loader.pp("self_attn"), loader.pp("mlp"));
         Ok(Layer {
             input_layernorm: RmsNorm::load(&loader.pp("input_layernorm"), config.rms_norm_eps)?,
-            q_proj: Linear::load(&attention.pp("q_proj"), true)?,
-            k_proj: Linear::load(&attention.pp("k_proj"), true)?,
-            v_proj: Linear::load(&attention.pp("v_proj"), true)?,
+            qkv_proj: Linear::load_stacked(
+                &["q_proj", "k_proj", "v_proj"].map(|name| attention.pp(name)),
+                true,
+            )?,
             o_proj: Linear::load(&attention.pp("o_proj"), false)?,
             post_attention_layernorm: RmsNorm::load(
                 &loader.pp("post_attention_layernorm"),
                 config.rms_norm_eps,
             )?,
-            gate_proj: Linear::load(&mlp.pp("gate_proj"), false)?,
-            up_proj: Linear::load(&mlp.pp("up_proj"), false)?,
+            gate_up_proj: Linear::load_stacked(&["gate_proj", "up_proj"].map(|name| mlp.pp(name)), false)?,
             down_proj: Linear::load(&mlp.pp("down_proj"), false)?,
         })
-    }
-
-    fn mlp(&self, x: &Tensor) -> Result<Tensor> {
-        let inner =
-            with_slice(x, |x| silu_mul(self.gate_proj.forward_slice(x), &self.up_proj.forward_slice(x)))?;
-        rows(self.down_proj.forward_slice(&inner), self.down_proj.weight().num_outputs())
     }
 }
 
@@ -162,15 +165,15 @@ impl Rotary {
         Rotary { cos, sin, head_dim }
     }
 
-    /// Turns `[rows, heads x dim]` by the rows' positions.
-    fn apply(&self, x: &mut [f32], positions: &[u32], num_heads: usize) {
+    /// Turns the first `num_heads` heads of `[rows, stride]` by the rows' positions.
+    fn apply(&self, x: &mut [f32], stride: usize, positions: &[u32], num_heads: usize) {
         let half = self.head_dim / 2;
-        for (row, &position) in x.chunks_mut(num_heads * self.head_dim).zip(positions) {
+        for (row, &position) in x.chunks_mut(stride).zip(positions) {
             let (cos, sin) = (
                 &self.cos[position as usize * half..][..half],
                 &self.sin[position as usize * half..][..half],
             );
-            for head in row.chunks_mut(self.head_dim) {
+            for head in row[..num_heads * self.head_dim].chunks_mut(self.head_dim) {
                 let (low, high) = head.split_at_mut(half);
                 for i in 0..half {
                     let (a, b) = (low[i], high[i]);

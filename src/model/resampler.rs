@@ -7,10 +7,10 @@ use half::f16;
 
 use super::{
     Result, Tap, Tensor,
-    attention::{Heads, full_attention},
+    attention::{FullAttention, Heads, Projected},
     config::{ConnectorConfig, ConnectorKind},
-    kernels::activation::gelu_erf_in_place,
-    layers::{LayerNorm, Linear, Loader, rows, with_slice},
+    kernels::activation::{add, gelu_erf_in_place},
+    layers::{LayerNorm, Linear, Loader, rows, show, with_slice},
     layout::RESAMPLER_INNER,
 };
 
@@ -37,7 +37,7 @@ pub struct Resampler {
     config: ConnectorConfig,
     linear: Linear,
     /// `[queries a chunk, dim]`
-    latents: Tensor,
+    latents: Vec<f32>,
     layers: Vec<Layer>,
     norm: LayerNorm,
 }
@@ -48,7 +48,7 @@ impl Resampler {
         let layers = loader.pp("layers");
         Ok(Resampler {
             linear: Linear::load(&loader.pp("linear"), true)?,
-            latents: rows(loader.vector("latents")?, config.hidden_size)?,
+            latents: loader.vector("latents")?,
             layers: (0..config.num_resampler_layers)
                 .map(|i| Layer::load(&layers.pp(i)))
                 .collect::<Result<_>>()?,
@@ -59,46 +59,49 @@ impl Resampler {
 
     /// `features` `[n, vision_hidden]` to `[num_queries, dim]`.
     pub fn forward(&self, features: &Tensor, tap: &mut dyn Tap) -> Result<Tensor> {
-        let media = self.linear.forward(features)?;
-        tap.tensor("connector_linear", None, &media);
-        let num_features = media.dim(0)?;
+        let dim = self.config.hidden_size;
+        let mut media = with_slice(features, |x| self.linear.forward(x))?;
+        show(tap, "connector_linear", None, &media, dim)?;
+        let num_features = media.len() / dim;
         match self.config.kind {
             ConnectorKind::Naive => {
-                let positions = position_table(num_features, self.config.hidden_size)?;
-                let out = self.resample(&(media + positions)?, 0, tap)?;
-                tap.tensor("connector_no_pos", None, &out);
-                Ok(out)
+                add(&mut media, &position_table(num_features, dim));
+                let out = self.resample(&media, 0, tap)?;
+                show(tap, "connector_no_pos", None, &out, dim)?;
+                rows(out, dim)
             }
             ConnectorKind::Group => {
-                let mut start = 0;
-                let mut chunks = Vec::new();
+                let mut left = &media[..];
+                let mut out = Vec::with_capacity(self.config.num_queries * dim);
                 for group in 0..self.config.group {
-                    let len = chunk_len(num_features, self.config.group, group);
-                    chunks.push(self.resample(&media.narrow(0, start, len)?, group, tap)?);
-                    start += len;
+                    let (chunk, rest) =
+                        left.split_at(chunk_len(num_features, self.config.group, group) * dim);
+                    out.extend(self.resample(chunk, group, tap)?);
+                    left = rest;
                 }
-                let out = Tensor::cat(&chunks, 0)?;
-                tap.tensor("connector_no_pos", None, &out);
-                out + position_table(self.config.num_queries, self.config.hidden_size)?
+                show(tap, "connector_no_pos", None, &out, dim)?;
+                add(&mut out, &position_table(self.config.num_queries, dim));
+                rows(out, dim)
             }
         }
     }
 
     /// One chunk of features through all layers: `[queries a chunk, dim]`.
-    fn resample(&self, media: &Tensor, group: usize, tap: &mut dyn Tap) -> Result<Tensor> {
+    fn resample(&self, media: &[f32], group: usize, tap: &mut dyn Tap) -> Result<Vec<f32>> {
+        let dim = self.config.hidden_size;
         let mut latents = self.latents.clone();
         for (index, layer) in self.layers.iter().enumerate() {
-            let attended = layer.attend(media, &latents)?;
-            latents = (&attended + &latents)?;
-            let fed = layer.feed_forward(&latents)?;
-            latents = (&fed + &latents)?;
+            let attended = layer.attend(media, &latents);
+            add(&mut latents, &attended);
+            let fed = layer.feed_forward(&latents);
+            add(&mut latents, &fed);
             if group == 0 && index == 0 {
-                tap.tensor("connector_g0_l0_attn_out", None, &attended);
-                tap.tensor("connector_g0_l0_ff_out", None, &fed);
-                tap.tensor("connector_g0_l0_latents", None, &latents);
+                show(tap, "connector_g0_l0_attn_out", None, &attended, dim)?;
+                show(tap, "connector_g0_l0_ff_out", None, &fed, dim)?;
+                show(tap, "connector_g0_l0_latents", None, &latents, dim)?;
             }
         }
-        self.norm.forward(&latents)
+        Ok(self.norm.forward(&latents))
     }
 }
 
@@ -123,28 +126,29 @@ impl Layer {
     }
 
     /// Latents look at the media and at themselves.
-    fn attend(&self, media: &Tensor, latents: &Tensor) -> Result<Tensor> {
-        let latents = self.norm_latents.forward(latents)?;
-        let queries = with_slice(&latents, |x| self.to_q.forward_slice(x))?;
-        let context = Tensor::cat(&[&self.norm_media.forward(media)?, &latents], 0)?;
-        let key_values = self.to_kv.forward(&context)?;
-        let half = |index| key_values.narrow(1, index * RESAMPLER_INNER, RESAMPLER_INNER);
-        let attended = with_slice(&half(0)?, |keys| {
-            with_slice(&half(1)?, |values| full_attention(&queries, keys, values, HEADS))
-        })??;
-        self.to_out.forward(&rows(attended, RESAMPLER_INNER)?)
+    fn attend(&self, media: &[f32], latents: &[f32]) -> Vec<f32> {
+        let latents = self.norm_latents.forward(latents);
+        let queries = self.to_q.forward(&latents);
+        let mut context = self.norm_media.forward(media);
+        context.extend_from_slice(&latents);
+        let key_values = self.to_kv.forward(&context);
+        let half = |index| Projected::new(&key_values, 2 * RESAMPLER_INNER, index * RESAMPLER_INNER);
+        let queries = Projected::new(&queries, RESAMPLER_INNER, 0);
+        let may_round = self.to_kv.weight().is_quantised();
+        let (keys, values) = (half(0), half(1));
+        let attended = FullAttention { queries, keys, values, num_batches: 1, heads: HEADS, may_round };
+        self.to_out.forward(&attended.run())
     }
 
-    fn feed_forward(&self, latents: &Tensor) -> Result<Tensor> {
-        let mut inner =
-            with_slice(&self.feed_forward_norm.forward(latents)?, |x| self.feed_forward_in.forward_slice(x))?;
+    fn feed_forward(&self, latents: &[f32]) -> Vec<f32> {
+        let mut inner = self.feed_forward_in.forward(&self.feed_forward_norm.forward(latents));
         gelu_erf_in_place(&mut inner);
-        rows(self.feed_forward_out.forward_slice(&inner), self.feed_forward_out.weight().num_outputs())
+        self.feed_forward_out.forward(&inner)
     }
 }
 
 /// Sinusoidal positions `[num_positions, dim]`, rounded to f16 as the original stores them.
-fn position_table(num_positions: usize, dim: usize) -> Result<Tensor> {
+fn position_table(num_positions: usize, dim: usize) -> Vec<f32> {
     let step = (-(10_000f64.ln()) / dim as f64) as f32;
     let frequencies: Vec<f32> =
         (0..dim.div_ceil(2)).map(|k| f64::from((2 * k) as f32 * step).exp() as f32).collect();
@@ -153,14 +157,13 @@ fn position_table(num_positions: usize, dim: usize) -> Result<Tensor> {
         let value = if column.is_multiple_of(2) { angle.sin() } else { angle.cos() };
         f16::from_f32(value as f32).to_f32()
     };
-    let table = (0..num_positions * dim).map(|i| value(i / dim, i % dim)).collect();
-    rows(table, dim)
+    (0..num_positions * dim).map(|i| value(i / dim, i % dim)).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::{
-        super::{config::ModelConfig, weights::Weights},
+        super::{config::ModelConfig, layers::WeightFormat, weights::Weights},
         *,
     };
 
@@ -174,7 +177,7 @@ mod tests {
         for (name, positions, dim) in [("pos_16x64", 16, 64), ("pos_7x10", 7, 10)] {
             let expected =
                 recorded[name].to_dtype(candle_core::DType::F32).unwrap().to_vec2::<f32>().unwrap();
-            assert_eq!(position_table(positions, dim).unwrap().to_vec2::<f32>().unwrap(), expected, "{name}");
+            assert_eq!(position_table(positions, dim), expected.concat(), "{name}");
         }
     }
 
@@ -184,17 +187,17 @@ mod tests {
         let group = config.connector.clone();
         config.connector = ConnectorConfig { kind: ConnectorKind::Naive, group: 1, ..group };
         let weights = Weights::synthetic(&config, 3);
-        let loader = Loader::new(&weights, None).pp("connector._connector");
+        let loader = Loader::new(&weights, WeightFormat::AsStored).pp("connector._connector");
         let resampler = Resampler::load(&loader, &config.connector).unwrap();
         let width = config.connector.vision_hidden_size;
         let features = rows((0..30 * width).map(|i| (i as f32 * 0.37).sin()).collect(), width).unwrap();
         let out = resampler.forward(&features, &mut ()).unwrap();
         assert_eq!(out.dims(), [config.connector.num_queries, config.connector.hidden_size]);
         // The same weights as one group, on features that carry their positions, without positions at the end.
-        let media = resampler.linear.forward(&features).unwrap();
-        let placed = (media + position_table(30, config.connector.hidden_size).unwrap()).unwrap();
+        let mut placed = with_slice(&features, |x| resampler.linear.forward(x)).unwrap();
+        add(&mut placed, &position_table(30, config.connector.hidden_size));
         let expected = resampler.resample(&placed, 0, &mut ()).unwrap();
-        assert_eq!(out.to_vec2::<f32>().unwrap(), expected.to_vec2::<f32>().unwrap());
+        assert_eq!(out.to_vec2::<f32>().unwrap().concat(), expected);
         // Order matters only through the positions.
         let reversed = features
             .index_select(&Tensor::arange_step(29i64, -1, -1, &candle_core::Device::Cpu).unwrap(), 0)

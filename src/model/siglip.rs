@@ -6,18 +6,17 @@ use rayon::prelude::*;
 
 use super::{
     FrameBatch, Result, Tap, Tensor,
-    attention::{Heads, full_attention},
+    attention::{FullAttention, Heads, Projected},
     config::SiglipConfig,
     kernels::activation::gelu_tanh_in_place,
-    layers::{LayerNorm, Linear, Loader, rows, with_slice},
+    layers::{LayerNorm, Linear, Loader, rows, show, with_slice},
 };
 
 #[derive(Debug)]
 struct Layer {
     layer_norm1: LayerNorm,
-    q_proj: Linear,
-    k_proj: Linear,
-    v_proj: Linear,
+    /// `[q | k | v]`
+    qkv_proj: Linear,
     out_proj: Linear,
     layer_norm2: LayerNorm,
     fc1: Linear,
@@ -79,15 +78,13 @@ impl VisionTower {
         let pixel_values = self.pixel_values(frames.frames(range.clone()))?;
         tap.tensor("pixel_values", None, &pixel_values);
         let mut x = self.embed(&pixel_values, range.len())?;
-        tap.tensor("vision_hidden", Some(0), &x);
+        show(tap, "vision_hidden", Some(0), &x, hidden)?;
         for (index, layer) in self.layers.iter().enumerate() {
-            x = layer.forward(&x, patches, self.heads())?;
-            tap.tensor("vision_hidden", Some(index + 1), &x);
+            layer.forward(&mut x, range.len(), self.heads());
+            show(tap, "vision_hidden", Some(index + 1), &x, hidden)?;
         }
-        x.reshape((range.len(), patches, hidden))?
-            .narrow(1, 1, patches - 1)?
-            .contiguous()?
-            .reshape(((), hidden))
+        let frames = x.chunks(patches * hidden);
+        rows(frames.flat_map(|frame| &frame[hidden..]).copied().collect(), hidden)
     }
 
     fn heads(&self) -> Heads {
@@ -96,7 +93,7 @@ impl VisionTower {
     }
 
     /// The convolution as a product over unfolded patches, plus the positions: `[frames x patches, hidden]`.
-    fn embed(&self, pixel_values: &Tensor, num_frames: usize) -> Result<Tensor> {
+    fn embed(&self, pixel_values: &Tensor, num_frames: usize) -> Result<Vec<f32>> {
         let (size, patch) = (self.config.image_size, self.config.patch_size);
         let side = size / patch;
         let patch_len = 3 * patch * patch;
@@ -111,11 +108,11 @@ impl VisionTower {
                 }
             });
         })?;
-        let mut embedded = self.patch_embedding.forward_slice(&unfolded);
+        let mut embedded = self.patch_embedding.forward(&unfolded);
         embedded.par_chunks_mut(self.position_embedding.len()).for_each(|frame| {
             frame.iter_mut().zip(&self.position_embedding).for_each(|(x, position)| *x += position);
         });
-        rows(embedded, self.config.hidden_size)
+        Ok(embedded)
     }
 }
 
@@ -124,9 +121,10 @@ impl Layer {
         let (attention, mlp) = (loader.pp("self_attn"), loader.pp("mlp"));
         Ok(Layer {
             layer_norm1: LayerNorm::load(&loader.pp("layer_norm1"), config.layer_norm_eps)?,
-            q_proj: Linear::load(&attention.pp("q_proj"), true)?,
-            k_proj: Linear::load(&attention.pp("k_proj"), true)?,
-            v_proj: Linear::load(&attention.pp("v_proj"), true)?,
+            qkv_proj: Linear::load_stacked(
+                &["q_proj", "k_proj", "v_proj"].map(|name| attention.pp(name)),
+                true,
+            )?,
             out_proj: Linear::load(&attention.pp("out_proj"), true)?,
             layer_norm2: LayerNorm::load(&loader.pp("layer_norm2"), config.layer_norm_eps)?,
             fc1: Linear::load(&mlp.pp("fc1"), true)?,
@@ -135,17 +133,21 @@ impl Layer {
     }
 
     /// `x` `[frames x patches, hidden]`; patches attend within their frame.
-    fn forward(&self, x: &Tensor, patches: usize, heads: Heads) -> Result<Tensor> {
-        let normed = self.layer_norm1.forward(x)?;
-        let (q, k, v) = with_slice(&normed, |x| {
-            (self.q_proj.forward_slice(x), self.k_proj.forward_slice(x), self.v_proj.forward_slice(x))
-        })?;
-        let frame = patches * heads.width();
-        let frames = q.chunks(frame).zip(k.chunks(frame)).zip(v.chunks(frame));
-        let attended: Vec<f32> = frames.flat_map(|((q, k), v)| full_attention(q, k, v, heads)).collect();
-        let x = (x + rows(self.out_proj.forward_slice(&attended), heads.width())?)?;
-        let mut inner = with_slice(&self.layer_norm2.forward(&x)?, |x| self.fc1.forward_slice(x))?;
+    fn forward(&self, x: &mut [f32], num_frames: usize, heads: Heads) {
+        let width = heads.width();
+        let qkv = self.qkv_proj.forward(&self.layer_norm1.forward(x));
+        let part = |index: usize| Projected::new(&qkv, 3 * width, index * width);
+        let attended = FullAttention {
+            queries: part(0),
+            keys: part(1),
+            values: part(2),
+            num_batches: num_frames,
+            heads,
+            may_round: self.qkv_proj.weight().is_quantised(),
+        };
+        self.out_proj.forward_add(&attended.run(), x);
+        let mut inner = self.fc1.forward(&self.layer_norm2.forward(x));
         gelu_tanh_in_place(&mut inner);
-        &x + rows(self.fc2.forward_slice(&inner), heads.width())?
+        self.fc2.forward_add(&inner, x);
     }
 }

@@ -4,11 +4,11 @@ use super::{
     FrameBatch, KvCache, ModelShape, Result, StepInput, Tap, Tensor, VideoLanguageModel,
     config::ModelConfig,
     kernels::attention::TILE,
-    layers::Loader,
+    layers::{Loader, WeightFormat},
     qwen2::Decoder,
     resampler::Resampler,
     siglip::VisionTower,
-    weights::{StoredDType, Weights},
+    weights::Weights,
 };
 
 /// The whole family: R1, ColdStart, SFT and TinyLLaVA-Video differ in their weights and sizes only.
@@ -21,25 +21,31 @@ pub struct TinyLlava {
 }
 
 impl TinyLlava {
-    /// Reads all weights. `dtype`: what they are kept as, as stored when `None`; arithmetic is f32, as the original's.
+    /// Reads all weights, to be kept as `format`.
     ///
     /// # Errors
     /// When a tensor cannot be read, or the sizes do not suit the CPU kernels.
-    pub fn load(weights: &Weights, config: &ModelConfig, dtype: Option<StoredDType>) -> Result<Self> {
+    pub fn load(weights: &Weights, config: &ModelConfig, format: WeightFormat) -> Result<Self> {
         let head_dim = config.text.head_dim();
         if !head_dim.is_multiple_of(TILE) {
             candle_core::bail!(
                 "heads of {head_dim} are not supported: the width of a head must be a multiple of {TILE}"
             );
         }
-        let loader = Loader::new(weights, dtype);
-        let vision = loader.pp("vision_tower._vision_tower.vision_model");
+        let loader = Loader::new(weights, format);
+        let eyes = loader.at_least_8_bits();
+        let vision = eyes.pp("vision_tower._vision_tower.vision_model");
         Ok(TinyLlava {
             vision_tower: VisionTower::load(&vision, &config.vision)?,
-            connector: Resampler::load(&loader.pp("connector._connector"), &config.connector)?,
+            connector: Resampler::load(&eyes.pp("connector._connector"), &config.connector)?,
             language_model: Decoder::load(&loader.pp("language_model"), &config.text, config.context)?,
             shape: shape(config),
         })
+    }
+
+    /// Bytes of weights that one decode step reads, however many sequences it holds.
+    pub fn decode_bytes(&self) -> usize {
+        self.language_model.num_bytes()
     }
 }
 

@@ -54,12 +54,30 @@ impl StoredTensor<'_> {
         self.convert(f16::from_f32)
     }
 
+    /// Elements `[start, start + out.len())` as f32.
+    pub fn copy_f32(&self, start: usize, out: &mut [f32]) {
+        let width = self.dtype.num_bytes();
+        let bytes = &self.data[start * width..(start + out.len()) * width];
+        match self.dtype {
+            StoredDType::F32 => copy(bytes, out, f32::from_le_bytes),
+            StoredDType::F16 => copy(bytes, out, |bytes| f16::from_le_bytes(bytes).to_f32()),
+            StoredDType::Bf16 => copy(bytes, out, |bytes| bf16::from_le_bytes(bytes).to_f32()),
+        }
+    }
+
     fn convert<T: Default + Copy + Send>(&self, to: impl Fn(f32) -> T + Sync) -> Vec<T> {
         match self.dtype {
             StoredDType::F32 => convert(&self.data, |bytes| to(f32::from_le_bytes(bytes))),
             StoredDType::F16 => convert(&self.data, |bytes| to(f16::from_le_bytes(bytes).to_f32())),
             StoredDType::Bf16 => convert(&self.data, |bytes| to(bf16::from_le_bytes(bytes).to_f32())),
         }
+    }
+}
+
+/// Elements of `N` bytes each, which need not be aligned.
+fn copy<const N: usize, T>(bytes: &[u8], out: &mut [T], element: impl Fn([u8; N]) -> T) {
+    for (out, bytes) in out.iter_mut().zip(bytes.as_chunks().0) {
+        *out = element(*bytes);
     }
 }
 
@@ -71,11 +89,7 @@ fn convert<const N: usize, T: Default + Copy + Send>(
     const ELEMENTS_A_TASK: usize = 1 << 16;
     let mut out = vec![T::default(); bytes.len() / N];
     let tasks = out.par_chunks_mut(ELEMENTS_A_TASK).zip(bytes.par_chunks(ELEMENTS_A_TASK * N));
-    tasks.for_each(|(out, bytes)| {
-        for (out, bytes) in out.iter_mut().zip(bytes.as_chunks().0) {
-            *out = element(*bytes);
-        }
-    });
+    tasks.for_each(|(out, bytes)| copy(bytes, out, &element));
     out
 }
 

@@ -13,6 +13,7 @@ use tinyllava::{
     model::{
         FrameBatch, Tap, VISUAL_TOKEN,
         config::ModelConfig,
+        layers::WeightFormat,
         tinyllava::TinyLlava,
         weights::{StoredDType, Weights},
     },
@@ -67,12 +68,12 @@ fn checkpoint(name: &str) -> Checkpoint {
 }
 
 impl Checkpoint {
-    fn start(&self, config: EngineConfig, dtype: Option<StoredDType>) -> (EngineHandle, Recording, Observer) {
+    fn start(&self, config: EngineConfig, format: WeightFormat) -> (EngineHandle, Recording, Observer) {
         let model_config =
             ModelConfig::from_json(&std::fs::read_to_string(format!("{}/config.json", self.dir)).unwrap())
                 .unwrap();
         let weights = Weights::open(Path::new(&self.dir), &model_config).unwrap();
-        let model = TinyLlava::load(&weights, &model_config, dtype).unwrap();
+        let model = TinyLlava::load(&weights, &model_config, format).unwrap();
         let (recording, observer) = (Recording::default(), Observer::default());
         let options = EngineOptions {
             config,
@@ -139,7 +140,7 @@ fn chunked() -> EngineConfig {
 
 async fn assert_parity(name: &str, config: EngineConfig) {
     let checkpoint = checkpoint(name);
-    let (engine, seen, _) = checkpoint.start(config.clone(), Some(StoredDType::F32));
+    let (engine, seen, _) = checkpoint.start(config.clone(), WeightFormat::Float(StoredDType::F32));
     let ids = run(&engine, checkpoint.request()).await;
     checkpoint.assert_close("pixel_values", &seen.rows("pixel_values", 4), 0.0);
     for layer in 0..3 {
@@ -192,8 +193,8 @@ async fn every_tensor_equals_the_original_in_chunks() {
 async fn weights_kept_in_their_16_bits_give_the_same_bits_as_widened_ones() {
     let checkpoint = checkpoint("tiny_bf16_sharded");
     let mut logits = vec![];
-    for dtype in [None, Some(StoredDType::F32)] {
-        let (engine, seen, _) = checkpoint.start(whole(), dtype);
+    for format in [WeightFormat::AsStored, WeightFormat::Float(StoredDType::F32)] {
+        let (engine, seen, _) = checkpoint.start(whole(), format);
         assert_eq!(run(&engine, checkpoint.request()).await, checkpoint.greedy_ids());
         logits.push(seen.first("logits_last").to_vec2::<f32>().unwrap());
     }
@@ -210,7 +211,8 @@ async fn a_request_gives_the_same_tokens_in_a_batch_in_chunks_and_after_a_prefix
         request
     };
     let alone = {
-        let (engine, _, _) = checkpoint.start(EngineConfig { prefix_cache: false, ..whole() }, None);
+        let (engine, _, _) =
+            checkpoint.start(EngineConfig { prefix_cache: false, ..whole() }, WeightFormat::AsStored);
         let mut replies = vec![];
         for seed in 0..4 {
             replies.push(run(&engine, sampled(seed)).await);
@@ -218,7 +220,7 @@ async fn a_request_gives_the_same_tokens_in_a_batch_in_chunks_and_after_a_prefix
         replies
     };
     for config in [whole(), chunked()] {
-        let (engine, _, observer) = checkpoint.start(config, None);
+        let (engine, _, observer) = checkpoint.start(config, WeightFormat::AsStored);
         let others: Vec<_> = (0..12)
             .map(|n| {
                 let mut other = sampled(100 + n as u64);

@@ -25,6 +25,7 @@ use tinyllava::{
         VideoLanguageModel,
         checkpoint::{Checkpoint, ModelSpec},
         fake::FakeModel,
+        layers::WeightFormat,
         tinyllava::TinyLlava,
     },
     prompt::Tokenizer,
@@ -116,7 +117,7 @@ pub async fn server(config: Config, model: FakeModel) -> Server {
 /// A ready server on the embedded model, which samples only when a request says so.
 pub async fn nano_server(mut config: Config) -> Server {
     let checkpoint = Checkpoint::open(&ModelSpec::Nano).unwrap();
-    let model = TinyLlava::load(&checkpoint.weights, &checkpoint.config, None).unwrap();
+    let model = TinyLlava::load(&checkpoint.weights, &checkpoint.config, WeightFormat::AsStored).unwrap();
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/nano");
     config.media.num_frames = model.shape().num_frames;
     let state = state(config);

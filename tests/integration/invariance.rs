@@ -4,6 +4,7 @@ use proptest::prelude::*;
 use tinyllava::model::{
     KvCache, SequenceInput, StepInput, Tensor, VideoLanguageModel,
     config::ModelConfig,
+    layers::{Bits, WeightFormat},
     tinyllava::TinyLlava,
     weights::{StoredDType, Weights},
 };
@@ -51,7 +52,7 @@ fn model(
     group: usize,
     layers: usize,
     seed: u64,
-    dtype: StoredDType,
+    format: WeightFormat,
 ) -> (TinyLlava, ModelConfig) {
     let mut config = ModelConfig::tiny_test();
     config.text.num_attention_heads = heads * group;
@@ -60,8 +61,15 @@ fn model(
     config.text.num_hidden_layers = layers;
     config.connector.hidden_size = config.text.hidden_size;
     let weights = Weights::synthetic(&config, seed);
-    (TinyLlava::load(&weights, &config, Some(dtype)).unwrap(), config)
+    (TinyLlava::load(&weights, &config, format).unwrap(), config)
 }
+
+const FORMATS: [WeightFormat; 4] = [
+    WeightFormat::Float(StoredDType::F32),
+    WeightFormat::Float(StoredDType::F16),
+    WeightFormat::Quant(Bits::Eight),
+    WeightFormat::Quant(Bits::Four),
+];
 
 /// Blocks in an order of their own, some of them shared by nobody.
 fn block_table(len: usize, block_size: usize, seed: u32) -> Vec<u32> {
@@ -81,11 +89,10 @@ proptest! {
         cuts in prop::collection::vec(1..150usize, 0..6),
         others in prop::collection::vec(1..60usize, 0..5),
         block_size in prop_oneof![Just(16usize), Just(32)],
-        half in any::<bool>(),
+        format in prop::sample::select(FORMATS.to_vec()),
     ) {
         let (heads, group, layers, seed) = shape;
-        let dtype = if half { StoredDType::F16 } else { StoredDType::F32 };
-        let (mut model, config) = model(heads, group, layers, seed, dtype);
+        let (mut model, config) = model(heads, group, layers, seed, format);
         let tokens: Vec<u32> = (0..len).map(|i| (i * 31 + seed as usize % 97) as u32 % config.text.vocab_size as u32).collect();
         let new_cache = |model: &TinyLlava| KvCache::new(model.shape(), NUM_BLOCKS * 2, block_size);
         let blocks = block_table(len, block_size, seed as u32);

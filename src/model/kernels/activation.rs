@@ -62,22 +62,36 @@ pub fn gelu_erf_in_place(values: &mut [f32]) {
     for_rows(values, 1024, |row| row.iter_mut().for_each(|x| *x = gelu(*x)));
 }
 
-/// `silu(gate) * up`; `gate` and `up` have the same length.
-pub fn silu_mul(mut gate: Vec<f32>, up: &[f32]) -> Vec<f32> {
-    const CHUNK: usize = 4096;
-    let work = |(gate, up): (&mut [f32], &[f32])| {
+/// `silu(gate) * up` of rows `[gate | up]`, each half `width` wide: `[rows, width]`.
+pub fn silu_mul(gates_and_ups: &[f32], width: usize) -> Vec<f32> {
+    let mut out = vec![0.0; gates_and_ups.len() / 2];
+    let work = |(out, row): (&mut [f32], &[f32])| {
+        let (gates, ups) = row.split_at(width);
         Arch::new().dispatch(|| {
-            for (gate, up) in gate.iter_mut().zip(up) {
-                *gate = *gate / (1.0 + exp(-*gate)) * up;
+            for ((out, gate), up) in out.iter_mut().zip(gates).zip(ups) {
+                *out = *gate / (1.0 + exp(-*gate)) * up;
             }
         });
     };
-    if gate.len() < MIN_PARALLEL_WORK / 4 {
-        work((&mut gate, up));
+    if out.len() < MIN_PARALLEL_WORK / 4 {
+        out.chunks_mut(width).zip(gates_and_ups.chunks(2 * width)).for_each(work);
     } else {
-        gate.par_chunks_mut(CHUNK).zip(up.par_chunks(CHUNK)).for_each(work);
+        out.par_chunks_mut(width).zip(gates_and_ups.par_chunks(2 * width)).for_each(work);
     }
-    gate
+    out
+}
+
+/// `to += x`.
+pub fn add(to: &mut [f32], x: &[f32]) {
+    const CHUNK: usize = 16 * 1024;
+    let work = |(to, x): (&mut [f32], &[f32])| {
+        Arch::new().dispatch(|| to.iter_mut().zip(x).for_each(|(to, x)| *to += x));
+    };
+    if to.len() < MIN_PARALLEL_WORK {
+        work((to, x));
+    } else {
+        to.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(work);
+    }
 }
 
 #[inline(always)]
@@ -93,30 +107,40 @@ fn sum(values: &[f32], term: impl Fn(f32) -> f32) -> f32 {
     lanes.iter().sum::<f32>() + rest.iter().map(|&x| term(x)).sum::<f32>()
 }
 
+/// Runs `row` from rows of `x` to rows of a new buffer of the same size, in parallel when it pays.
+fn map_rows(x: &[f32], width: usize, row: impl Fn(&[f32], &mut [f32]) + Sync) -> Vec<f32> {
+    let mut out = vec![0.0; x.len()];
+    if x.len() < MIN_PARALLEL_WORK / 4 {
+        Arch::new().dispatch(|| x.chunks(width).zip(out.chunks_mut(width)).for_each(|(x, out)| row(x, out)));
+    } else {
+        let rows = x.par_chunks(width).zip(out.par_chunks_mut(width));
+        rows.for_each(|(x, out)| Arch::new().dispatch(|| row(x, out)));
+    }
+    out
+}
+
 /// LayerNorm over rows of `weight.len()`.
-pub fn layer_norm(mut values: Vec<f32>, weight: &[f32], bias: &[f32], eps: f32) -> Vec<f32> {
+pub fn layer_norm(x: &[f32], weight: &[f32], bias: &[f32], eps: f32) -> Vec<f32> {
     let width = weight.len();
-    for_rows(&mut values, width, |row| {
+    map_rows(x, width, |row, out| {
         let mean = sum(row, |x| x) / width as f32;
         let variance = sum(row, |x| (x - mean) * (x - mean)) / width as f32;
         let scale = 1.0 / (variance + eps).sqrt();
-        for ((x, weight), bias) in row.iter_mut().zip(weight).zip(bias) {
-            *x = (*x - mean) * scale * weight + bias;
+        for (((out, x), weight), bias) in out.iter_mut().zip(row).zip(weight).zip(bias) {
+            *out = (x - mean) * scale * weight + bias;
         }
-    });
-    values
+    })
 }
 
 /// RMSNorm over rows of `weight.len()`.
-pub fn rms_norm(mut values: Vec<f32>, weight: &[f32], eps: f32) -> Vec<f32> {
+pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
     let width = weight.len();
-    for_rows(&mut values, width, |row| {
+    map_rows(x, width, |row, out| {
         let scale = 1.0 / (sum(row, |x| x * x) / width as f32 + eps).sqrt();
-        for (x, weight) in row.iter_mut().zip(weight) {
-            *x = *x * scale * weight;
+        for ((out, x), weight) in out.iter_mut().zip(row).zip(weight) {
+            *out = x * scale * weight;
         }
-    });
-    values
+    })
 }
 
 #[cfg(test)]
@@ -141,7 +165,8 @@ mod tests {
         let (mut tanh, mut erf) = (xs.clone(), xs.clone());
         gelu_tanh_in_place(&mut tanh);
         gelu_erf_in_place(&mut erf);
-        let gated = silu_mul(xs.clone(), &vec![2.0; xs.len()]);
+        let halves: Vec<f32> = xs.iter().copied().chain(xs.iter().map(|_| 2.0)).collect();
+        let gated = silu_mul(&halves, xs.len());
         for (i, &x) in xs.iter().enumerate() {
             let x = f64::from(x);
             let by_tanh =
@@ -156,11 +181,11 @@ mod tests {
     fn norms_have_the_moments_they_promise() {
         let values: Vec<f32> = (0..3 * 50).map(|i| ((i * 37 % 101) as f32).sin() + 2.0).collect();
         let (ones, zeros) = (vec![1.0; 50], vec![0.0; 50]);
-        for row in layer_norm(values.clone(), &ones, &zeros, 1e-6).chunks(50) {
+        for row in layer_norm(&values, &ones, &zeros, 1e-6).chunks(50) {
             let mean = row.iter().sum::<f32>() / 50.0;
             assert!(mean.abs() < 1e-5 && (row.iter().map(|x| x * x).sum::<f32>() / 50.0 - 1.0).abs() < 1e-4);
         }
-        for row in rms_norm(values, &ones, 1e-6).chunks(50) {
+        for row in rms_norm(&values, &ones, 1e-6).chunks(50) {
             assert!((row.iter().map(|x| x * x).sum::<f32>() / 50.0 - 1.0).abs() < 1e-4);
         }
     }

@@ -15,7 +15,7 @@ pub const QUERY_ROWS: usize = 6;
 const TILES_A_ROUND: usize = 8;
 const ROUND: usize = TILE * TILES_A_ROUND;
 /// Lanes of the reductions.
-const LANES: usize = 8;
+const LANES: usize = 16;
 
 /// Where keys and values lie.
 pub trait KeyValueTiles: Sync {
@@ -28,7 +28,7 @@ pub trait KeyValueTiles: Sync {
 }
 
 /// Up to [`QUERY_ROWS`] queries against the same keys.
-pub struct Queries<'a, T> {
+pub struct Queries<'a, 'o, T> {
     /// Each `[head_dim]`.
     pub queries: &'a [&'a [f32]],
     /// How many keys each of them sees, at least 1.
@@ -36,16 +36,16 @@ pub struct Queries<'a, T> {
     pub tiles: &'a T,
     pub scale: f32,
     /// Each `[head_dim]`, written.
-    pub out: &'a mut [&'a mut [f32]],
+    pub out: &'a mut [&'o mut [f32]],
 }
 
 /// `out[r] = softmax(scale * q[r] K^T) V` over the first `visible[r]` keys.
-pub fn attend<T: KeyValueTiles>(work: Queries<'_, T>) {
+pub fn attend<T: KeyValueTiles>(work: Queries<'_, '_, T>) {
     debug_assert!(work.visible.iter().all(|&visible| visible > 0));
     Arch::new().dispatch(work);
 }
 
-impl<T: KeyValueTiles> WithSimd for Queries<'_, T> {
+impl<T: KeyValueTiles> WithSimd for Queries<'_, '_, T> {
     type Output = ();
 
     #[inline(always)]
@@ -59,7 +59,7 @@ impl<T: KeyValueTiles> WithSimd for Queries<'_, T> {
     }
 }
 
-impl<T: KeyValueTiles> Queries<'_, T> {
+impl<T: KeyValueTiles> Queries<'_, '_, T> {
     #[inline(always)]
     fn by_rows<S: Simd, const VECTORS: usize>(self, simd: S) {
         match self.queries.len() {
@@ -75,7 +75,11 @@ impl<T: KeyValueTiles> Queries<'_, T> {
     #[inline(always)]
     fn run<S: Simd, const VECTORS: usize, const ROWS: usize>(self, simd: S) {
         let head_dim = self.queries[0].len();
-        let queries: [&[f32]; ROWS] = std::array::from_fn(|row| &self.queries[row][..head_dim]);
+        // Transposed, so that one pointer reaches all rows.
+        let mut queries = vec![[0.0; ROWS]; head_dim];
+        for (i, values) in queries.iter_mut().enumerate() {
+            *values = std::array::from_fn(|row| self.queries[row][i]);
+        }
         let num_keys = self.visible.iter().copied().max().unwrap_or(0);
         let width = self.tiles.value_width();
         let mut sums = vec![0.0f32; ROWS * width];
@@ -116,17 +120,17 @@ impl<T: KeyValueTiles> Queries<'_, T> {
     fn scores<S: Simd, const VECTORS: usize, const ROWS: usize>(
         &self,
         simd: S,
-        queries: &[&[f32]; ROWS],
+        queries: &[[f32; ROWS]],
         tile: usize,
         offset: usize,
         weights: &mut [[f32; ROUND]; ROWS],
     ) {
         let (keys, stride) = self.tiles.keys(tile);
         let mut sums = [[simd.splat_f32s(0.0); VECTORS]; ROWS];
-        for i in 0..queries[0].len() {
+        for (i, queries) in queries.iter().enumerate() {
             let (keys, _) = S::as_simd_f32s(&keys[i * stride..][..TILE]);
             for row in 0..ROWS {
-                let query = simd.splat_f32s(queries[row][i]);
+                let query = simd.splat_f32s(queries[row]);
                 for v in 0..VECTORS {
                     sums[row][v] = simd.mul_add_e_f32s(query, keys[v], sums[row][v]);
                 }
@@ -193,86 +197,72 @@ fn maximum(values: &[f32; ROUND]) -> f32 {
 /// Turns scores into `e^(score - largest)`; returns their sum.
 #[inline(always)]
 fn exponentials(values: &mut [f32; ROUND], largest: f32) -> f32 {
+    // A loop of its own, or the compiler does not turn it into vector code.
+    for value in values.iter_mut() {
+        *value = exp(*value - largest);
+    }
     let mut lanes = [0.0f32; LANES];
-    for chunk in values.chunks_exact_mut(LANES) {
+    for chunk in values.as_chunks::<LANES>().0 {
         for lane in 0..LANES {
-            chunk[lane] = exp(chunk[lane] - largest);
             lanes[lane] += chunk[lane];
         }
     }
     lanes.into_iter().sum()
 }
 
-/// A sequence of keys and values packed into tiles, `heads` of them: for attention outside the cache.
+/// Keys and values of one head packed into tiles: for attention outside the cache.
 #[derive(Debug)]
 pub struct PackedKeyValues {
-    /// `[heads, tiles, head_dim, 16]`
+    /// `[tiles, head_dim, 16]`
     keys: Vec<f32>,
-    /// `[heads, tiles, 16, value_width]`
+    /// `[tiles, 16, value_width]`
     values: Vec<f32>,
-    num_tiles: usize,
     head_dim: usize,
     value_width: usize,
 }
 
-/// One head of a [`PackedKeyValues`].
-#[derive(Debug, Clone, Copy)]
-pub struct PackedHead<'a> {
-    packed: &'a PackedKeyValues,
-    head: usize,
-}
-
 impl PackedKeyValues {
-    /// Packs rows of `[heads x head_dim]`, `token_stride` floats apart, from `keys` and `values`.
-    pub fn pack(keys: &[f32], values: &[f32], num_tokens: usize, heads: usize, head_dim: usize) -> Self {
-        let token_stride = heads * head_dim;
-        let num_tiles = num_tokens.div_ceil(TILE);
-        let value_width = head_dim.next_multiple_of(TILE);
+    /// `token` gives the key and the value of a token, `[head_dim]` each.
+    pub fn pack<'a>(
+        num_tokens: usize,
+        head_dim: usize,
+        token: impl Fn(usize) -> (&'a [f32], &'a [f32]),
+    ) -> Self {
+        let (num_tiles, value_width) = (num_tokens.div_ceil(TILE), head_dim.next_multiple_of(TILE));
         let mut packed = PackedKeyValues {
-            keys: vec![0.0; heads * num_tiles * head_dim * TILE],
-            values: vec![0.0; heads * num_tiles * TILE * value_width],
-            num_tiles,
+            keys: vec![0.0; num_tiles * head_dim * TILE],
+            values: vec![0.0; num_tiles * TILE * value_width],
             head_dim,
             value_width,
         };
-        for token in 0..num_tokens {
-            for head in 0..heads {
-                let from =
-                    token * token_stride + head * head_dim..token * token_stride + (head + 1) * head_dim;
-                let tile = head * num_tiles + token / TILE;
-                let key_tile = &mut packed.keys[tile * head_dim * TILE..][..head_dim * TILE];
-                for (i, &key) in keys[from.clone()].iter().enumerate() {
-                    key_tile[i * TILE + token % TILE] = key;
-                }
-                let at = (tile * TILE + token % TILE) * value_width;
-                packed.values[at..at + head_dim].copy_from_slice(&values[from]);
+        let tiles = packed.keys.chunks_exact_mut(head_dim * TILE).enumerate();
+        for (tile, keys) in tiles {
+            for column in 0..TILE.min(num_tokens - tile * TILE) {
+                let (key, value) = token(tile * TILE + column);
+                keys.iter_mut().skip(column).step_by(TILE).zip(key).for_each(|(to, key)| *to = *key);
+                packed.values[(tile * TILE + column) * value_width..][..head_dim].copy_from_slice(value);
             }
         }
         packed
     }
-
-    /// The tiles of one head.
-    pub fn head(&self, head: usize) -> PackedHead<'_> {
-        PackedHead { packed: self, head }
-    }
 }
 
-impl KeyValueTiles for PackedHead<'_> {
+impl KeyValueTiles for PackedKeyValues {
     #[inline(always)]
     fn keys(&self, tile: usize) -> (&[f32], usize) {
-        let len = self.packed.head_dim * TILE;
-        (&self.packed.keys[(self.head * self.packed.num_tiles + tile) * len..][..len], TILE)
+        let len = self.head_dim * TILE;
+        (&self.keys[tile * len..][..len], TILE)
     }
 
     #[inline(always)]
     fn values(&self, tile: usize) -> &[f32] {
-        let len = self.packed.value_width * TILE;
-        &self.packed.values[(self.head * self.packed.num_tiles + tile) * len..][..len]
+        let len = self.value_width * TILE;
+        &self.values[tile * len..][..len]
     }
 
     #[inline(always)]
     fn value_width(&self) -> usize {
-        self.packed.value_width
+        self.value_width
     }
 }
 
@@ -297,7 +287,7 @@ mod tests {
         (0..dim).map(column).collect()
     }
 
-    fn run(queries: &[&[f32]], visible: &[usize], tiles: &PackedHead<'_>, scale: f32) -> Vec<Vec<f32>> {
+    fn run(queries: &[&[f32]], visible: &[usize], tiles: &PackedKeyValues, scale: f32) -> Vec<Vec<f32>> {
         let mut out = vec![vec![f32::NAN; queries[0].len()]; queries.len()];
         let mut rows: Vec<&mut [f32]> = out.iter_mut().map(Vec::as_mut_slice).collect();
         attend(Queries { queries, visible, tiles, scale, out: &mut rows });
@@ -317,8 +307,7 @@ mod tests {
             let values: Vec<f32> = (0..num_keys * dim).map(|_| next()).collect();
             let queries: Vec<Vec<f32>> = (0..rows).map(|_| (0..dim).map(|_| next()).collect()).collect();
             let visible: Vec<usize> = (0..rows).map(|row| (num_keys * (row + 1) / rows).max(1)).collect();
-            let packed = PackedKeyValues::pack(&keys, &values, num_keys, 1, dim);
-            let head = packed.head(0);
+            let head = PackedKeyValues::pack(num_keys, dim, |token| (&keys[token * dim..][..dim], &values[token * dim..][..dim]));
             let rows: Vec<&[f32]> = queries.iter().map(Vec::as_slice).collect();
             let together = run(&rows, &visible, &head, 0.7);
             for (row, query) in rows.iter().enumerate() {

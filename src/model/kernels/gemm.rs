@@ -8,7 +8,7 @@ use half::{bf16, f16, slice::HalfFloatSliceExt};
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::{MIN_PARALLEL_WORK, SharedOutput};
+use super::{MIN_PARALLEL_WORK, NewOutput, filled, write_sums};
 
 /// Vectors a panel is wide.
 const PANEL_VECTORS: usize = 2;
@@ -88,6 +88,15 @@ impl PackedMatrix {
         self.n
     }
 
+    /// Memory it takes, bytes.
+    pub fn num_bytes(&self) -> usize {
+        match &self.panels {
+            Panels::F32(w) => size_of_val(&w[..]),
+            Panels::Bf16(w) => size_of_val(&w[..]),
+            Panels::F16(w) => size_of_val(&w[..]),
+        }
+    }
+
     /// Row `index` of the matrix, `[k]` (a token's embedding, where the head is tied to the embeddings).
     pub fn copy_row(&self, index: usize, row: &mut [f32]) {
         let start = (index / self.width) * self.k * self.width + index % self.width;
@@ -103,28 +112,22 @@ impl PackedMatrix {
     pub fn multiply(&self, x: &[f32], bias: Option<&[f32]>) -> Vec<f32> {
         let m = x.len() / self.k;
         assert_eq!(x.len(), m * self.k, "an input of another width: this is a bug");
-        let mut out = vec![0.0; m * self.n];
         let num_panels = self.n.div_ceil(self.width);
         let is_small = m * self.n * self.k < MIN_PARALLEL_WORK;
         // Several tasks a thread, so that a slow one does not hold up the rest.
-        let num_tasks = if is_small { 1 } else { rayon::current_num_threads() * 4 };
-        let panels_a_task = num_panels.div_ceil(num_tasks).max(1);
-        let output = SharedOutput::new(&mut out);
-        let run = |task: usize| {
-            let (block, group) =
-                (task / num_panels.div_ceil(panels_a_task), task % num_panels.div_ceil(panels_a_task));
-            let panels = group * panels_a_task..((group + 1) * panels_a_task).min(num_panels);
-            let rows = block * BLOCK_ROWS..((block + 1) * BLOCK_ROWS).min(m);
-            Arch::new().dispatch(BlockProduct { matrix: self, x, bias, rows, panels, output: &output });
+        let num_groups = if is_small { 1 } else { (rayon::current_num_threads() * 4).min(num_panels) };
+        let fill = |output: &NewOutput<'_>| {
+            let run = |task: usize| {
+                let (block, group) = (task / num_groups, task % num_groups);
+                let panels = group * num_panels / num_groups..(group + 1) * num_panels / num_groups;
+                let rows = block * BLOCK_ROWS..((block + 1) * BLOCK_ROWS).min(m);
+                Arch::new().dispatch(BlockProduct { matrix: self, x, bias, rows, panels, output });
+            };
+            let tasks = 0..m.div_ceil(BLOCK_ROWS) * num_groups;
+            if is_small { tasks.for_each(run) } else { tasks.into_par_iter().for_each(run) }
         };
-        let num_blocks = m.div_ceil(BLOCK_ROWS);
-        let tasks = 0..num_blocks * num_panels.div_ceil(panels_a_task);
-        if is_small {
-            tasks.for_each(run)
-        } else {
-            tasks.into_par_iter().for_each(run)
-        }
-        out
+        // SAFETY: the tasks cover all blocks of rows and all panels.
+        unsafe { filled(m * self.n, fill) }
     }
 
     /// One panel as f32, `[k, width]`; `scratch` is used when it is stored otherwise.
@@ -167,7 +170,7 @@ struct BlockProduct<'a> {
     bias: Option<&'a [f32]>,
     rows: std::ops::Range<usize>,
     panels: std::ops::Range<usize>,
-    output: &'a SharedOutput<'a>,
+    output: &'a NewOutput<'a>,
 }
 
 impl WithSimd for BlockProduct<'_> {
@@ -215,14 +218,8 @@ impl BlockProduct<'_> {
             let start = (first_row + row) * n + index * width;
             // SAFETY: tasks have disjoint rows or columns, and within a task each tile is visited once.
             let out = unsafe { self.output.slice(start, num_columns) };
-            let sums: &[f32] = bytemuck_cast(sums);
-            match self.bias {
-                Some(bias) => {
-                    let bias = &bias[index * width..][..num_columns];
-                    out.iter_mut().zip(sums).zip(bias).for_each(|((out, sum), bias)| *out = sum + bias);
-                }
-                None => out.copy_from_slice(&sums[..num_columns]),
-            }
+            let bias = self.bias.map(|bias| &bias[index * width..][..num_columns]);
+            write_sums(out, bytemuck_cast(sums), bias);
         }
     }
 }

@@ -6,25 +6,29 @@
 
 pub mod activation;
 pub mod attention;
+pub mod attention_bf16;
+mod dot;
 pub mod gemm;
+pub mod matrix;
+pub mod quant;
 
-use std::marker::PhantomData;
+use std::{marker::PhantomData, mem::MaybeUninit};
 
 /// Below this many multiplications a kernel runs on the calling thread: waking others costs more.
 const MIN_PARALLEL_WORK: usize = 64 * 1024;
 
 /// A buffer that several threads write disjoint parts of.
-pub(super) struct SharedOutput<'a> {
-    start: *mut f32,
+pub(super) struct SharedOutput<'a, T = f32> {
+    start: *mut T,
     len: usize,
-    _buffer: PhantomData<&'a mut [f32]>,
+    _buffer: PhantomData<&'a mut [T]>,
 }
 
 // SAFETY: `slice` hands out parts; its callers never ask for overlapping ones.
-unsafe impl Sync for SharedOutput<'_> {}
+unsafe impl<T: Send> Sync for SharedOutput<'_, T> {}
 
-impl<'a> SharedOutput<'a> {
-    pub(super) fn new(buffer: &'a mut [f32]) -> Self {
+impl<'a, T> SharedOutput<'a, T> {
+    pub(super) fn new(buffer: &'a mut [T]) -> Self {
         SharedOutput { start: buffer.as_mut_ptr(), len: buffer.len(), _buffer: PhantomData }
     }
 
@@ -32,9 +36,40 @@ impl<'a> SharedOutput<'a> {
     ///
     /// # Safety
     /// No other live slice may overlap it.
-    pub(super) unsafe fn slice(&self, offset: usize, len: usize) -> &'a mut [f32] {
+    pub(super) unsafe fn slice(&self, offset: usize, len: usize) -> &'a mut [T] {
         assert!(offset + len <= self.len, "a kernel writes outside its output: this is a bug");
         // SAFETY: inside the buffer by the assertion, exclusive by the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(offset), len) }
+    }
+}
+
+/// Where a product goes: memory that was never written.
+type NewOutput<'a> = SharedOutput<'a, MaybeUninit<f32>>;
+
+/// A buffer that `fill` writes whole; large ones are not zeroed first, which would cost as much as a product with few
+/// inputs.
+///
+/// # Safety
+/// `fill` must write every element.
+unsafe fn filled(len: usize, fill: impl FnOnce(&NewOutput<'_>)) -> Vec<f32> {
+    let mut values = Vec::with_capacity(len);
+    fill(&SharedOutput::new(&mut values.spare_capacity_mut()[..len]));
+    // SAFETY: written by the caller's promise.
+    unsafe { values.set_len(len) };
+    values
+}
+
+/// `sums`, as many as `out` has place for, plus `bias` where there is one.
+#[inline(always)]
+fn write_sums(out: &mut [MaybeUninit<f32>], sums: &[f32], bias: Option<&[f32]>) {
+    match bias {
+        Some(bias) => {
+            for ((out, sum), bias) in out.iter_mut().zip(sums).zip(bias) {
+                out.write(sum + bias);
+            }
+        }
+        None => {
+            out.write_copy_of_slice(&sums[..out.len()]);
+        }
     }
 }

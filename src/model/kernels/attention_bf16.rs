@@ -1,0 +1,319 @@
+//! Attention over a whole head with operands rounded to bf16, for CPUs that multiply those (AVX-512 BF16).
+//!
+//! Called by `model/attention.rs` where weights are quantised anyway; sums and softmax are f32. A query's arithmetic does
+//! not depend on which other queries are computed beside it.
+
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::*;
+
+use super::{activation::exp, attention::QUERY_ROWS};
+
+/// Keys of a tile: one vector.
+const TILE: usize = 16;
+
+/// Whether this CPU has the instructions.
+pub fn is_available() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    {
+        is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512bf16")
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        false
+    }
+}
+
+/// Keys and values of one head. A `u32` holds two bf16 that are multiplied together, the first in the low half.
+#[derive(Debug)]
+pub struct Bf16KeyValues {
+    /// `[tiles, dim pairs, 16 keys]`; an even number of tiles.
+    keys: Vec<u32>,
+    /// `[key pairs, value_width]`
+    values: Vec<u32>,
+    num_keys: usize,
+    num_tiles: usize,
+    dim_pairs: usize,
+    value_width: usize,
+}
+
+/// Memory that is used again for the next queries.
+#[derive(Debug, Default)]
+pub struct Scratch {
+    /// `[rows, keys of all tiles]`
+    scores: Vec<f32>,
+    /// `[rows, key pairs]`
+    weights: Vec<u32>,
+    /// `[dim pairs, rows]`
+    queries: Vec<u32>,
+}
+
+/// Rounds to bf16, to the even one of two.
+#[inline(always)]
+fn rounded(x: f32) -> u32 {
+    let bits = x.to_bits();
+    bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16
+}
+
+/// Two neighbours as one operand.
+#[inline(always)]
+fn pair(low: f32, high: f32) -> u32 {
+    rounded(low) | rounded(high) << 16
+}
+
+impl Bf16KeyValues {
+    /// `token` gives the key and the value of a token, `[head_dim]` each.
+    pub fn pack<'a>(
+        num_keys: usize,
+        head_dim: usize,
+        token: impl Fn(usize) -> (&'a [f32], &'a [f32]),
+    ) -> Self {
+        let num_tiles = num_keys.div_ceil(TILE).next_multiple_of(2);
+        let (dim_pairs, value_width) = (head_dim.div_ceil(2), head_dim.next_multiple_of(TILE));
+        let mut packed = Bf16KeyValues {
+            keys: vec![0; num_tiles * dim_pairs * TILE],
+            values: vec![0; num_tiles * TILE / 2 * value_width],
+            num_keys,
+            num_tiles,
+            dim_pairs,
+            value_width,
+        };
+        for index in 0..num_keys {
+            let (key, value) = token(index);
+            let tile = &mut packed.keys[index / TILE * dim_pairs * TILE..][..dim_pairs * TILE];
+            for (to, key) in tile.iter_mut().skip(index % TILE).step_by(TILE).zip(key.chunks(2)) {
+                *to = pair(key[0], key.get(1).copied().unwrap_or(0.0));
+            }
+            let shift = if index % 2 == 0 { 0 } else { 16 };
+            let row = &mut packed.values[index / 2 * value_width..][..head_dim];
+            row.iter_mut().zip(value).for_each(|(to, &value)| *to |= rounded(value) << shift);
+        }
+        packed
+    }
+
+    /// `out[r] = softmax(scale * q[r] K^T) V` for up to [`QUERY_ROWS`] queries, over all keys.
+    pub fn attend(&self, queries: &[&[f32]], scale: f32, scratch: &mut Scratch, out: &mut [&mut [f32]]) {
+        assert!(is_available(), "this CPU does not multiply bf16: this is a bug");
+        assert!((1..=QUERY_ROWS).contains(&queries.len()) && queries.len() == out.len());
+        scratch.queries.clear();
+        for i in 0..self.dim_pairs {
+            let at = |query: &[f32], i: usize| query.get(i).map_or(0.0, |x| x * scale);
+            scratch.queries.extend(queries.iter().map(|query| pair(at(query, 2 * i), at(query, 2 * i + 1))));
+        }
+        scratch.scores.resize(QUERY_ROWS * self.num_tiles * TILE, 0.0);
+        scratch.weights.resize(QUERY_ROWS * self.num_tiles * TILE / 2, 0);
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the instructions were asked for above.
+        unsafe {
+            match queries.len() {
+                1 => self.run::<1>(scratch, out),
+                2 => self.run::<2>(scratch, out),
+                3 => self.run::<3>(scratch, out),
+                4 => self.run::<4>(scratch, out),
+                5 => self.run::<5>(scratch, out),
+                _ => self.run::<QUERY_ROWS>(scratch, out),
+            }
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Bf16KeyValues {
+    /// # Safety
+    /// The CPU must have AVX-512 F, BW and BF16; `scratch` must be sized for `ROWS` rows.
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    unsafe fn run<const ROWS: usize>(&self, scratch: &mut Scratch, out: &mut [&mut [f32]]) {
+        let stride = self.num_tiles * TILE;
+        for tiles in 0..self.num_tiles / 2 {
+            // SAFETY: the caller's promise.
+            unsafe { self.scores::<ROWS>(2 * tiles, scratch) };
+        }
+        let mut factors = [0.0f32; ROWS];
+        for row in 0..ROWS {
+            let scores = &mut scratch.scores[row * stride..][..stride];
+            scores[self.num_keys..].fill(f32::NEG_INFINITY);
+            let total = softmax_weights(scores);
+            factors[row] = 1.0 / total;
+            let weights = &mut scratch.weights[row * stride / 2..][..stride / 2];
+            for (to, scores) in weights.iter_mut().zip(scores.as_chunks::<2>().0) {
+                *to = pair(scores[0], scores[1]);
+            }
+        }
+        let mut column = 0;
+        while column < self.value_width {
+            // SAFETY: the caller's promise.
+            unsafe {
+                if column + 2 * TILE <= self.value_width {
+                    self.values::<ROWS, 2>(column, scratch, &factors, out);
+                    column += 2 * TILE;
+                } else {
+                    self.values::<ROWS, 1>(column, scratch, &factors, out);
+                    column += TILE;
+                }
+            }
+        }
+    }
+
+    /// Scores of two neighbouring tiles.
+    ///
+    /// # Safety
+    /// As [`Self::run`]; `tile + 1` must be a tile.
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    unsafe fn scores<const ROWS: usize>(&self, tile: usize, scratch: &mut Scratch) {
+        let stride = self.num_tiles * TILE;
+        let mut acc = [[_mm512_setzero_ps(); 2]; ROWS];
+        // SAFETY: both tiles are inside `keys`, `queries` holds `dim_pairs * ROWS`, `scores` at least `ROWS * stride`.
+        unsafe {
+            let left = self.keys.as_ptr().add(tile * self.dim_pairs * TILE);
+            let right = left.add(self.dim_pairs * TILE);
+            let queries = scratch.queries.as_ptr();
+            for i in 0..self.dim_pairs {
+                let (left, right) = (load(left.add(i * TILE)), load(right.add(i * TILE)));
+                for (row, acc) in acc.iter_mut().enumerate() {
+                    let query = broadcast(queries.add(i * ROWS + row));
+                    acc[0] = _mm512_dpbf16_ps(acc[0], left, query);
+                    acc[1] = _mm512_dpbf16_ps(acc[1], right, query);
+                }
+            }
+            for (row, acc) in acc.iter().enumerate() {
+                let to = scratch.scores.as_mut_ptr().add(row * stride + tile * TILE);
+                _mm512_storeu_ps(to, acc[0]);
+                _mm512_storeu_ps(to.add(TILE), acc[1]);
+            }
+        }
+    }
+
+    /// `16 * VECTORS` columns of the results.
+    ///
+    /// # Safety
+    /// As [`Self::run`]; the columns must be inside `value_width`.
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    unsafe fn values<const ROWS: usize, const VECTORS: usize>(
+        &self,
+        column: usize,
+        scratch: &Scratch,
+        factors: &[f32; ROWS],
+        out: &mut [&mut [f32]],
+    ) {
+        let key_pairs = self.num_tiles * TILE / 2;
+        let mut acc = [[_mm512_setzero_ps(); VECTORS]; ROWS];
+        // SAFETY: `values` is `[key_pairs, value_width]`, `weights` at least `[ROWS, key_pairs]`.
+        unsafe {
+            let (values, weights) = (self.values.as_ptr().add(column), scratch.weights.as_ptr());
+            for i in 0..key_pairs {
+                let row = values.add(i * self.value_width);
+                let values: [__m512bh; VECTORS] = std::array::from_fn(|v| load(row.add(v * TILE)));
+                for (row, acc) in acc.iter_mut().enumerate() {
+                    let weight = broadcast(weights.add(row * key_pairs + i));
+                    for v in 0..VECTORS {
+                        acc[v] = _mm512_dpbf16_ps(acc[v], values[v], weight);
+                    }
+                }
+            }
+        }
+        for ((acc, factor), out) in acc.iter().zip(factors).zip(out) {
+            for (v, acc) in acc.iter().enumerate() {
+                let mut lanes = [0.0f32; TILE];
+                // SAFETY: `lanes` is one vector.
+                unsafe { _mm512_storeu_ps(lanes.as_mut_ptr(), _mm512_mul_ps(*acc, _mm512_set1_ps(*factor))) };
+                // The last vector may reach beyond the head.
+                out.iter_mut().skip(column + v * TILE).zip(lanes).for_each(|(out, lane)| *out = lane);
+            }
+        }
+    }
+}
+
+/// # Safety
+/// 16 elements must be readable.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx512f,avx512bf16")]
+unsafe fn load(from: *const u32) -> __m512bh {
+    // SAFETY: the caller's promise; both types are 64 bytes without invalid values.
+    unsafe { std::mem::transmute(_mm512_loadu_si512(from.cast())) }
+}
+
+/// # Safety
+/// One element must be readable.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx512f,avx512bf16")]
+unsafe fn broadcast(from: *const u32) -> __m512bh {
+    // SAFETY: as in `load`.
+    unsafe { std::mem::transmute(_mm512_set1_epi32(*from as i32)) }
+}
+
+/// Turns scores into `e^(score - largest)`; returns their sum.
+#[inline(always)]
+fn softmax_weights(scores: &mut [f32]) -> f32 {
+    let mut lanes = [f32::NEG_INFINITY; TILE];
+    for chunk in scores.as_chunks::<TILE>().0 {
+        for lane in 0..TILE {
+            lanes[lane] = if chunk[lane] > lanes[lane] { chunk[lane] } else { lanes[lane] };
+        }
+    }
+    let largest = lanes.into_iter().fold(f32::NEG_INFINITY, f32::max);
+    for score in scores.iter_mut() {
+        *score = exp(*score - largest);
+    }
+    let mut lanes = [0.0; TILE];
+    for chunk in scores.as_chunks::<TILE>().0 {
+        for lane in 0..TILE {
+            lanes[lane] += chunk[lane];
+        }
+    }
+    lanes.into_iter().sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::{
+        super::attention::{PackedKeyValues, Queries, attend},
+        *,
+    };
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(60))]
+
+        #[test]
+        fn bf16_attention_is_close_to_the_exact_one_and_ignores_its_neighbours(
+            num_keys in 1..200usize, dim in 1..90usize, rows in 1..=QUERY_ROWS, seed in 1..u32::MAX,
+        ) {
+            if !is_available() {
+                return Ok(());
+            }
+            let mut state = seed;
+            let mut next = || { state ^= state << 13; state ^= state >> 17; state ^= state << 5; (state >> 8) as f32 / 8e6 - 1.0 };
+            let keys: Vec<f32> = (0..num_keys * dim).map(|_| next()).collect();
+            let values: Vec<f32> = (0..num_keys * dim).map(|_| next()).collect();
+            let queries: Vec<Vec<f32>> = (0..rows).map(|_| (0..dim).map(|_| next()).collect()).collect();
+            let token = |token: usize| (&keys[token * dim..][..dim], &values[token * dim..][..dim]);
+            let rows: Vec<&[f32]> = queries.iter().map(Vec::as_slice).collect();
+            let scale = (dim as f32).sqrt().recip();
+            let exact = {
+                let mut out = vec![vec![f32::NAN; dim]; rows.len()];
+                let mut rows_out: Vec<&mut [f32]> = out.iter_mut().map(Vec::as_mut_slice).collect();
+                let tiles = &PackedKeyValues::pack(num_keys, dim, token);
+                attend(Queries { queries: &rows, visible: &vec![num_keys; rows.len()], tiles, scale, out: &mut rows_out });
+                out
+            };
+            let packed = Bf16KeyValues::pack(num_keys, dim, token);
+            let run = |rows: &[&[f32]]| {
+                let mut out = vec![vec![f32::NAN; dim]; rows.len()];
+                let mut rows_out: Vec<&mut [f32]> = out.iter_mut().map(Vec::as_mut_slice).collect();
+                packed.attend(rows, scale, &mut Scratch::default(), &mut rows_out);
+                out
+            };
+            let together = run(&rows);
+            for (row, query) in rows.iter().enumerate() {
+                for (got, expected) in together[row].iter().zip(&exact[row]) {
+                    prop_assert!((got - expected).abs() < 0.02, "{} {}", got, expected);
+                }
+                prop_assert_eq!(&run(&[query])[0], &together[row], "not batch-invariant");
+            }
+        }
+    }
+}

@@ -1,0 +1,434 @@
+//! Integer dot products of a tile: up to six rows of 8-bit activations times one panel of quantised weights; and the
+//! rounding of those activations.
+//!
+//! Called by `kernels/quant.rs` only. One function for each instruction set, chosen at run time; all give the same bits.
+
+use std::ops::Range;
+
+use half::f16;
+
+use super::quant::{Bits, GROUP, QuantMatrix, QuantRows, WIDTH};
+
+/// Four inputs that one instruction multiplies.
+const QUADS: usize = GROUP / 4;
+
+/// The sums of some rows and the columns of a panel.
+#[derive(Debug, Default)]
+pub(super) struct Tile {
+    pub sums: [[f32; WIDTH]; Tile::MAX_ROWS],
+}
+
+impl Tile {
+    /// Six rows of two vectors fill the registers.
+    pub const MAX_ROWS: usize = 6;
+}
+
+/// What the products are computed with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum InstructionSet {
+    /// AVX-512 with VNNI.
+    #[cfg(target_arch = "x86_64")]
+    Avx512Vnni,
+    /// AVX2 with F16C and FMA.
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    /// Whatever the compiler makes of plain Rust.
+    Portable,
+}
+
+impl InstructionSet {
+    /// The fastest this CPU has; the answer is remembered by the standard library.
+    #[inline]
+    pub fn of_this_cpu() -> Self {
+        #[cfg(target_arch = "x86_64")]
+        {
+            let has_avx512 = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw");
+            if has_avx512 && is_x86_feature_detected!("avx512vnni") {
+                return InstructionSet::Avx512Vnni;
+            }
+            let has_avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+            if has_avx2 && is_x86_feature_detected!("f16c") {
+                return InstructionSet::Avx2;
+            }
+        }
+        InstructionSet::Portable
+    }
+
+    /// Rounds one group of activations to 8 bits by its largest value; gives its scale and the sum of its values.
+    #[inline]
+    pub fn quantise(self, x: &[f32; GROUP], values: &mut [i8; GROUP]) -> (f32, i32) {
+        match self {
+            // SAFETY: this value exists only where the CPU has these instructions.
+            #[cfg(target_arch = "x86_64")]
+            InstructionSet::Avx512Vnni => unsafe { x86::quantise_avx512(x, values) },
+            _ => quantise(x, values),
+        }
+    }
+
+    /// `rows` times panel `panel`, into the first rows of `tile`.
+    #[inline]
+    pub fn multiply(
+        self,
+        matrix: &QuantMatrix,
+        rows: &QuantRows,
+        panel: usize,
+        range: Range<usize>,
+        tile: &mut Tile,
+    ) {
+        let work = Work::new(matrix, rows, panel, range);
+        match self {
+            // SAFETY: this value exists only where the CPU has these instructions.
+            #[cfg(target_arch = "x86_64")]
+            InstructionSet::Avx512Vnni => unsafe { x86::avx512_vnni(&work, tile) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            InstructionSet::Avx2 => unsafe { x86::avx2(&work, tile) },
+            InstructionSet::Portable => portable(&work, tile),
+        }
+    }
+}
+
+/// A tile's operands.
+struct Work<'a> {
+    bits: Bits,
+    num_rows: usize,
+    groups: usize,
+    /// `[groups, record]`
+    records: &'a [u8],
+    /// `[rows, groups, 64]`
+    values: &'a [i8],
+    /// `[rows, groups]`
+    scales: &'a [f32],
+    /// `[rows, groups]`
+    sums: &'a [i32],
+}
+
+impl<'a> Work<'a> {
+    /// Cuts out what the tile reads: from here on every index is inside by construction.
+    #[inline]
+    fn new(matrix: &'a QuantMatrix, rows: &'a QuantRows, panel: usize, range: Range<usize>) -> Self {
+        let groups = matrix.num_groups();
+        assert!(!range.is_empty() && range.len() <= Tile::MAX_ROWS, "a tile of another size: this is a bug");
+        Work {
+            bits: matrix.bits,
+            num_rows: range.len(),
+            groups,
+            records: matrix.panel(panel),
+            values: &rows.values[range.start * groups * GROUP..range.end * groups * GROUP],
+            scales: &rows.scales[range.start * groups..range.end * groups],
+            sums: &rows.sums[range.start * groups..range.end * groups],
+        }
+    }
+}
+
+/// Levels on either side of zero.
+const LEVELS: f32 = 127.0;
+
+fn quantise(x: &[f32; GROUP], values: &mut [i8; GROUP]) -> (f32, i32) {
+    // Adding 1.5 * 2^23 rounds to an integer, to the even one of two, and leaves it in the low bits.
+    const ROUND: f32 = 12_582_912.0;
+    const LANES: usize = 8;
+    let mut lanes = [0.0f32; LANES];
+    for chunk in x.as_chunks::<LANES>().0 {
+        for lane in 0..LANES {
+            let value = chunk[lane].abs();
+            lanes[lane] = if value > lanes[lane] { value } else { lanes[lane] };
+        }
+    }
+    let largest = lanes.into_iter().fold(0.0, f32::max);
+    let inverse = if largest > 0.0 { LEVELS / largest } else { 0.0 };
+    for (value, x) in values.iter_mut().zip(x) {
+        *value = (x * inverse + ROUND).to_bits() as i8;
+    }
+    (largest / LEVELS, values.iter().map(|&value| i32::from(value)).sum())
+}
+
+/// The definition the others are tested against.
+fn portable(work: &Work<'_>, tile: &mut Tile) {
+    for row in 0..work.num_rows {
+        let mut acc = [0.0f32; WIDTH];
+        for (group, record) in work.records.chunks_exact(work.bits.record_bytes()).enumerate() {
+            let at = row * work.groups + group;
+            let values = &work.values[at * GROUP..][..GROUP];
+            let mut ints = [0i32; WIDTH];
+            let (weights, halves) = record.split_at(work.bits.weight_bytes());
+            for (quad, values) in values.chunks_exact(4).enumerate() {
+                let (line, shift, mask) = match work.bits {
+                    Bits::Eight => (quad, 0, 255),
+                    Bits::Four => (quad / 2, quad % 2 * 4, 15),
+                };
+                let line = &weights[line * WIDTH * 4..][..WIDTH * 4];
+                for (int, weights) in ints.iter_mut().zip(line.chunks_exact(4)) {
+                    for (weight, value) in weights.iter().zip(values) {
+                        *int += i32::from(weight >> shift & mask) * i32::from(*value);
+                    }
+                }
+            }
+            let half =
+                |column: usize| f16::from_le_bytes([halves[2 * column], halves[2 * column + 1]]).to_f32();
+            let (scale, sum) = (work.scales[at], work.sums[at]);
+            for (column, acc) in acc.iter_mut().enumerate() {
+                match work.bits {
+                    Bits::Eight => {
+                        *acc = ((ints[column] - 128 * sum) as f32).mul_add(half(column) * scale, *acc);
+                    }
+                    Bits::Four => {
+                        *acc = (ints[column] as f32).mul_add(half(column) * scale, *acc);
+                        *acc = half(WIDTH + column).mul_add(sum as f32 * scale, *acc);
+                    }
+                }
+            }
+        }
+        tile.sums[row] = acc;
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::*;
+
+    use super::{Bits, GROUP, LEVELS, QUADS, Tile, WIDTH, Work};
+
+    /// As the plain function, four vectors at a time.
+    ///
+    /// # Safety
+    /// The CPU must have AVX-512 F.
+    #[target_feature(enable = "avx512f")]
+    pub(super) unsafe fn quantise_avx512(x: &[f32; GROUP], values: &mut [i8; GROUP]) -> (f32, i32) {
+        // SAFETY: both arrays hold four times 16 elements.
+        let x: [__m512; 4] = std::array::from_fn(|i| unsafe { _mm512_loadu_ps(x.as_ptr().add(16 * i)) });
+        let larger = |a, b| _mm512_max_ps(_mm512_abs_ps(a), _mm512_abs_ps(b));
+        let largest = _mm512_reduce_max_ps(_mm512_max_ps(larger(x[0], x[1]), larger(x[2], x[3])));
+        let inverse = if largest > 0.0 { LEVELS / largest } else { 0.0 };
+        let mut sum = _mm512_setzero_si512();
+        for (i, x) in x.into_iter().enumerate() {
+            let rounded = _mm512_cvtps_epi32(_mm512_mul_ps(x, _mm512_set1_ps(inverse)));
+            sum = _mm512_add_epi32(sum, rounded);
+            // SAFETY: as above.
+            unsafe {
+                _mm_storeu_si128(values.as_mut_ptr().add(16 * i).cast(), _mm512_cvtepi32_epi8(rounded))
+            };
+        }
+        (largest / LEVELS, _mm512_reduce_add_epi32(sum))
+    }
+
+    /// # Safety
+    /// The CPU must have AVX-512 F, BW and VNNI.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+    pub(super) unsafe fn avx512_vnni(work: &Work<'_>, tile: &mut Tile) {
+        macro_rules! by_rows {
+            ($($rows:literal),*) => {
+                match (work.bits, work.num_rows) {
+                    $((Bits::Eight, $rows) => unsafe { avx512_rows::<$rows, true>(work, tile) },
+                      (Bits::Four, $rows) => unsafe { avx512_rows::<$rows, false>(work, tile) },)*
+                    _ => unreachable!("a tile has at most {} rows: this is a bug", Tile::MAX_ROWS),
+                }
+            };
+        }
+        // SAFETY: the caller's promise.
+        by_rows!(1, 2, 3, 4, 5, 6);
+    }
+
+    /// `EIGHT`: 8 bits; otherwise 4.
+    ///
+    /// # Safety
+    /// As [`avx512_vnni`], with `ROWS` rows in `work`.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+    unsafe fn avx512_rows<const ROWS: usize, const EIGHT: bool>(work: &Work<'_>, tile: &mut Tile) {
+        let groups = work.groups;
+        let (record_bytes, weight_bytes) = (work.bits.record_bytes(), work.bits.weight_bytes());
+        let mut acc = [[_mm512_setzero_ps(); 2]; ROWS];
+        // SAFETY: `Work::new` cut all slices to `groups` groups and `num_rows` rows; every pointer below stays inside
+        // them: `groups` records, of each row `groups` times 64 values, and `groups` scales and sums.
+        unsafe {
+            let rows: [*const i32; ROWS] =
+                std::array::from_fn(|row| work.values.as_ptr().add(row * groups * GROUP).cast());
+            let low_half = _mm512_set1_epi8(15);
+            for group in 0..groups {
+                let record = work.records.as_ptr().add(group * record_bytes);
+                let mut ints: [[__m512i; 2]; ROWS] = std::array::from_fn(|row| {
+                    let sum = if EIGHT { -128 * *work.sums.get_unchecked(row * groups + group) } else { 0 };
+                    [_mm512_set1_epi32(sum); 2]
+                });
+                let mut step = |quad: usize, left: __m512i, right: __m512i| {
+                    for row in 0..ROWS {
+                        let values = _mm512_set1_epi32(rows[row].add(group * QUADS + quad).read_unaligned());
+                        ints[row][0] = _mm512_dpbusd_epi32(ints[row][0], left, values);
+                        ints[row][1] = _mm512_dpbusd_epi32(ints[row][1], right, values);
+                    }
+                };
+                if EIGHT {
+                    for quad in 0..QUADS {
+                        let line = record.add(quad * WIDTH * 4);
+                        step(quad, _mm512_loadu_si512(line.cast()), _mm512_loadu_si512(line.add(64).cast()));
+                    }
+                } else {
+                    for pair in 0..QUADS / 2 {
+                        let line = record.add(pair * WIDTH * 4);
+                        let (left, right) =
+                            (_mm512_loadu_si512(line.cast()), _mm512_loadu_si512(line.add(64).cast()));
+                        let low = |x| _mm512_and_si512(x, low_half);
+                        let high = |x| _mm512_and_si512(_mm512_srli_epi16::<4>(x), low_half);
+                        step(2 * pair, low(left), low(right));
+                        step(2 * pair + 1, high(left), high(right));
+                    }
+                }
+                let halves: *const __m256i = record.add(weight_bytes).cast();
+                let half = |index: usize| _mm512_cvtph_ps(_mm256_loadu_si256(halves.add(index)));
+                for row in 0..ROWS {
+                    let scale = _mm512_set1_ps(*work.scales.get_unchecked(row * groups + group));
+                    for side in 0..2 {
+                        let ints = _mm512_cvtepi32_ps(ints[row][side]);
+                        acc[row][side] =
+                            _mm512_fmadd_ps(ints, _mm512_mul_ps(half(side), scale), acc[row][side]);
+                        if !EIGHT {
+                            let sum = *work.sums.get_unchecked(row * groups + group) as f32;
+                            let sum = _mm512_mul_ps(_mm512_set1_ps(sum), scale);
+                            acc[row][side] = _mm512_fmadd_ps(half(2 + side), sum, acc[row][side]);
+                        }
+                    }
+                }
+            }
+            for (acc, sums) in acc.iter().zip(&mut tile.sums) {
+                _mm512_storeu_ps(sums.as_mut_ptr(), acc[0]);
+                _mm512_storeu_ps(sums.as_mut_ptr().add(16), acc[1]);
+            }
+        }
+    }
+
+    /// # Safety
+    /// The CPU must have AVX2, FMA and F16C.
+    #[target_feature(enable = "avx2,fma,f16c")]
+    pub(super) unsafe fn avx2(work: &Work<'_>, tile: &mut Tile) {
+        for columns in 0..WIDTH / 8 {
+            let mut row = 0;
+            while row < work.num_rows {
+                // SAFETY: the caller's promise; the rows are inside `work`.
+                unsafe {
+                    match (work.bits, work.num_rows - row) {
+                        (Bits::Eight, 1) => avx2_rows::<1, true>(work, row, columns, tile),
+                        (Bits::Eight, _) => avx2_rows::<2, true>(work, row, columns, tile),
+                        (Bits::Four, 1) => avx2_rows::<1, false>(work, row, columns, tile),
+                        (Bits::Four, _) => avx2_rows::<2, false>(work, row, columns, tile),
+                    }
+                }
+                row += 2;
+            }
+        }
+    }
+
+    /// `ROWS` rows from `first`, eight columns.
+    ///
+    /// # Safety
+    /// As [`avx2`]; `first + ROWS` rows must be in `work`, and `columns` below 4.
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn avx2_rows<const ROWS: usize, const EIGHT: bool>(
+        work: &Work<'_>,
+        first: usize,
+        columns: usize,
+        tile: &mut Tile,
+    ) {
+        let groups = work.groups;
+        let (record_bytes, weight_bytes) = (work.bits.record_bytes(), work.bits.weight_bytes());
+        let mut acc = [_mm256_setzero_ps(); ROWS];
+        let (ones, low_half, sign) = (_mm256_set1_epi16(1), _mm256_set1_epi8(15), _mm256_set1_epi8(-128));
+        // SAFETY: as in `avx512_rows`.
+        unsafe {
+            let rows: [*const i32; ROWS] =
+                std::array::from_fn(|row| work.values.as_ptr().add((first + row) * groups * GROUP).cast());
+            for group in 0..groups {
+                let record = work.records.as_ptr().add(group * record_bytes);
+                let mut ints = [_mm256_setzero_si256(); ROWS];
+                for quad in 0..QUADS {
+                    let line = if EIGHT { quad } else { quad / 2 };
+                    let stored =
+                        _mm256_loadu_si256(record.add(line * WIDTH * 4 + columns * 32).cast::<__m256i>());
+                    let weights = match (EIGHT, quad % 2) {
+                        // Signed: the instruction multiplies unsigned with signed, and adds two products in 16 bits,
+                        // which holds 2 * 127 * 127 but not 2 * 255 * 127.
+                        (true, _) => _mm256_xor_si256(stored, sign),
+                        (false, 0) => _mm256_and_si256(stored, low_half),
+                        (false, _) => _mm256_and_si256(_mm256_srli_epi16::<4>(stored), low_half),
+                    };
+                    for row in 0..ROWS {
+                        let values = _mm256_set1_epi32(rows[row].add(group * QUADS + quad).read_unaligned());
+                        let pairs = if EIGHT {
+                            _mm256_maddubs_epi16(_mm256_abs_epi8(weights), _mm256_sign_epi8(values, weights))
+                        } else {
+                            _mm256_maddubs_epi16(weights, values)
+                        };
+                        ints[row] = _mm256_add_epi32(ints[row], _mm256_madd_epi16(pairs, ones));
+                    }
+                }
+                let halves: *const __m128i = record.add(weight_bytes + columns * 16).cast();
+                let scales = _mm256_cvtph_ps(_mm_loadu_si128(halves));
+                for row in 0..ROWS {
+                    let at = (first + row) * groups + group;
+                    let scale = _mm256_set1_ps(*work.scales.get_unchecked(at));
+                    let ints = _mm256_cvtepi32_ps(ints[row]);
+                    acc[row] = _mm256_fmadd_ps(ints, _mm256_mul_ps(scales, scale), acc[row]);
+                    if !EIGHT {
+                        let least = _mm256_cvtph_ps(_mm_loadu_si128(halves.byte_add(2 * WIDTH)));
+                        let sum = _mm256_set1_ps(*work.sums.get_unchecked(at) as f32);
+                        acc[row] = _mm256_fmadd_ps(least, _mm256_mul_ps(sum, scale), acc[row]);
+                    }
+                }
+            }
+            for (row, acc) in acc.into_iter().enumerate() {
+                _mm256_storeu_ps(tile.sums[first + row].as_mut_ptr().add(columns * 8), acc);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(80))]
+
+        #[test]
+        fn every_instruction_set_gives_the_same_bits(
+            rows in 1..=Tile::MAX_ROWS, k in 1..300usize, n in 1..70usize, four: bool, seed in 1..u32::MAX, loud in 0.1f32..300.0,
+        ) {
+            let mut state = seed;
+            let mut next = || { state ^= state << 13; state ^= state >> 17; state ^= state << 5; (state >> 8) as f32 / 8e6 - 1.0 };
+            let weights: Vec<f32> = (0..n * k).map(|_| next()).collect();
+            let x: Vec<f32> = (0..rows * k).map(|_| next() * loud).collect();
+            let matrix = QuantMatrix::pack(n, k, if four { Bits::Four } else { Bits::Eight }, |index, row| {
+                row.copy_from_slice(&weights[index * k..][..k]);
+            });
+            let quantised = QuantRows::new(&x, k);
+            for x in x.as_chunks::<GROUP>().0 {
+                let run = |set: InstructionSet| {
+                    let mut values = [0; GROUP];
+                    (set.quantise(x, &mut values), values)
+                };
+                prop_assert_eq!(run(InstructionSet::of_this_cpu()), run(InstructionSet::Portable));
+            }
+            for panel in 0..n.div_ceil(WIDTH) {
+                let run = |set: InstructionSet| {
+                    let mut tile = Tile::default();
+                    set.multiply(&matrix, &quantised, panel, 0..rows, &mut tile);
+                    tile.sums.map(|row| row.map(f32::to_bits))
+                };
+                let expected = run(InstructionSet::Portable);
+                for set in available() {
+                    prop_assert_eq!(run(set), expected, "{:?}", set);
+                }
+            }
+        }
+    }
+
+    fn available() -> Vec<InstructionSet> {
+        let fastest = InstructionSet::of_this_cpu();
+        #[cfg(target_arch = "x86_64")]
+        if fastest == InstructionSet::Avx512Vnni {
+            return vec![InstructionSet::Avx2, fastest];
+        }
+        vec![fastest]
+    }
+}
