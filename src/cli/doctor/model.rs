@@ -12,6 +12,7 @@ use crate::{
         KvCache, ModelShape,
         checkpoint::{Checkpoint, CheckpointError, ModelSpec},
         hub::HubError,
+        layers::WeightFormat,
         tinyllava,
         weights::StoredDType,
     },
@@ -34,7 +35,7 @@ pub fn check(options: &ModelOptions, config: &Config) -> Vec<Finding> {
         checkpoint.id,
         checkpoint.config.num_parameters() as f64 / 1e6,
     );
-    let weights_bytes = kept_bytes(checkpoint.weights.num_bytes(), stored, options.dtype.stored());
+    let weights_bytes = kept_bytes(checkpoint.weights.num_bytes(), stored, options.weight_format());
     let mut findings = vec![Finding::ok("model", found)];
     findings.push(kv_cache(&shape, config));
     let cache_bytes = kv_bytes(&shape, config);
@@ -53,10 +54,15 @@ fn fix_of(model: &ModelSpec) -> &'static str {
     }
 }
 
-/// Weights as they will lie in memory.
-fn kept_bytes(stored_bytes: u64, stored: StoredDType, kept: Option<StoredDType>) -> u64 {
-    let kept = kept.unwrap_or(stored);
-    stored_bytes / stored.num_bytes() as u64 * kept.num_bytes() as u64
+/// Weights as they will lie in memory, at most.
+fn kept_bytes(stored_bytes: u64, stored: StoredDType, format: WeightFormat) -> u64 {
+    let weights = stored_bytes / stored.num_bytes() as u64;
+    match format {
+        WeightFormat::AsStored => stored_bytes,
+        WeightFormat::Float(kept) => weights * kept.num_bytes() as u64,
+        // 8 bits and a scale for every 64 weights; of 4 bits only a part is.
+        WeightFormat::Quant(_) => weights + weights / 32,
+    }
 }
 
 /// The engine takes no more blocks than all its sequences can fill.
@@ -109,7 +115,7 @@ fn fits(weights: u64, caches: u64, available: u64) -> Finding {
         mib(available)
     );
     if weights > available {
-        let fix = "the model does not fit: use a smaller --dtype, or a machine or memory limit with more";
+        let fix = "the model does not fit: use --quant q8, or a machine or memory limit with more";
         return Finding::problem("memory", found, fix);
     }
     if weights.saturating_add(caches) > available {
@@ -123,7 +129,7 @@ fn fits(weights: u64, caches: u64, available: u64) -> Finding {
 #[cfg(test)]
 mod tests {
     use super::{super::Level, *};
-    use crate::model::{config::ModelConfig, presets::Preset};
+    use crate::model::{config::ModelConfig, layers::Bits, presets::Preset};
 
     #[test]
     fn a_token_of_the_published_model_takes_72_kib_of_cache() {
@@ -155,8 +161,11 @@ mod tests {
     }
 
     #[test]
-    fn another_dtype_takes_another_size() {
-        assert_eq!(kept_bytes(100, StoredDType::Bf16, Some(StoredDType::F32)), 200);
-        assert_eq!(kept_bytes(100, StoredDType::F32, None), 100);
+    fn another_format_takes_another_size() {
+        let kept = |stored, format| kept_bytes(6400, stored, format);
+        assert_eq!(kept(StoredDType::Bf16, WeightFormat::AsStored), 6400);
+        assert_eq!(kept(StoredDType::Bf16, WeightFormat::Float(StoredDType::F32)), 12_800);
+        assert_eq!(kept(StoredDType::Bf16, WeightFormat::Quant(Bits::Eight)), 3300);
+        assert_eq!(kept(StoredDType::F32, WeightFormat::Quant(Bits::Four)), 1650);
     }
 }
