@@ -80,7 +80,6 @@ container=$(b from localhost/tinyllava)
 root=$(b mount "$container")
 du -sh "$root" | sed 's/\t.*/ unpacked/'
 mkdir -p "$work/data/models" "$work/data/files"
-chown -R 10001:10001 "$work/data"
 port=${PORT:-18080}
 inside() {
   bwrap --ro-bind "$root" / --proc /proc --dev /dev --tmpfs /tmp --bind "$work/data" /data --chdir /data \
@@ -113,7 +112,7 @@ curl -sS -F purpose=vision -F file=@models/nano/demo/order.mp4 "http://127.0.0.1
 echo "a file was uploaded to the data directory"
 
 # The signal goes to the server, as a container engine sends it to the first process.
-kill -TERM "$(pgrep -P "$(pgrep -P "$server" | head -n 1)" tinyllava || pgrep -P "$server" tinyllava)"
+kill -TERM "$(pgrep -f "^/usr/local/bin/tinyllava serve --host 0.0.0.0 --port $port")"
 wait "$server"
 trap - EXIT
 b rm "$container" >/dev/null
