@@ -125,7 +125,8 @@ impl ServeArgs {
         self.served_model_name.clone().unwrap_or_else(|| self.model.model.to_string())
     }
 
-    fn config(&self) -> Config {
+    /// The settings of the server, with what was said on the command line.
+    pub fn config(&self) -> Config {
         let media = MediaConfig {
             allowed_media_dir: self.allowed_media_dir.clone(),
             allow_remote_urls: !self.no_remote_urls,
