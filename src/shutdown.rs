@@ -61,9 +61,10 @@ impl Drain {
 
     /// From now on [`Drain::enter`] refuses.
     pub fn begin(&self) {
-        self.announce();
+        // In this order: who is told that the server is leaving without a delay is refused from then on.
         self.began.cancel();
         self.work.close();
+        self.announce();
     }
 
     /// Whether [`Drain::begin`] was called.

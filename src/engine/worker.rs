@@ -144,7 +144,12 @@ impl Requests for RequestTable {
     }
 }
 
-/// Runs a piece of a step; a panic in it is an error like any other.
+/// Runs a piece of a step among the kernels' threads: from outside, each kernel would wake them and sleep until they are done.
+fn on_kernel_threads<T: Send>(run: impl FnOnce() -> crate::model::Result<T> + Send) -> Result<T, String> {
+    guarded(|| rayon::scope(|_| run()))
+}
+
+/// Runs something; a panic in it is an error like any other.
 fn guarded<T>(run: impl FnOnce() -> crate::model::Result<T>) -> Result<T, String> {
     match catch_unwind(AssertUnwindSafe(run)) {
         Ok(outcome) => outcome.map_err(|error| error.to_string()),
@@ -278,7 +283,8 @@ impl Worker {
 
     fn encode(&mut self, work: EncodeWork) {
         let start = Instant::now();
-        let outcome = guarded(|| self.runner.encode(&work, &self.requests.videos(work.sequence)[work.video]));
+        let outcome =
+            on_kernel_threads(|| self.runner.encode(&work, &self.requests.videos(work.sequence)[work.video]));
         self.note(work.sequence, |times| times.encoded(start));
         let part = StepPlan { encode: vec![work], ..StepPlan::default() };
         match outcome {
@@ -294,7 +300,7 @@ impl Worker {
         if works.is_empty() {
             return;
         }
-        let outcome = guarded(|| self.runner.compute(&works, &self.scheduler, &self.requests));
+        let outcome = on_kernel_threads(|| self.runner.compute(&works, &self.scheduler, &self.requests));
         match outcome {
             Ok(sampled) => self.deliver(&StepPlan { compute: works, ..StepPlan::default() }, sampled),
             Err(error) if works.len() == 1 => {

@@ -141,8 +141,11 @@ impl Server {
     async fn drain_after(&self, shutdown: impl Future<Output = ()>) {
         shutdown.await;
         let drain = self.state.drain();
-        drain.announce();
-        tokio::time::sleep(self.state.config().drain_delay).await;
+        let delay = self.state.config().drain_delay;
+        if !delay.is_zero() {
+            drain.announce();
+            tokio::time::sleep(delay).await;
+        }
         drain.begin();
         let timeout = self.state.config().drain_timeout;
         if tokio::time::timeout(timeout, drain.idle()).await.is_err() {

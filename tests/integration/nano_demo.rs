@@ -32,8 +32,8 @@ fn demo_and_sample_clips_are_answered_right_alone_together_again_and_in_every_fo
     let (demo, sample) = (questions("demo"), questions("sample"));
     assert!(demo.len() >= 4 && sample.len() == 30);
     let questions = [demo, sample].concat();
-    for format in [&["--quant", "auto"], &["--quant", "none"], &["--dtype", "f32"], &["--quant", "q4"]] {
-        let server = Server::start(format);
+    for format in [["--quant", "auto"], ["--quant", "none"], ["--dtype", "f32"], ["--dtype", "bf16"]] {
+        let server = Server::start(&format);
         let mut alone = vec![];
         for (clip, question, answer) in &questions {
             let reply = ask(&server, clip, question);
