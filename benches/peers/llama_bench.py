@@ -32,7 +32,7 @@ FORMATS = {
     "q4_k": (Q.Q4_K, Q.Q4_K),
     "q4_k+q6_k": (Q.Q4_K, Q.Q6_K),
 }
-# Bytes of noise that all tensors repeat.
+# Blocks of noise that all tensors repeat.
 NOISE_BLOCKS = 1 << 18
 WEIGHT_STD = 0.02
 
@@ -47,6 +47,7 @@ def parse():
     parser.add_argument("--decode-steps", type=common.at_least_one, default=32)
     parser.add_argument("--repeat", type=common.at_least_one, default=5)
     parser.add_argument("--ubatch", type=common.at_least_one, default=1024, help="tokens computed together; llama.cpp's own default is 512")
+    parser.add_argument("--unified", action="store_true", help="one cache for all sequences, instead of llama.cpp's own default of one each")
     args = parser.parse_args()
     args.batch = [common.at_least_one(n) for n in args.batch.split(",")]
     return args
@@ -142,6 +143,7 @@ class Bench:
         each = -(-(num_prompt + args.decode_steps + 2) // 256) * 256
         context.n_ctx = each * most
         context.n_seq_max = most
+        context.kv_unified = args.unified
         context.n_batch = context.n_ubatch = max(args.ubatch, most)
         context.n_threads = context.n_threads_batch = args.threads
         self.context = llama_cpp.llama_init_from_model(self.model, context)
@@ -221,6 +223,7 @@ def main():
         "file_bytes": path.stat().st_size,
         "prompt_tokens": bench.num_prompt,
         "ubatch": args.ubatch,
+        "unified_cache": args.unified,
         "prefill": common.milliseconds(prefill) | {"tokens_per_s": round(bench.num_prompt / statistics.median(prefill), 1)},
         "decode_step": {str(batch): bench.decode(batch) for batch in args.batch},
     }
