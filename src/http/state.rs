@@ -169,7 +169,7 @@ impl AppState {
         let decoders = loaded.map(|loaded| loaded.media.decoders());
         self.0.metrics.set_state(ServerState {
             model_loaded: loaded.is_some(),
-            ready: self.ready().is_ok(),
+            ready: self.ready().is_ok() && !self.0.drain.is_announced(),
             draining: self.0.drain.is_draining(),
             running_decoders: decoders.map_or(0, |decoders| decoders.running),
             waiting_decoders: decoders.map_or(0, |decoders| decoders.waiting),
