@@ -130,11 +130,10 @@ impl Bf16KeyValues {
             unsafe { self.scores::<ROWS>(2 * tiles, scratch) };
         }
         let mut factors = [0.0f32; ROWS];
-        for row in 0..ROWS {
+        for (row, factor) in factors.iter_mut().enumerate() {
             let scores = &mut scratch.scores[row * stride..][..stride];
             scores[self.num_keys..].fill(f32::NEG_INFINITY);
-            let total = softmax_weights(scores);
-            factors[row] = 1.0 / total;
+            *factor = 1.0 / softmax_weights(scores);
             let weights = &mut scratch.weights[row * stride / 2..][..stride / 2];
             for (to, scores) in weights.iter_mut().zip(scores.as_chunks::<2>().0) {
                 *to = pair(scores[0], scores[1]);

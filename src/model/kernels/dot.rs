@@ -219,13 +219,16 @@ mod x86 {
         macro_rules! by_rows {
             ($($rows:literal),*) => {
                 match (work.bits, work.num_rows) {
-                    $((Bits::Eight, $rows) => unsafe { avx512_rows::<$rows, true>(work, tile) },
-                      (Bits::Four, $rows) => unsafe { avx512_rows::<$rows, false>(work, tile) },)*
+                    $(
+                        // SAFETY: the caller's promise.
+                        (Bits::Eight, $rows) => unsafe { avx512_rows::<$rows, true>(work, tile) },
+                        // SAFETY: the caller's promise.
+                        (Bits::Four, $rows) => unsafe { avx512_rows::<$rows, false>(work, tile) },
+                    )*
                     _ => unreachable!("a tile has at most {} rows: this is a bug", Tile::MAX_ROWS),
                 }
             };
         }
-        // SAFETY: the caller's promise.
         by_rows!(1, 2, 3, 4, 5, 6);
     }
 

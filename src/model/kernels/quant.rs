@@ -302,6 +302,9 @@ pub struct QuantRows {
     pub sums: Vec<i32>,
 }
 
+/// A row of activations, and where its values, scales and sums go.
+type RowParts<'a> = (&'a [f32], (&'a mut [i8], (&'a mut [f32], &'a mut [i32])));
+
 impl QuantRows {
     /// Each group of each row by its largest value.
     pub fn new(x: &[f32], k: usize) -> Self {
@@ -312,7 +315,7 @@ impl QuantRows {
             sums: vec![0; m * groups],
         };
         let instructions = InstructionSet::of_this_cpu();
-        let work = |(((x, values), scales), sums): (((&[f32], &mut [i8]), &mut [f32]), &mut [i32])| {
+        let work = |(x, (values, (scales, sums))): RowParts<'_>| {
             let (whole, rest) = x.as_chunks::<GROUP>();
             let places = values.as_chunks_mut::<GROUP>().0.iter_mut().zip(scales.iter_mut().zip(sums));
             let mut last = [0.0; GROUP];
@@ -322,16 +325,11 @@ impl QuantRows {
             }
         };
         if x.len() < MIN_PARALLEL_WORK {
-            let values = rows.values.chunks_mut(groups * GROUP);
             let rest = rows.scales.chunks_mut(groups).zip(rows.sums.chunks_mut(groups));
-            let parts = x.chunks(k).zip(values).zip(rest);
-            parts.map(|((x, values), (scales, sums))| (((x, values), scales), sums)).for_each(work);
+            x.chunks(k).zip(rows.values.chunks_mut(groups * GROUP).zip(rest)).for_each(work);
         } else {
-            x.par_chunks(k)
-                .zip(rows.values.par_chunks_mut(groups * GROUP))
-                .zip(rows.scales.par_chunks_mut(groups))
-                .zip(rows.sums.par_chunks_mut(groups))
-                .for_each(work);
+            let rest = rows.scales.par_chunks_mut(groups).zip(rows.sums.par_chunks_mut(groups));
+            x.par_chunks(k).zip(rows.values.par_chunks_mut(groups * GROUP).zip(rest)).for_each(work);
         }
         rows
     }
