@@ -99,6 +99,7 @@ for _ in $(seq 300); do
   sleep 0.1
 done
 inside /usr/local/bin/tinyllava health --port "$port"
+inside /usr/local/bin/tinyllava doctor --port 0
 echo "healthy and ready, by the health check of the image"
 inside /bin/sh -c 'id -u; touch /nowhere 2>&1 || true'
 

@@ -46,8 +46,9 @@ fn every_flag_of_the_deployments_is_one_of_the_server() {
         }
         let commands = text.lines().filter(|line| {
             let line = line.trim_start();
-            let is_command = line.starts_with("- --") || line.contains("serve") || line.starts_with("Exec");
-            is_command && !line.starts_with('#')
+            let is_command =
+                line.contains("serve, ") || line.contains("\"serve\"") || line.starts_with("Exec");
+            line.starts_with("- --") || is_command && !line.starts_with('#')
         });
         for word in commands.flat_map(|line| line.split([' ', '[', ']', ',', '"', '='])) {
             if word.starts_with("--") {

@@ -11,12 +11,16 @@ use crate::{
     model::{
         KvCache, ModelShape,
         checkpoint::{Checkpoint, CheckpointError, ModelSpec},
+        config::ModelConfig,
         hub::HubError,
-        layers::WeightFormat,
+        layers::{Bits, WeightFormat},
         tinyllava,
-        weights::StoredDType,
+        weights::Weights,
     },
 };
+
+/// What `--quant q4` keeps in 4 bits.
+const DECODER_LAYERS: &str = "language_model.model.layers.";
 
 pub fn check(options: &ModelOptions, config: &Config) -> Vec<Finding> {
     let checkpoint = match Checkpoint::open(&options.model) {
@@ -35,7 +39,7 @@ pub fn check(options: &ModelOptions, config: &Config) -> Vec<Finding> {
         checkpoint.id,
         checkpoint.config.num_parameters() as f64 / 1e6,
     );
-    let weights_bytes = kept_bytes(checkpoint.weights.num_bytes(), stored, options.weight_format());
+    let weights_bytes = kept_bytes(&checkpoint.config, &checkpoint.weights, options.weight_format());
     let mut findings = vec![Finding::ok("model", found)];
     findings.push(kv_cache(&shape, config));
     let cache_bytes = kv_bytes(&shape, config);
@@ -54,14 +58,21 @@ fn fix_of(model: &ModelSpec) -> &'static str {
     }
 }
 
-/// Weights as they will lie in memory, at most.
-fn kept_bytes(stored_bytes: u64, stored: StoredDType, format: WeightFormat) -> u64 {
-    let weights = stored_bytes / stored.num_bytes() as u64;
+/// Weights as they will lie in memory.
+fn kept_bytes(config: &ModelConfig, weights: &Weights, format: WeightFormat) -> u64 {
+    let number = weights.num_bytes() / weights.dtype().num_bytes() as u64;
     match format {
-        WeightFormat::AsStored => stored_bytes,
-        WeightFormat::Float(kept) => weights * kept.num_bytes() as u64,
-        // 8 bits and a scale for every 64 weights; of 4 bits only a part is.
-        WeightFormat::Quant(_) => weights + weights / 32,
+        WeightFormat::AsStored => weights.num_bytes(),
+        WeightFormat::Float(kept) => number * kept.num_bytes() as u64,
+        // 8 bits and a scale in f16 for every 64 weights.
+        WeightFormat::Quant(Bits::Eight) => number + number / 32,
+        WeightFormat::Quant(Bits::Four) => {
+            // 4 bits with a scale and a least value, in the decoder's layers only.
+            let layers = config.tensors().into_iter().filter(|spec| spec.name.starts_with(DECODER_LAYERS));
+            let four = layers.map(|spec| spec.num_elements() as u64).sum::<u64>().min(number);
+            let eight = number - four;
+            four / 2 + four / 16 + eight + eight / 32
+        }
     }
 }
 
@@ -115,7 +126,7 @@ fn fits(weights: u64, caches: u64, available: u64) -> Finding {
         mib(available)
     );
     if weights > available {
-        let fix = "the model does not fit: use --quant q8, or a machine or memory limit with more";
+        let fix = "the model does not fit: use --quant q4, or a machine or memory limit with more";
         return Finding::problem("memory", found, fix);
     }
     if weights.saturating_add(caches) > available {
@@ -129,7 +140,7 @@ fn fits(weights: u64, caches: u64, available: u64) -> Finding {
 #[cfg(test)]
 mod tests {
     use super::{super::Level, *};
-    use crate::model::{config::ModelConfig, layers::Bits, presets::Preset};
+    use crate::model::{presets::Preset, weights::StoredDType};
 
     #[test]
     fn a_token_of_the_published_model_takes_72_kib_of_cache() {
@@ -162,10 +173,13 @@ mod tests {
 
     #[test]
     fn another_format_takes_another_size() {
-        let kept = |stored, format| kept_bytes(6400, stored, format);
-        assert_eq!(kept(StoredDType::Bf16, WeightFormat::AsStored), 6400);
-        assert_eq!(kept(StoredDType::Bf16, WeightFormat::Float(StoredDType::F32)), 12_800);
-        assert_eq!(kept(StoredDType::Bf16, WeightFormat::Quant(Bits::Eight)), 3300);
-        assert_eq!(kept(StoredDType::F32, WeightFormat::Quant(Bits::Four)), 1650);
+        let config = ModelConfig::preset(Preset::R1);
+        let weights = Weights::synthetic(&config, 0);
+        let bytes = |format| kept_bytes(&config, &weights, format);
+        let stored = bytes(WeightFormat::AsStored);
+        assert_eq!(bytes(WeightFormat::Float(StoredDType::F32)), 2 * stored);
+        let (eight, four) = (bytes(WeightFormat::Quant(Bits::Eight)), bytes(WeightFormat::Quant(Bits::Four)));
+        assert!(eight > stored / 2 && eight < stored * 6 / 10, "{eight} of {stored}");
+        assert!(four > stored / 4 && four < stored / 2, "{four} of {stored}");
     }
 }
