@@ -407,7 +407,7 @@ mod tests {
         }
 
         #[test]
-        fn mutilated_text_never_panics(cut in 0..TINY.len(), byte in any::<u8>()) {
+        fn mutilated_text_never_panics(cut in 0..TINY.trim_end().len(), byte in any::<u8>()) {
             let mut bytes = TINY.as_bytes().to_vec();
             bytes[cut] = byte;
             let text = String::from_utf8_lossy(&bytes);
