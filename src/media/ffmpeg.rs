@@ -23,7 +23,10 @@ use tokio::{
     process::{Child, ChildStderr, ChildStdout},
 };
 
-use super::{MediaError, sandbox::Sandbox};
+use super::{
+    MediaError,
+    sandbox::{Sandbox, kill_first},
+};
 use crate::config::MediaConfig;
 
 /// Demuxers that may open a video (ffmpeg's names); playlists and scripts, which open other files, are not among them.
@@ -115,6 +118,9 @@ impl Tools {
             tracing::error!(%error, "decoder did not start");
             MediaError::Internal("the video decoder could not be started; try again later".into())
         })?;
+        if let Some(id) = child.id() {
+            kill_first(id);
+        }
         let stdout = child.stdout.take().expect("stdout is piped: this is a bug");
         let stderr = child.stderr.take().expect("stderr is piped: this is a bug");
         Ok(Running { child, stdout, stderr })
