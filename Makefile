@@ -1,5 +1,5 @@
 # `make demo` and `make test` do everything on a fresh Debian or Ubuntu with Rust.
-.PHONY: demo test test-clients check build openapi serve clean
+.PHONY: demo test test-clients test-deploy test-balancer test-image check build openapi serve clean
 
 demo: ## Build, start the server on the embedded model, ask it about real videos
 	@scripts/demo.sh
@@ -10,6 +10,16 @@ test: ## All tests, with real sockets, real ffmpeg and real videos
 
 test-clients: ## OpenAI's, LiteLLM's, LangChain's, Vercel's clients and a fuzzer against the binary that `make test` built
 	@scripts/test-clients.sh
+
+test-deploy: ## The files in deploy/, with the tools that read them
+	@scripts/test-deploy.sh
+	@scripts/test-kubernetes.sh
+
+test-balancer: ## Restarts, crashes and streams behind HAProxy and nginx, with the binary that `make test` built
+	@scripts/test-balancer.sh
+
+test-image: ## Build the image as the Dockerfile says, without an engine, and serve from it (root, a quarter of an hour)
+	@scripts/test-image.sh
 
 check: ## What CI checks before the tests
 	cargo fmt --check

@@ -5,6 +5,7 @@
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use axum::http::HeaderValue;
+use url::Url;
 
 /// Settings of the HTTP server and of everything behind it but the model.
 #[derive(Debug, Clone)]
@@ -33,7 +34,9 @@ pub struct Config {
     pub write_stall_timeout: Duration,
     /// How often an idle stream carries a comment.
     pub keep_alive_interval: Duration,
-    /// How long running streams may go on after SIGTERM.
+    /// How long new work is taken on after SIGTERM, while `/ready` says no already.
+    pub drain_delay: Duration,
+    /// How long running streams may go on after that.
     pub drain_timeout: Duration,
     /// Completion length when the request names none (bounded by what the context leaves).
     pub default_max_tokens: usize,
@@ -62,9 +65,26 @@ pub struct Config {
     pub max_concurrent_grammars: usize,
     /// Most videos a request.
     pub max_videos_per_request: usize,
+    /// Whether the log tells what was asked and answered, and how much of each.
+    pub log_content: bool,
+    pub max_logged_text_bytes: usize,
+    pub traces: TracesConfig,
     pub responses: ResponsesConfig,
     pub media: MediaConfig,
     pub engine: EngineConfig,
+    pub kv_events: KvEventsConfig,
+}
+
+/// Limits of the events that tell routers what is in the KV cache.
+#[derive(Debug, Clone)]
+pub struct KvEventsConfig {
+    /// Batches on their way from the engine to the socket; more are dropped.
+    pub max_queued_batches: usize,
+    /// Batches kept for routers that missed some, and their bytes.
+    pub max_replay_batches: usize,
+    pub max_replay_bytes: usize,
+    /// Longest time for one answer of a replay.
+    pub replay_timeout: Duration,
 }
 
 /// Limits of the responses that are kept to be read again and continued.
@@ -78,6 +98,25 @@ pub struct ResponsesConfig {
     pub max_conversation_bytes: usize,
     /// How long a response is kept.
     pub max_age: Duration,
+}
+
+/// Where traces go, and how many may wait to be sent.
+#[derive(Debug, Clone)]
+pub struct TracesConfig {
+    /// Base URL of the collector (OTLP over HTTP); none: there are no traces.
+    pub endpoint: Option<Url>,
+    /// Share of the traces that begin here; those of a caller are its own decision.
+    pub sample_ratio: f64,
+    /// Spans that wait; further ones are lost.
+    pub max_queued_spans: usize,
+    /// Spans sent at once.
+    pub max_batch_spans: usize,
+    /// Longest time a span waits for others.
+    pub batch_delay: Duration,
+    /// Wall clock for sending a batch.
+    pub export_timeout: Duration,
+    /// Longest time that the end of the server waits for the last spans.
+    pub shutdown_timeout: Duration,
 }
 
 /// Limits of the media stage: what a video may cost.
@@ -176,6 +215,7 @@ impl Default for Config {
             body_idle_timeout: Duration::from_secs(30),
             write_stall_timeout: Duration::from_secs(60),
             keep_alive_interval: Duration::from_secs(5),
+            drain_delay: Duration::ZERO,
             drain_timeout: Duration::from_secs(30),
             default_max_tokens: 1024,
             max_stop_strings: 4,
@@ -191,9 +231,38 @@ impl Default for Config {
             max_guide_choices: 256,
             max_concurrent_grammars: 2,
             max_videos_per_request: 1,
+            log_content: false,
+            max_logged_text_bytes: 64 << 10,
+            traces: TracesConfig::default(),
             responses: ResponsesConfig::default(),
             media: MediaConfig::default(),
             engine: EngineConfig::default(),
+            kv_events: KvEventsConfig::default(),
+        }
+    }
+}
+
+impl Default for KvEventsConfig {
+    fn default() -> Self {
+        KvEventsConfig {
+            max_queued_batches: 4096,
+            max_replay_batches: 10_000,
+            max_replay_bytes: 32 << 20,
+            replay_timeout: Duration::from_secs(5),
+        }
+    }
+}
+
+impl Default for TracesConfig {
+    fn default() -> Self {
+        TracesConfig {
+            endpoint: None,
+            sample_ratio: 1.0,
+            max_queued_spans: 4096,
+            max_batch_spans: 512,
+            batch_delay: Duration::from_secs(2),
+            export_timeout: Duration::from_secs(5),
+            shutdown_timeout: Duration::from_secs(3),
         }
     }
 }

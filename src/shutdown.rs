@@ -34,9 +34,10 @@ pub fn requested() -> std::io::Result<impl Future<Output = ()>> {
     })
 }
 
-/// Whether new work is refused, and how much old work is left. Cheap to clone.
+/// Whether the server is leaving, whether new work is refused, and how much old work is left. Cheap to clone.
 #[derive(Debug, Clone, Default)]
 pub struct Drain {
+    announced: CancellationToken,
     began: CancellationToken,
     work: TaskTracker,
 }
@@ -48,10 +49,22 @@ pub struct WorkGuard {
 }
 
 impl Drain {
+    /// The server will leave: balancers should send no more, but what they still send is taken on.
+    pub fn announce(&self) {
+        self.announced.cancel();
+    }
+
+    /// Whether [`Drain::announce`] or [`Drain::begin`] was called.
+    pub fn is_announced(&self) -> bool {
+        self.announced.is_cancelled()
+    }
+
     /// From now on [`Drain::enter`] refuses.
     pub fn begin(&self) {
+        // In this order: who is told that the server is leaving without a delay is refused from then on.
         self.began.cancel();
         self.work.close();
+        self.announce();
     }
 
     /// Whether [`Drain::begin`] was called.
@@ -80,6 +93,8 @@ mod tests {
     async fn drain_refuses_new_work_and_waits_for_old() {
         let drain = Drain::default();
         let old = drain.enter().expect("not draining");
+        drain.announce();
+        assert!(drain.is_announced() && drain.enter().is_some(), "the announcement refused work");
         drain.begin();
         assert!(drain.enter().is_none());
         let idle = drain.idle();

@@ -6,6 +6,10 @@ mod access;
 pub mod ask;
 pub mod bench;
 pub mod chat_client;
+pub mod doctor;
+pub mod health;
+mod kv_events;
+mod observing;
 mod options;
 pub mod serve;
 pub mod sse_client;
@@ -42,6 +46,10 @@ enum Command {
     Synth(synth::SynthArgs),
     /// Write the tensors the model computes for one request.
     Trace(Box<trace::TraceArgs>),
+    /// Check this machine for `serve` with the same flags, and say what to fix: exit code 0 or 1.
+    Doctor(Box<doctor::DoctorArgs>),
+    /// Ask a running server how it is: exit code 0 or 1, for health checks.
+    Health(health::HealthArgs),
     /// Print the description of the HTTP API, as openapi.yaml has it.
     Openapi,
 }
@@ -90,7 +98,7 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
 fn run_on(runtime: &tokio::runtime::Runtime, cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         Command::Serve(args) => {
-            logs::init(args.log_format, "info");
+            logs::init(args.observing.log_format, "info");
             runtime.block_on(serve::serve(*args))
         }
         Command::Ask(command) => {
@@ -102,6 +110,11 @@ fn run_on(runtime: &tokio::runtime::Runtime, cli: Cli) -> anyhow::Result<()> {
             runtime.block_on(bench_command(*command))
         }
         Command::Synth(args) => synth::run(&args),
+        Command::Doctor(args) => {
+            logs::init(logs::LogFormat::Pretty, "error");
+            runtime.block_on(doctor::doctor(*args))
+        }
+        Command::Health(args) => runtime.block_on(health::health(&args)),
         Command::Openapi => print_openapi(),
         Command::Trace(args) => {
             logs::init(logs::LogFormat::Pretty, "warn");

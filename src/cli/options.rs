@@ -31,8 +31,8 @@ pub struct ModelOptions {
     /// What weights are kept as where they are not quantised; "auto": as they are stored. Arithmetic is then f32.
     #[arg(long, value_enum, default_value_t = DType::Auto)]
     pub dtype: DType,
-    /// Quantise the weights while loading: 8 bits, or 4 (the decoder's; the rest in 8). "auto": the fastest that keeps the
-    /// answers, or none when --dtype says what to keep.
+    /// Quantise the weights while loading: to 8 bits, or to 4 (the decoder's; the rest to 8). "auto": q8, or none when
+    /// --dtype says what to keep.
     #[arg(long, value_enum, default_value_t = Quant::Auto)]
     pub quant: Quant,
     /// Threads for the model [default: all cores].
@@ -85,6 +85,8 @@ impl ModelOptions {
             DType::F16 => WeightFormat::Float(StoredDType::F16),
         };
         match self.quant {
+            // 8 bits: measured to answer nano's 500 questions word for word as floats do.
+            Quant::Auto if self.dtype == DType::Auto => WeightFormat::Quant(Bits::Eight),
             Quant::Q8 => WeightFormat::Quant(Bits::Eight),
             Quant::Q4 => WeightFormat::Quant(Bits::Four),
             Quant::Auto | Quant::None => floats,

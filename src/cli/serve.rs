@@ -9,6 +9,8 @@ use url::Url;
 
 use super::{
     access::AccessOptions,
+    kv_events::KvEventsOptions,
+    observing::ObservingOptions,
     options::ModelOptions,
     start::{ensure_ffmpeg, start},
 };
@@ -17,7 +19,7 @@ use crate::{
     engine::EngineHandle,
     http::{self, Access, AppState},
     shutdown,
-    telemetry::{EngineMetrics, Metrics, tracing::LogFormat},
+    telemetry::{EngineMetrics, KvEventPublisher, Metrics, Traces},
 };
 
 /// Settings of the server; what is not here has the default of [`Config`].
@@ -105,12 +107,17 @@ pub struct ServeArgs {
     /// Longest time for one request, seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
     pub request_timeout: u64,
-    /// How long running requests may go on after SIGTERM, seconds.
+    /// How long new requests are still taken on after SIGTERM, while /ready says no already: as long as a balancer
+    /// takes to notice, seconds.
+    #[arg(long, value_name = "SECONDS", default_value_t = 0)]
+    pub drain_delay: u64,
+    /// How long running requests may go on after that, seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub drain_timeout: u64,
-    /// pretty or json.
-    #[arg(long, default_value = "pretty", env = "TINYLLAVA_LOG_FORMAT")]
-    pub log_format: LogFormat,
+    #[command(flatten)]
+    pub observing: ObservingOptions,
+    #[command(flatten)]
+    pub kv_events: KvEventsOptions,
 }
 
 impl ServeArgs {
@@ -118,7 +125,8 @@ impl ServeArgs {
         self.served_model_name.clone().unwrap_or_else(|| self.model.model.to_string())
     }
 
-    fn config(&self) -> Config {
+    /// The settings of the server, with what was said on the command line.
+    pub fn config(&self) -> Config {
         let media = MediaConfig {
             allowed_media_dir: self.allowed_media_dir.clone(),
             allow_remote_urls: !self.no_remote_urls,
@@ -155,6 +163,8 @@ impl ServeArgs {
         };
         Config {
             responses,
+            log_content: self.observing.log_content,
+            traces: self.observing.traces(),
             max_videos_per_request: self.max_videos_per_request,
             listen: SocketAddr::new(self.host, self.port),
             metrics_listen: self.metrics_port.map(|port| SocketAddr::new(self.host, port)),
@@ -162,6 +172,7 @@ impl ServeArgs {
             served_model_name: self.served_name(),
             default_max_tokens: self.default_max_tokens.max(1),
             request_timeout: Duration::from_secs(self.request_timeout),
+            drain_delay: Duration::from_secs(self.drain_delay),
             drain_timeout: Duration::from_secs(self.drain_timeout),
             media: self.model.media(media),
             engine: self.model.engine(engine),
@@ -180,28 +191,34 @@ impl ServeArgs {
 pub async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     let config = Arc::new(args.config());
     let stop = shutdown::requested().context("cannot install signal handlers")?;
-    let state = AppState::new(config.clone(), Metrics::new(&args.served_name()));
+    let traces = Traces::start(&config.traces, &config.served_model_name)?;
+    let metrics = Metrics::new(&config.served_model_name);
+    let state = AppState::traced(config.clone(), metrics, traces.clone());
+    args.observing.warn_of_content();
     let access = args.access.load()?;
     warn_if_open(&access, config.listen);
     state.set_access(access);
     let listener = bind(config.listen, "--port").await?;
     let address = listener.local_addr()?;
     let metrics = serve_metrics(&state).await?;
+    let kv_events = args.kv_events.start(&state).await?;
     tracing::info!(%address, model = %args.model.model, "listening; loading the model");
     let served = http::run(listener, state.clone(), stop);
     let running = async {
-        let engine = load_into(&state, &args.model).await?;
+        let engine = load_into(&state, &args.model, kv_events).await?;
         let scheme = if args.access.is_secure() { "https" } else { "http" };
         tracing::info!("ready: {scheme}://{address}");
         engine.stopped().await;
         bail!("the engine has stopped; the log above says why")
     };
-    tokio::select! {
-        served = served => Ok(served?),
+    let outcome = tokio::select! {
+        served = served => served.map_err(anyhow::Error::from),
         broken = running => broken,
         broken = args.access.reload_on_hangup(&state) => broken,
         () = metrics => Ok(()),
-    }
+    };
+    spawn_blocking(move || traces.shut_down()).await?;
+    outcome
 }
 
 /// What answers at the port of the metrics, if there is one. Never completes.
@@ -248,7 +265,7 @@ pub async fn with_private_server(
     let listener = bind(([127, 0, 0, 1], 0).into(), "--port").await?;
     let url = Url::parse(&format!("http://{}", listener.local_addr()?))?;
     let state = AppState::new(Arc::new(config), Metrics::new(&options.model.to_string()));
-    load_into(&state, options).await?;
+    load_into(&state, options, None).await?;
     tokio::select! {
         served = http::run(listener, state, std::future::pending()) => Ok(served?),
         answered = client(url) => answered,
@@ -256,9 +273,13 @@ pub async fn with_private_server(
 }
 
 /// Loads the model into a server that listens already.
-async fn load_into(state: &AppState, options: &ModelOptions) -> anyhow::Result<EngineHandle> {
+async fn load_into(
+    state: &AppState,
+    options: &ModelOptions,
+    kv_events: Option<KvEventPublisher>,
+) -> anyhow::Result<EngineHandle> {
     let config = state.config();
-    let observer = Box::new(EngineMetrics::new(state.metrics().clone()));
+    let observer = Box::new(EngineMetrics::new(state.metrics().clone()).publishing(kv_events));
     ensure_ffmpeg(options, &config.media).await?;
     let started = start(options, config.engine.clone(), observer, Box::new(())).await?;
     let config = config.clone();

@@ -13,7 +13,7 @@ use candle_core::{Device, Tensor};
 use clap::Args;
 
 use super::{
-    options::ModelOptions,
+    options::{ModelOptions, Quant},
     start::{ensure_ffmpeg, start},
 };
 use crate::{
@@ -93,7 +93,10 @@ struct SourceFrames {
 pub async fn trace(args: TraceArgs) -> anyhow::Result<()> {
     let recorder = Recorder::default();
     let config = args.model.engine(EngineConfig { prefix_cache: false, ..EngineConfig::default() });
-    let started = start(&args.model, config, Box::new(()), Box::new(recorder.clone())).await?;
+    // For comparing with the original: floats, unless asked otherwise.
+    let quant = if args.model.quant == Quant::Auto { Quant::None } else { args.model.quant };
+    let model = ModelOptions { quant, ..args.model.clone() };
+    let started = start(&model, config, Box::new(()), Box::new(recorder.clone())).await?;
     let size = started.shape.image_size;
     let source = match (&args.frames, &args.video) {
         (Some(file), _) => read_frames(file)?,
@@ -200,7 +203,7 @@ async fn generate(engine: &crate::engine::EngineHandle, sequence: NewSequence) -
     let mut ids = Vec::new();
     while let Some(event) = stream.next().await {
         match event {
-            TokenEvent::Started { .. } => {}
+            TokenEvent::Started { .. } | TokenEvent::PromptComputed(_) => {}
             TokenEvent::Token { id, .. } => ids.push(id),
             TokenEvent::Finished(_) => return Ok(ids),
             TokenEvent::Failed(error) => bail!("the model failed: {error}"),

@@ -6,7 +6,7 @@ use std::{
     ops::Range,
     sync::Arc,
     task::{Context, Poll},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
@@ -48,12 +48,40 @@ pub struct NewSequence {
 pub enum TokenEvent {
     /// The sequence was admitted; `cached_tokens` of its prompt came from the prefix cache.
     Started { cached_tokens: usize },
+    /// The prompt is computed; the first token follows.
+    PromptComputed(PromptTimes),
     /// The next token of the completion (end tokens are not sent); log probabilities where they were asked for.
     Token { id: TokenId, logprobs: Option<Box<TokenLogprobs>> },
     /// The end; nothing follows.
     Finished(StopReason),
     /// The step that held this sequence failed; nothing follows. The text is for the log.
     Failed(String),
+}
+
+/// When the engine worked on a prompt. Steps work on other sequences too, and between them there may be some without this
+/// one.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct PromptTimes {
+    /// First and last encoding of its frames; none where they were encoded already, or for another sequence.
+    pub encode: Option<(Instant, Instant)>,
+    /// From the first step with prompt tokens to the end of the last; none if siblings computed all of it.
+    pub prefill: Option<(Instant, Instant)>,
+}
+
+impl PromptTimes {
+    pub(super) fn encoded(&mut self, start: Instant) {
+        let begun = self.encode.map_or(start, |(first, _)| first);
+        self.encode = Some((begun, Instant::now()));
+    }
+
+    pub(super) fn prefilling(&mut self, start: Instant) {
+        self.prefill.get_or_insert((start, start));
+    }
+
+    pub(super) fn finished(mut self) -> Self {
+        self.prefill = self.prefill.map(|(first, _)| (first, Instant::now()));
+        self
+    }
 }
 
 /// The tokens of one sequence. Dropping it is the only way to cancel.
@@ -226,7 +254,7 @@ impl Permit {
             let place = self.places.split(1).expect("more sequences than places: this is a bug");
             // Room for every event the sequence can produce: the engine never waits for a slow client.
             let (sender, events) =
-                mpsc::channel(sequence.sampling.max_tokens + 2 /* started, finished */);
+                mpsc::channel(sequence.sampling.max_tokens + 3 /* started, prompt computed, finished */);
             siblings.push(Submission { sequence, events: sender, place });
             streams.push(TokenStream { events });
         }

@@ -6,13 +6,15 @@ mod encoder_cache;
 pub mod guidance;
 pub mod handle;
 pub mod logprobs;
+pub mod observer;
 pub mod runner;
 pub mod sampler;
 pub mod worker;
 
 pub use guidance::{AnswerGuide, EndThinking, Guide, GuideTokens, NoEnd, ThinkingGuide};
 pub use handle::{
-    EngineHandle, EngineLimits, EngineStatus, NewSequence, Permit, ReserveError, SubmitError, TokenEvent,
-    TokenStream, VideoInput,
+    EngineHandle, EngineLimits, EngineStatus, NewSequence, Permit, PromptTimes, ReserveError, SubmitError,
+    TokenEvent, TokenStream, VideoInput,
 };
-pub use worker::{EngineOptions, EngineThread, StepObserver, StepReport, start};
+pub use observer::{StepObserver, StepReport};
+pub use worker::{EngineOptions, EngineThread, start};

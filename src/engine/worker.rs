@@ -14,43 +14,18 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 
 use super::{
     guidance::Guide,
-    handle::{EngineHandle, EngineLimits, EngineStatus, Submission, TokenEvent, VideoInput},
+    handle::{EngineHandle, EngineLimits, EngineStatus, PromptTimes, Submission, TokenEvent, VideoInput},
+    observer::{StepObserver, StepReport},
     runner::{Requests, Runner, Sampled},
 };
 use crate::{
     config::EngineConfig,
     model::{KvCache, Tap, VideoLanguageModel},
     scheduler::{
-        ComputeWork, EncodeWork, SamplingParams, Scheduler, SchedulerLimits, SchedulerStats, SequenceId,
-        SequenceSpec, SequenceUpdate, StepPlan, StopReason, TokenId, VisualSpan,
+        ComputeWork, EncodeWork, SamplingParams, Scheduler, SchedulerLimits, SequenceId, SequenceSpec,
+        SequenceUpdate, StepPlan, StopReason, TokenId, VisualSpan,
     },
 };
-
-/// What a step did, for the metrics.
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub struct StepReport {
-    /// After the step.
-    pub stats: SchedulerStats,
-    /// Blocks of the cache.
-    pub num_blocks: usize,
-    pub num_encoded_frames: usize,
-    pub num_prefill_tokens: usize,
-    pub num_decodes: usize,
-    /// Seconds of the step's encoding and of its decoder run.
-    pub encode_seconds: f64,
-    pub compute_seconds: f64,
-}
-
-/// Hears of every step, on the engine thread: must return at once.
-pub trait StepObserver: Send {
-    /// Called after each step, and when the last sequence has gone.
-    fn step(&mut self, report: &StepReport);
-}
-
-/// Hears nothing.
-impl StepObserver for () {
-    fn step(&mut self, _: &StepReport) {}
-}
 
 /// What the engine needs besides a model.
 pub struct EngineOptions {
@@ -148,6 +123,8 @@ struct Request {
     videos: Vec<VideoInput>,
     guide: Option<Mutex<Guide>>,
     events: mpsc::Sender<TokenEvent>,
+    /// Until they are told.
+    times: Option<PromptTimes>,
     _place: OwnedSemaphorePermit,
 }
 
@@ -167,7 +144,12 @@ impl Requests for RequestTable {
     }
 }
 
-/// Runs a piece of a step; a panic in it is an error like any other.
+/// Runs a piece of a step among the kernels' threads: from outside, each kernel would wake them and sleep until they are done.
+fn on_kernel_threads<T: Send>(run: impl FnOnce() -> crate::model::Result<T> + Send) -> Result<T, String> {
+    guarded(|| rayon::scope(|_| run()))
+}
+
+/// Runs something; a panic in it is an error like any other.
 fn guarded<T>(run: impl FnOnce() -> crate::model::Result<T>) -> Result<T, String> {
     match catch_unwind(AssertUnwindSafe(run)) {
         Ok(outcome) => outcome.map_err(|error| error.to_string()),
@@ -186,7 +168,7 @@ struct Worker {
 impl Worker {
     fn new(model: Box<dyn VideoLanguageModel>, options: EngineOptions, limits: EngineLimits) -> Self {
         let config = &options.config;
-        let scheduler = Scheduler::new(SchedulerLimits {
+        let mut scheduler = Scheduler::new(SchedulerLimits {
             block_size: config.block_size,
             num_blocks: limits.num_blocks,
             max_running_sequences: config.max_running_sequences,
@@ -196,6 +178,9 @@ impl Worker {
             prefix_cache: config.prefix_cache,
             end_token_ids: options.end_token_ids,
         });
+        if let Some(seed) = options.observer.cache_event_seed() {
+            scheduler.log_cache_events(seed);
+        }
         let cache = KvCache::new(model.shape(), limits.num_blocks, limits.block_size);
         let runner = Runner::new(model, cache, options.num_token_ids, options.tap);
         let requests = RequestTable(HashMap::new());
@@ -240,6 +225,7 @@ impl Worker {
                 videos: sequence.videos,
                 guide: sequence.guide.map(Mutex::new),
                 events,
+                times: Some(PromptTimes::default()),
                 _place: place,
             });
         }
@@ -275,15 +261,31 @@ impl Worker {
         plan.encode.into_iter().for_each(|work| self.encode(work));
         report.encode_seconds = start.elapsed().as_secs_f64();
         let start = Instant::now();
+        for work in &plan.compute[plan.num_decodes..] {
+            self.note(work.sequence, |times| times.prefilling(start));
+        }
         self.compute(plan.compute);
         report.compute_seconds = start.elapsed().as_secs_f64();
         #[cfg(debug_assertions)]
         self.scheduler.check_integrity();
+        let changes = self.scheduler.take_cache_events();
+        if !changes.is_empty() {
+            self.observer.cache_changed(changes);
+        }
         self.report(report);
     }
 
+    fn note(&mut self, id: SequenceId, note: impl FnOnce(&mut PromptTimes)) {
+        if let Some(times) = self.requests.0.get_mut(&id).and_then(|request| request.times.as_mut()) {
+            note(times);
+        }
+    }
+
     fn encode(&mut self, work: EncodeWork) {
-        let outcome = guarded(|| self.runner.encode(&work, &self.requests.videos(work.sequence)[work.video]));
+        let start = Instant::now();
+        let outcome =
+            on_kernel_threads(|| self.runner.encode(&work, &self.requests.videos(work.sequence)[work.video]));
+        self.note(work.sequence, |times| times.encoded(start));
         let part = StepPlan { encode: vec![work], ..StepPlan::default() };
         match outcome {
             Ok(()) => self.deliver(&part, Vec::new()),
@@ -298,7 +300,7 @@ impl Worker {
         if works.is_empty() {
             return;
         }
-        let outcome = guarded(|| self.runner.compute(&works, &self.scheduler, &self.requests));
+        let outcome = on_kernel_threads(|| self.runner.compute(&works, &self.scheduler, &self.requests));
         match outcome {
             Ok(sampled) => self.deliver(&StepPlan { compute: works, ..StepPlan::default() }, sampled),
             Err(error) if works.len() == 1 => {
@@ -316,8 +318,11 @@ impl Worker {
             sampling.zip(sampled).filter_map(|(id, sampled)| Some((id, sampled.logprobs?))).collect();
         for update in self.scheduler.complete(plan, &ids) {
             // The prompt is computed: its pixels are not needed any more.
-            if let Some(request) = self.requests.0.get_mut(&update.sequence) {
+            if let Some(request) = self.requests.0.get_mut(&update.sequence)
+                && let Some(times) = request.times.take()
+            {
                 request.videos = Vec::new();
+                self.send(update.sequence, TokenEvent::PromptComputed(times.finished()));
             }
             if let Some(id) = update.token {
                 let logprobs = logprobs.remove(&update.sequence);

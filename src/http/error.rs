@@ -80,6 +80,8 @@ struct Row {
     retry_after: Option<Duration>,
 }
 
+/// What the generating endpoints answer in the ordinary course of things: counted from zero.
+pub const USUAL_STATUSES: [u16; 9] = [200, 400, 401, 413, 422, 429, 500, 503, 504];
 const RETRY_SOON: Duration = Duration::from_secs(1);
 /// Loading, draining: another try at once would meet the same.
 const RETRY_LATER: Duration = Duration::from_secs(5);

@@ -14,7 +14,7 @@ use crate::{
     media::VideoInfo,
     output::{Ending, OutputAssembler, OutputEvent, Segment},
     scheduler::StopReason,
-    telemetry::metrics::TokenCounts,
+    telemetry::TokenCounts,
 };
 
 /// See the module.
@@ -97,7 +97,7 @@ impl Generation {
     async fn advance(&mut self) -> Result<Option<(usize, OutputEvent)>, ApiError> {
         loop {
             while let Some((index, event)) = self.ready.pop_front() {
-                self.note_answer(index, &event);
+                self.note(index, &event);
                 let shown =
                     if self.reasoning == Reasoning::Hidden { without_thinking(event) } else { Some(event) };
                 if let Some(event) = shown {
@@ -113,8 +113,14 @@ impl Generation {
         }
     }
 
-    fn note_answer(&mut self, index: usize, event: &OutputEvent) {
-        if matches!(event, OutputEvent::Delta { segment: Segment::Answer, .. }) {
+    fn note(&mut self, index: usize, event: &OutputEvent) {
+        let OutputEvent::Delta { segment, text, .. } = event else { return };
+        self.progress.said(index, text);
+        // Where thinking and answer are not told apart, nobody knows when the answer begins.
+        if *segment != Segment::Think && self.reasoning != Reasoning::Raw {
+            self.progress.answers();
+        }
+        if *segment == Segment::Answer {
             self.thinks_no_more(index);
         }
     }
@@ -148,7 +154,8 @@ impl Generation {
         match event {
             // What the first one found in the cache; the others found what the first one had computed.
             TokenEvent::Started { cached_tokens } if index == 0 => self.progress.started(cached_tokens),
-            TokenEvent::Started { .. } => {}
+            TokenEvent::PromptComputed(times) if index == 0 => self.progress.prompt_computed(times),
+            TokenEvent::Started { .. } | TokenEvent::PromptComputed(_) => {}
             TokenEvent::Token { id, logprobs } => {
                 let now = Instant::now();
                 self.progress.token(choice.last_token.replace(now), now);

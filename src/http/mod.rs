@@ -49,12 +49,17 @@ pub use guide::Guides;
 pub use server::{run, run_metrics};
 pub use state::{Access, AppState, Loaded, ModelCard};
 
-/// The routes that generate; their requests are logged one by one.
+/// The routes that generate.
 const CHAT_COMPLETIONS: &str = "/v1/chat/completions";
 const COMPLETIONS: &str = "/v1/completions";
 const RESPONSES: &str = "/v1/responses";
+const GENERATING: [&str; 3] = [CHAT_COMPLETIONS, COMPLETIONS, RESPONSES];
 /// The route that may have a port of its own.
 const METRICS: &str = "/metrics";
+const HEALTH: &str = "/health";
+const READY: &str = "/ready";
+/// What machines ask every few seconds: neither logged nor traced.
+const PROBES: [&str; 3] = [HEALTH, READY, METRICS];
 
 /// Every route: what the router is built of and `openapi.yaml` is held against.
 fn routes() -> Vec<(Method, &'static str, MethodRouter<AppState>)> {
@@ -74,8 +79,8 @@ fn routes() -> Vec<(Method, &'static str, MethodRouter<AppState>)> {
         (Method::POST, "/v1/chat/completions/{id}/end_thinking", post(running::end_thinking)),
         (Method::GET, "/v1/models", get(probes::models)),
         (Method::GET, "/v1/models/{*id}", get(probes::model)),
-        (Method::GET, "/health", get(probes::health)),
-        (Method::GET, "/ready", get(probes::ready)),
+        (Method::GET, HEALTH, get(probes::health)),
+        (Method::GET, READY, get(probes::ready)),
         (Method::GET, METRICS, get(probes::metrics)),
         (Method::GET, "/version", get(probes::version)),
         (Method::GET, "/openapi.json", get(openapi::json)),
@@ -154,6 +159,6 @@ mod tests {
         let body = String::from_utf8(body.to_vec()).unwrap();
         assert!(body.contains("internal_error") && !body.contains("secret"), "{body}");
         let counted = "tinyllava_http_requests_total{method=\"GET\",route=\"/broken\",status=\"500\"} 1";
-        assert!(state.metrics().render().contains(counted));
+        assert!(state.render_metrics().contains(counted));
     }
 }

@@ -68,12 +68,11 @@ pub async fn begin<T: Send + 'static>(
     check: impl FnOnce(&Bytes, Option<NamedTempFile>, &Config, &Loaded) -> Checked<T> + Send + 'static,
 ) -> Result<Begun<T>, ApiError> {
     let work = state.begin_work().inspect_err(|error| state.metrics().rejection(error.code()))?;
-    let timeout = state.config().request_timeout;
-    let mut progress = Progress::new(record, state.metrics().clone(), timeout, work);
+    let mut progress = Progress::new(record, state.config(), work);
     let admitted = progress.deadline().bound(admit(state, request, check)).await;
     match admitted.and_then(|admitted| admitted) {
         Ok((admitted, shape)) => {
-            progress.set_stream(admitted.valid.stream);
+            progress.asked(admitted.valid.stream, admitted.valid.choices.count);
             if let Some(timeout) = admitted.valid.timeout {
                 progress.set_timeout(timeout);
             }
@@ -156,7 +155,10 @@ async fn prepare(
         };
         let num_prompt = prompt.token_ids.len();
         let num_visual = prompt.video_spans.iter().map(ExactSizeIterator::len).sum();
-        progress.prompt_built(num_prompt, num_visual, started.elapsed());
+        progress.prompt_built(num_prompt, num_visual, started);
+        if progress.logs_content() {
+            progress.prompt_is(prompt_text(&prompt, &loaded.tokenizer).await?);
+        }
         let room = engine_limits.context.saturating_sub(num_prompt);
         let letters = watched_letters(&choices, &loaded.tokenizer).await?;
         let mut sampling = final_sampling(sampling, default_max_tokens.min(room));
@@ -194,15 +196,14 @@ async fn load_videos(
     budget: Budget,
     progress: &mut Progress,
 ) -> Result<Vec<Arc<VideoFrames>>, ApiError> {
-    let started = Instant::now();
-    let budget: Arc<dyn Send + Sync> = Arc::new(budget);
+    let caller = progress.caller(salt.clone(), Some(Arc::new(budget)));
     let load = async |video: ValidVideo| {
         let ValidVideo { path, knobs_path, source, sampling } = video;
-        let frames = loaded.media.load_isolated(source, sampling, salt.clone(), Some(budget.clone())).await;
+        let frames = loaded.media.load_for(source, sampling, &caller).await;
         frames.map_err(|error| ApiError::Video { param: at_fault(&error, path, &knobs_path), error })
     };
     let frames = try_join_all(videos.into_iter().map(load)).await?;
-    frames.iter().for_each(|frames| progress.video_loaded(frames, started.elapsed()));
+    frames.iter().for_each(|frames| progress.video_loaded(frames));
     Ok(frames)
 }
 
@@ -243,6 +244,13 @@ async fn raw_tokens(raw: RawPrompt, tokenizer: Arc<Tokenizer>) -> Result<Prompt,
         }
     };
     Ok(Prompt { token_ids, ..Prompt::default() })
+}
+
+/// What the model reads, but for its videos; on the blocking pool.
+async fn prompt_text(prompt: &Prompt, tokenizer: &Arc<Tokenizer>) -> Result<String, ApiError> {
+    let (token_ids, tokenizer) = (prompt.token_ids.clone(), tokenizer.clone());
+    let text = spawn_blocking(move || tokenizer.decode_named(&token_ids)).await;
+    text.map_err(|error| ApiError::Internal(format!("writing the prompt to the log: {error}")))
 }
 
 /// The tokens of the options, if their probabilities are wanted; on the blocking pool.

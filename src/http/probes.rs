@@ -39,7 +39,8 @@ pub async fn health() -> Json<Status> {
     Json(Status { status: "ok" })
 }
 
-/// `GET /ready`: a request sent now would be taken on.
+/// `GET /ready`: requests should be sent here. Says no as soon as the server is asked to stop, while what comes within
+/// `drain_delay` is still taken on: balancers need a while to notice.
 ///
 /// # Errors
 /// 503 while loading or draining, and when the engine has stopped.
@@ -47,6 +48,9 @@ pub async fn health() -> Json<Status> {
     responses((status = 200, description = "It would.", body = Status), NotReady))]
 pub async fn ready(State(state): State<AppState>) -> Result<Json<Status>, ApiError> {
     state.ready()?;
+    if state.drain().is_announced() {
+        return Err(ApiError::Draining);
+    }
     Ok(Json(Status { status: "ready" }))
 }
 
@@ -62,7 +66,7 @@ pub async fn version() -> Json<Version> {
     responses((status = 200, description = "Prometheus' text format.", body = String, content_type = "text/plain")))]
 pub async fn metrics(State(state): State<AppState>) -> Response {
     let content_type = (header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8");
-    ([content_type], state.metrics().render()).into_response()
+    ([content_type], state.render_metrics()).into_response()
 }
 
 /// `GET /v1/models`

@@ -8,17 +8,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{
-    error::ApiError,
-    record::{GenerationRecord, RequestRecord},
-};
+use super::{error::ApiError, record::RequestRecord};
 use crate::{
-    media::VideoFrames,
+    config::Config,
+    engine::PromptTimes,
+    media::{Caller, Hold, Salt, VideoFrames},
     shutdown::WorkGuard,
-    telemetry::{
-        Metrics,
-        metrics::{Stage, TokenCounts},
-    },
+    telemetry::{ContentRecord, GenerationRecord, Outcome, Stage, StageRun, TokenCounts},
 };
 
 /// When a request must be over.
@@ -45,13 +41,23 @@ impl Deadline {
     }
 }
 
+/// Where in the engine a request is, and since when.
+#[derive(Debug, Clone, Copy)]
+enum Phase {
+    Before,
+    Queued(Instant),
+    Prefilling(Instant),
+    Generating(Instant),
+}
+
 /// See the module. A progress that is dropped before it has an end was left by its client.
 #[derive(Debug)]
 pub struct Progress {
     generation: GenerationRecord,
-    submitted: Option<Instant>,
+    phase: Phase,
     deadline: Deadline,
-    metrics: Metrics,
+    /// How much of what is said goes on the log; `None`: nothing.
+    max_logged_bytes: Option<usize>,
     record: Arc<RequestRecord>,
     /// A shutdown waits for it.
     _work: WorkGuard,
@@ -59,12 +65,12 @@ pub struct Progress {
 
 impl Progress {
     /// At the arrival of the request.
-    pub fn new(record: Arc<RequestRecord>, metrics: Metrics, timeout: Duration, work: WorkGuard) -> Self {
+    pub fn new(record: Arc<RequestRecord>, config: &Config, work: WorkGuard) -> Self {
         Progress {
-            generation: GenerationRecord { outcome: "client_left", ..GenerationRecord::default() },
-            submitted: None,
-            deadline: Deadline::new(record.arrival, timeout),
-            metrics,
+            generation: GenerationRecord::default(),
+            phase: Phase::Before,
+            deadline: Deadline::new(record.arrival, config.request_timeout),
+            max_logged_bytes: config.log_content.then_some(config.max_logged_text_bytes),
             record,
             _work: work,
         }
@@ -85,61 +91,94 @@ impl Progress {
         self.generation.tokens
     }
 
-    /// Whether the client asked for a stream.
-    pub fn set_stream(&mut self, stream: bool) {
+    /// What the client asked for.
+    pub fn asked(&mut self, stream: bool, num_choices: usize) {
         self.generation.stream = stream;
+        self.generation.num_choices = num_choices;
     }
 
-    /// A video was fetched and decoded (or found in the cache); `took`: with the others, at the same time.
-    pub fn video_loaded(&mut self, frames: &VideoFrames, took: Duration) {
-        self.generation.media_seconds = Some(took.as_secs_f64());
+    /// For whom the videos of this request are loaded.
+    pub fn caller(&self, salt: Salt, hold: Hold) -> Caller {
+        Caller { salt, hold, headers: self.record.trace_headers(), trail: self.record.trail.clone() }
+    }
+
+    /// A video was fetched and decoded, or found in the cache.
+    pub fn video_loaded(&mut self, frames: &VideoFrames) {
         self.generation.num_frames += frames.info.num_frames;
-        let timings = &frames.timings;
-        self.metrics.stage(Stage::Fetch, timings.fetch_seconds);
-        let stages = [
-            (Stage::Probe, timings.probe_seconds),
-            (Stage::Decode, timings.decode_seconds),
-            (Stage::Resize, timings.resize_seconds),
-        ];
-        // Frames from the cache took no time in these stages, for they were not in them.
-        for (stage, seconds) in stages.into_iter().filter(|(_, seconds)| *seconds > 0.0) {
-            self.metrics.stage(stage, seconds);
-        }
-        self.metrics.video(frames.info.duration.unwrap_or(0.0), frames.info.num_frames);
+        self.record.metrics.video(frames.info.duration.unwrap_or(0.0), frames.info.num_frames);
     }
 
-    /// The prompt was rendered and tokenised.
-    pub fn prompt_built(&mut self, prompt_tokens: usize, video_tokens: usize, took: Duration) {
-        self.generation.prompt_seconds = Some(took.as_secs_f64());
+    /// The prompt was rendered and tokenised, since `started`.
+    pub fn prompt_built(&mut self, prompt_tokens: usize, video_tokens: usize, started: Instant) {
         self.generation.tokens.prompt = prompt_tokens;
         self.generation.tokens.video = video_tokens;
-        self.metrics.stage(Stage::Prompt, took.as_secs_f64());
+        self.ended(Stage::Prompt, started);
     }
 
-    /// The sequence is with the engine.
+    /// Whether the log is to have the prompt.
+    pub fn logs_content(&self) -> bool {
+        self.max_logged_bytes.is_some()
+    }
+
+    /// What the model is asked, for the log.
+    pub fn prompt_is(&mut self, mut prompt: String) {
+        if let Some(max_bytes) = self.max_logged_bytes {
+            prompt.truncate(prompt.floor_char_boundary(max_bytes));
+            self.generation.content.get_or_insert_default().prompt = prompt;
+        }
+    }
+
+    /// A choice says more, for the log.
+    pub fn said(&mut self, choice: usize, text: &str) {
+        if let Some(max_bytes) = self.max_logged_bytes {
+            let content: &mut ContentRecord = self.generation.content.get_or_insert_default();
+            content.reply(choice, text, max_bytes);
+        }
+    }
+
+    /// The sequences are with the engine.
     pub fn submitted(&mut self) {
-        self.submitted = Some(Instant::now());
+        self.phase = Phase::Queued(Instant::now());
     }
 
-    /// The engine admitted the sequence.
+    /// The engine admitted the first sequence.
     pub fn started(&mut self, cached_tokens: usize) {
         self.generation.tokens.cached = cached_tokens;
-        if let Some(submitted) = self.submitted {
-            let waited = submitted.elapsed();
-            self.generation.queue_seconds = Some(waited.as_secs_f64());
-            self.metrics.started(waited);
+        if let Phase::Queued(since) = self.phase {
+            self.ended(Stage::Queue, since);
+            self.phase = Phase::Prefilling(Instant::now());
         }
+    }
+
+    /// The first sequence's prompt is computed.
+    pub fn prompt_computed(&mut self, times: PromptTimes) {
+        let stages = [(Stage::Encode, times.encode), (Stage::Prefill, times.prefill)];
+        for (stage, times) in stages {
+            if let Some((started, ended)) = times {
+                self.record.trail.push(StageRun::new(stage, started, ended));
+            }
+        }
+        self.phase = Phase::Generating(Instant::now());
     }
 
     /// A token came; `last` is when the one before it in the same choice did.
     pub fn token(&mut self, last: Option<Instant>, now: Instant) {
         self.generation.tokens.completion += 1;
         if let Some(last) = last {
-            self.metrics.next_token(now - last);
-        } else if self.generation.first_token_seconds.is_none() {
+            self.record.metrics.next_token(now - last);
+        } else if self.generation.first_token.is_none() {
             let since_arrival = now - self.record.arrival;
-            self.generation.first_token_seconds = Some(since_arrival.as_secs_f64());
-            self.metrics.first_token(since_arrival);
+            self.generation.first_token = Some(since_arrival);
+            self.record.metrics.first_token(since_arrival);
+        }
+    }
+
+    /// Text of an answer came, not of the thinking before it.
+    pub fn answers(&mut self) {
+        if self.generation.first_answer_token.is_none() {
+            let since_arrival = self.record.arrival.elapsed();
+            self.generation.first_answer_token = Some(since_arrival);
+            self.record.metrics.first_answer_token(since_arrival);
         }
     }
 
@@ -153,23 +192,40 @@ impl Progress {
 
     /// The reply is whole.
     pub fn completed(&mut self) {
-        self.generation.outcome = "completed";
+        self.generation.outcome = Outcome::Completed;
     }
 
     /// The request ended with `error`.
     pub fn ended_by(&mut self, error: &ApiError) {
-        self.generation.outcome = if error.status().is_server_error() { "failed" } else { "refused" };
+        let at_fault = error.status().is_server_error();
+        self.generation.outcome = if at_fault { Outcome::Failed } else { Outcome::Refused };
         self.generation.detail = error.code();
         if let ApiError::Media(error) | ApiError::Video { error, .. } = error {
-            self.metrics.media_error(error.reason());
+            self.record.metrics.media_error(error.reason());
         }
+    }
+
+    fn ended(&self, stage: Stage, started: Instant) {
+        self.record.trail.push(StageRun::new(stage, started, Instant::now()));
     }
 }
 
 impl Drop for Progress {
     fn drop(&mut self) {
+        let unfinished = match self.phase {
+            Phase::Before => None,
+            Phase::Queued(since) => Some((Stage::Queue, since)),
+            Phase::Prefilling(since) => Some((Stage::Prefill, since)),
+            Phase::Generating(since) => Some((Stage::Generate, since)),
+        };
+        if let Some((stage, since)) = unfinished {
+            let run = StageRun::new(stage, since, Instant::now());
+            let failed = self.generation.outcome != Outcome::Completed;
+            self.record.trail.push(StageRun { failed, ..run });
+        }
         let generation = std::mem::take(&mut self.generation);
-        self.metrics.generation(generation.outcome, self.record.arrival.elapsed(), generation.tokens);
+        let took = self.record.arrival.elapsed();
+        self.record.metrics.generation(generation.outcome, took, generation.tokens);
         self.record.set_generation(generation);
     }
 }

@@ -9,7 +9,7 @@ use super::{
     choices::{AnswerScores, Logprobs, Vote},
     state::ModelCard,
 };
-use crate::{media::VideoInfo, output::Segment, telemetry::metrics::TokenCounts};
+use crate::{media::VideoInfo, output::Segment, telemetry::TokenCounts};
 
 /// What all chunks of a reply, and the whole reply, have in common.
 #[derive(Debug, Clone, Serialize, ToSchema)]

@@ -4,6 +4,7 @@
 //! belongs to the proxy in front.
 
 use std::{
+    convert::Infallible,
     future::{Future, poll_fn},
     io,
     net::SocketAddr,
@@ -12,7 +13,10 @@ use std::{
     time::Duration,
 };
 
-use axum::Router;
+use axum::{
+    Router,
+    http::{HeaderValue, header},
+};
 use hyper::{server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{
@@ -31,8 +35,9 @@ const CLOSING_TIME: Duration = Duration::from_secs(2);
 /// Pause after a failed accept (too many open files): another try at once would meet the same.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
-/// Serves `listener` until `shutdown` completes; then refuses new work, waits up to `drain_timeout` for running
-/// requests (probes are answered meanwhile), and closes all connections.
+/// Serves `listener` until `shutdown` completes. Then it says that it is not ready, takes on what still comes for
+/// `drain_delay`, refuses new work, waits up to `drain_timeout` for running requests (probes are answered meanwhile),
+/// and closes all connections.
 ///
 /// # Errors
 /// None that ends the server so far; callers must still expect them.
@@ -111,15 +116,15 @@ impl Server {
         stream.set_timeout(Some(config.write_stall_timeout));
         let stream = Box::pin(stream);
         let tls = self.state.access().tls.clone().filter(|_| self.may_secure);
-        let (app, close, kill) = (self.app.clone(), self.close.clone(), self.kill.clone());
-        let timeout = config.header_read_timeout;
+        let (state, app) = (self.state.clone(), self.app.clone());
+        let (close, kill) = (self.close.clone(), self.kill.clone());
         let connection = async move {
-            let Some(tls) = tls else { return serve(stream, app, close, timeout).await };
+            let Some(tls) = tls else { return serve(stream, state, app, close).await };
             let stream = tokio::select! {
-                stream = tls::accept(tls, stream, timeout) => stream?,
+                stream = tls::accept(tls, stream, state.config().header_read_timeout) => stream?,
                 () = close.cancelled() => return Ok(()),
             };
-            serve(stream, app, close, timeout).await
+            serve(stream, state, app, close).await
         };
         self.connections.spawn(async move {
             let _place = place;
@@ -136,6 +141,11 @@ impl Server {
     async fn drain_after(&self, shutdown: impl Future<Output = ()>) {
         shutdown.await;
         let drain = self.state.drain();
+        let delay = self.state.config().drain_delay;
+        if !delay.is_zero() {
+            drain.announce();
+            tokio::time::sleep(delay).await;
+        }
         drain.begin();
         let timeout = self.state.config().drain_timeout;
         if tokio::time::timeout(timeout, drain.idle()).await.is_err() {
@@ -159,11 +169,22 @@ impl Server {
 /// One connection from its first to its last request.
 async fn serve(
     stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    state: AppState,
     app: Router,
     close: CancellationToken,
-    header_read_timeout: Duration,
 ) -> io::Result<()> {
-    let service = service_fn(move |request| Box::pin(app.clone().oneshot(request)));
+    let header_read_timeout = state.config().header_read_timeout;
+    let service = service_fn(move |request| {
+        let (state, reply) = (state.clone(), app.clone().oneshot(request));
+        Box::pin(async move {
+            let mut response = reply.await?;
+            if state.drain().is_announced() {
+                // Balancers keep connections: the next request should not come by this one.
+                response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+            }
+            Ok::<_, Infallible>(response)
+        })
+    });
     let mut connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(header_read_timeout)

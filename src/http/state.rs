@@ -17,7 +17,7 @@ use crate::{
     prompt::Tokenizer,
     scheduler::SamplingParams,
     shutdown::{Drain, WorkGuard},
-    telemetry::Metrics,
+    telemetry::{Metrics, Traces, metrics::ServerState},
 };
 
 /// The model as clients see it.
@@ -64,6 +64,7 @@ pub struct AppState(Arc<Inner>);
 struct Inner {
     config: Arc<Config>,
     metrics: Metrics,
+    traces: Traces,
     drain: Drain,
     loaded: OnceLock<Arc<Loaded>>,
     access: RwLock<Arc<Access>>,
@@ -74,8 +75,16 @@ struct Inner {
 }
 
 impl AppState {
-    /// A server whose model is still loading.
+    /// A server whose model is still loading, without traces.
     pub fn new(config: Arc<Config>, metrics: Metrics) -> Self {
+        AppState::traced(config, metrics, Traces::default())
+    }
+
+    /// A server whose model is still loading.
+    pub fn traced(config: Arc<Config>, metrics: Metrics, traces: Traces) -> Self {
+        for route in super::GENERATING {
+            metrics.expect_responses("POST", route, &super::error::USUAL_STATUSES);
+        }
         // A body that is allowed at all must find room when it comes alone.
         let inflight_bytes = config.max_inflight_body_bytes.max(config.max_body_bytes);
         let body_kib = Semaphore::new(inflight_bytes.div_ceil(1024).min(Semaphore::MAX_PERMITS));
@@ -84,6 +93,7 @@ impl AppState {
             responses: Arc::new(ResponseStore::new(&config.responses)),
             config,
             metrics,
+            traces,
             drain: Drain::default(),
             loaded: OnceLock::new(),
             access: RwLock::default(),
@@ -151,6 +161,26 @@ impl AppState {
     /// All metrics.
     pub fn metrics(&self) -> &Metrics {
         &self.0.metrics
+    }
+
+    /// All metrics as of now, in Prometheus' text format.
+    pub(super) fn render_metrics(&self) -> String {
+        let loaded = self.0.loaded.get();
+        let decoders = loaded.map(|loaded| loaded.media.decoders());
+        self.0.metrics.set_state(ServerState {
+            model_loaded: loaded.is_some(),
+            ready: self.ready().is_ok() && !self.0.drain.is_announced(),
+            draining: self.0.drain.is_draining(),
+            running_decoders: decoders.map_or(0, |decoders| decoders.running),
+            waiting_decoders: decoders.map_or(0, |decoders| decoders.waiting),
+            decoder_places: decoders.map_or(0, |decoders| decoders.places),
+        });
+        self.0.metrics.render()
+    }
+
+    /// Where spans go.
+    pub(super) fn traces(&self) -> &Traces {
+        &self.0.traces
     }
 
     /// Who still works, and whether new work is refused.

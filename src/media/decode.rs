@@ -8,25 +8,20 @@
 //! Colour goes to RGB as plain decoders do it (swscale's default conversion: bicubic, range and matrix as tagged,
 //! BT.601 if untagged): this is how the frames that the model was trained on were made.
 
-use std::{
-    path::Path,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
-    time::{Duration, Instant},
-};
+use std::{path::Path, sync::Arc};
 
 use futures_util::{StreamExt, stream};
-use tokio::{io::AsyncReadExt, process::ChildStdout, sync::Semaphore, task::JoinHandle};
+use tokio::{io::AsyncReadExt, process::ChildStdout, task::JoinHandle};
 
 use super::{
     MediaError,
     ffmpeg::{Tools, finish, pipe_failed, read_lines},
     frame_sampling::{Sampling, Timeline},
     packet_table::{PacketTable, Segment},
+    places::DecoderPlaces,
     probe::{Container, Probe, file_url},
 };
+use crate::telemetry::Trail;
 
 /// How ffmpeg's `showinfo` begins its lines.
 const SHOWINFO: &str = "[Parsed_showinfo_0";
@@ -37,29 +32,16 @@ type Terms = Vec<String>;
 
 /// What is done with each frame `[height, width, 3]` as it arrives, on the blocking pool.
 #[derive(Clone)]
-pub struct FrameMap {
-    map: Arc<dyn Fn(Vec<u8>) -> Vec<u8> + Send + Sync>,
-    nanoseconds: Arc<AtomicU64>,
-}
+pub struct FrameMap(Arc<dyn Fn(Vec<u8>) -> Vec<u8> + Send + Sync>);
 
 impl FrameMap {
     pub fn new(map: impl Fn(Vec<u8>) -> Vec<u8> + Send + Sync + 'static) -> Self {
-        FrameMap { map: Arc::new(map), nanoseconds: Arc::default() }
-    }
-
-    /// Time spent in it so far, over all threads.
-    pub fn elapsed(&self) -> Duration {
-        Duration::from_nanos(self.nanoseconds.load(Ordering::Relaxed))
+        FrameMap(Arc::new(map))
     }
 
     fn start(&self, frame: Vec<u8>) -> JoinHandle<Vec<u8>> {
-        let this = self.clone();
-        tokio::task::spawn_blocking(move || {
-            let started = Instant::now();
-            let mapped = (this.map)(frame);
-            this.nanoseconds.fetch_add(started.elapsed().as_nanos() as u64, Ordering::Relaxed);
-            mapped
-        })
+        let map = self.0.clone();
+        tokio::task::spawn_blocking(move || map(frame))
     }
 }
 
@@ -90,7 +72,9 @@ pub struct Decoder<'a> {
     pub map: FrameMap,
     /// Places for processes. The caller holds one, for the first; further ones are taken only if free, so that no
     /// decoder ever waits while it holds a place.
-    pub places: &'a Semaphore,
+    pub places: &'a DecoderPlaces,
+    /// Counts what is decoded.
+    pub trail: Trail,
 }
 
 /// One run of ffmpeg.
@@ -182,7 +166,7 @@ impl Decoder<'_> {
         let most = most_passes(self.probe.width * self.probe.height * 3).min(self.tools.threads);
         let mut further = Vec::new();
         while further.len() + 1 < most.min(segments.len())
-            && let Ok(place) = self.places.try_acquire()
+            && let Some(place) = self.places.try_take()
         {
             further.push(place);
         }
@@ -229,7 +213,9 @@ impl Decoder<'_> {
             // Any error stops the pass; this one never leaves `run`.
             if decoded.len() > pass.max_decoded { Err(overrun()) } else { Ok(()) }
         });
-        let (frames, ()) = match tokio::try_join!(frames, log) {
+        let output = tokio::try_join!(frames, log);
+        self.trail.decoded_frames(decoded.len());
+        let (frames, ()) = match output {
             Ok(output) => output,
             Err(_) if decoded.len() > pass.max_decoded => return Ok(None),
             Err(error) => return Err(error),

@@ -18,7 +18,7 @@ use futures_util::{StreamExt, TryStreamExt, stream};
 use reqwest::{
     Client, Response,
     dns::{Addrs, Name, Resolve, Resolving},
-    header::LOCATION,
+    header::{HeaderMap, LOCATION},
     redirect::Policy,
 };
 use tokio::io::{AsyncWriteExt, BufWriter};
@@ -67,13 +67,17 @@ impl Fetcher {
     }
 
     /// Downloads each URL into the (empty) file beside it: one video, or the pictures of a list, which share the limits
-    /// of one.
-    pub async fn fetch<P: AsRef<Path>>(&self, downloads: Vec<(Url, P)>) -> Result<(), MediaError> {
+    /// of one. `headers` go with every request.
+    pub async fn fetch<P: AsRef<Path>>(
+        &self,
+        downloads: Vec<(Url, P)>,
+        headers: &HeaderMap,
+    ) -> Result<(), MediaError> {
         let stored = AtomicUsize::new(0);
         let all = stream::iter(downloads)
             .map(Ok)
             .try_for_each_concurrent(MAX_CONCURRENT_PICTURES, async |(url, target)| {
-                self.fetch_one(url, target.as_ref(), &stored).await
+                self.fetch_one(url, target.as_ref(), headers, &stored).await
             });
         tokio::time::timeout(self.timeout, all).await.unwrap_or_else(|_| {
             let seconds = self.timeout.as_secs();
@@ -84,10 +88,17 @@ impl Fetcher {
     }
 
     /// `stored`: bytes of all downloads that are one for the limits.
-    async fn fetch_one(&self, mut url: Url, target: &Path, stored: &AtomicUsize) -> Result<(), MediaError> {
+    async fn fetch_one(
+        &self,
+        mut url: Url,
+        target: &Path,
+        headers: &HeaderMap,
+        stored: &AtomicUsize,
+    ) -> Result<(), MediaError> {
         for _ in 0..=self.max_redirects {
             self.check(&url)?;
-            let response = self.client.get(url.clone()).send().await.map_err(|error| failed(&error))?;
+            let request = self.client.get(url.clone()).headers(headers.clone());
+            let response = request.send().await.map_err(failed)?;
             if response.status().is_redirection() {
                 url = redirect_target(&url, &response)?;
                 continue;
@@ -150,7 +161,7 @@ impl Fetcher {
         let file = tokio::fs::OpenOptions::new().write(true).open(target).await;
         let mut file =
             BufWriter::with_capacity(WRITE_BUFFER_BYTES, file.map_err(|error| disk_failed(&error))?);
-        while let Some(chunk) = response.chunk().await.map_err(|error| failed(&error))? {
+        while let Some(chunk) = response.chunk().await.map_err(failed)? {
             let before = stored.fetch_add(chunk.len(), Ordering::Relaxed);
             if before + chunk.len() > max_video_bytes {
                 return Err(too_large());
@@ -173,8 +184,8 @@ fn redirect_target(from: &Url, response: &Response) -> Result<Url, MediaError> {
 }
 
 /// A download failed: by our own resolver's refusal, or upstream. Details stay in the log, for they would tell a
-/// client about the network behind the server.
-fn failed(error: &reqwest::Error) -> MediaError {
+/// client about the network behind the server. The URL stays out of the log: its query may be a key.
+fn failed(error: reqwest::Error) -> MediaError {
     let mut cause = error.source();
     while let Some(inner) = cause {
         if inner.is::<PrivateAddress>() {
@@ -182,7 +193,8 @@ fn failed(error: &reqwest::Error) -> MediaError {
         }
         cause = inner.source();
     }
-    tracing::info!(error = %error, "download failed");
+    let error = error.without_url();
+    tracing::info!(%error, "download failed");
     let what = if error.is_connect() { "its server could not be reached" } else { "the transfer broke off" };
     MediaError::FetchFailed(format!(
         "the video could not be downloaded: {what}; check the URL or upload the video"

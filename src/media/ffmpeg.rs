@@ -188,6 +188,15 @@ fn find_tool(
     })
 }
 
+/// Where ffmpeg and ffprobe are, for commands that tell of them.
+///
+/// # Errors
+/// When one of them is missing.
+pub fn tool_paths(config: &MediaConfig) -> Result<(PathBuf, PathBuf), MediaError> {
+    let tools = Tools::new(config);
+    Ok((tools.ffmpeg_path()?, tools.ffprobe_path()?))
+}
+
 /// The first file of that name in the directories of `PATH`.
 pub fn find_on_path(name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH")?;

@@ -3,6 +3,7 @@
 //! Called by `http/pipeline.rs` and the commands. Never decodes in-process: ffmpeg runs as a limited, killable child.
 
 mod address;
+mod caller;
 mod decode;
 mod error;
 mod fetch;
@@ -14,24 +15,18 @@ pub mod frame_sampling;
 mod packet_table;
 mod pictures;
 pub mod pixels;
+mod places;
 mod probe;
 mod sandbox;
 mod source;
 mod tools;
 
-use std::{
-    path::PathBuf,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    time::Instant,
-};
+use std::{path::PathBuf, sync::Arc, time::Instant};
 
 use bytes::Bytes;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
-use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio::sync::OwnedSemaphorePermit;
 use utoipa::ToSchema;
 
 use self::{
@@ -39,18 +34,23 @@ use self::{
     ffmpeg::Tools,
     frame_cache::FrameCache,
     frame_sampling::{Applied, Sampling},
-    pictures::{Pictures, Selection},
+    pictures::{CancelOnDrop, Pictures, Selection},
     pixels::Resizer,
+    places::DecoderPlaces,
     probe::Probe,
     source::{LocalFile, SourceReader, is_picture_list},
 };
-use crate::config::MediaConfig;
+use crate::{
+    config::MediaConfig,
+    telemetry::{PieceTimer, Stage, Trail},
+};
 
 pub use self::{
+    caller::{Caller, Hold, Salt},
     decode::Way,
     error::MediaError,
     file_store::{FileLabel, FileRecord, FileStore, FileStoreError, Upload},
-    source::{Hold, Salt},
+    places::DecoderLoad,
     tools::{SamplingBenchmark, SourceFrames, check_tools},
 };
 
@@ -130,15 +130,6 @@ pub struct VideoInfo {
     pub sampled_timestamps: Vec<f64>,
 }
 
-/// How long the stages took.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct MediaTimings {
-    pub fetch_seconds: f64,
-    pub probe_seconds: f64,
-    pub decode_seconds: f64,
-    pub resize_seconds: f64,
-}
-
 /// Sampled frames, resized to the model's input.
 #[derive(Debug, Clone)]
 pub struct VideoFrames {
@@ -148,7 +139,6 @@ pub struct VideoFrames {
     pub info: VideoInfo,
     /// Of the file's bytes, every effective sampling parameter, the size and the preprocessing version.
     pub digest: [u8; 32],
-    pub timings: MediaTimings,
 }
 
 /// The media stage: fetch, probe, sample, decode, resize, cache.
@@ -161,7 +151,7 @@ pub struct MediaLoader {
     sources: SourceReader,
     cache: FrameCache,
     /// One for each decoder process.
-    places: Arc<Semaphore>,
+    places: DecoderPlaces,
 }
 
 impl MediaLoader {
@@ -178,7 +168,7 @@ impl MediaLoader {
             sources: SourceReader::new(&config, files.clone())?,
             files,
             cache: FrameCache::new(config.frame_cache_bytes),
-            places: Arc::new(Semaphore::new(config.max_concurrent_decodes.max(1))),
+            places: DecoderPlaces::new(config.max_concurrent_decodes),
             config: Arc::new(config),
         })
     }
@@ -194,52 +184,52 @@ impl MediaLoader {
         source: VideoSource,
         sampling: FrameSampling,
     ) -> Result<Arc<VideoFrames>, MediaError> {
-        self.load_isolated(source, sampling, None, None).await
+        self.load_for(source, sampling, &Caller::default()).await
     }
 
-    /// As [`MediaLoader::load`], sharing downloads, frames and the digest with calls of the same `salt` only: no
-    /// client can tell by the time that it takes what others have sent. `hold` lasts as long as the memory of `source`,
-    /// also when the future is dropped.
-    pub async fn load_isolated(
+    /// As [`MediaLoader::load`], sharing work with callers of the same salt only: no client can tell by the time that it
+    /// takes what others have sent.
+    pub async fn load_for(
         &self,
         source: VideoSource,
         sampling: FrameSampling,
-        salt: Salt,
-        hold: Hold,
+        caller: &Caller,
     ) -> Result<Arc<VideoFrames>, MediaError> {
-        let started = Instant::now();
         let (is_list, is_still) = (source.is_frame_list(), self.sources.is_still(&source).await?);
         if is_list || is_still {
             let still = is_still.then(|| Selection::of_still(sampling, &self.config)).transpose()?;
-            let files = self.sources.read(source, &salt, hold).await?;
-            let fetch_seconds = started.elapsed().as_secs_f64();
+            let files = self.fetched(source, caller).await?;
             let selection = still.map_or_else(|| Selection::of_list(sampling, files.len()), Ok)?;
-            let digest = self.digest(&files, &selection.digest_bytes, &salt);
-            let load = self.decode_pictures(files, selection, is_list, digest);
-            return self.cached(digest, fetch_seconds, load).await;
+            let digest = self.digest(&files, &selection.digest_bytes, &caller.salt);
+            let load = self.decode_pictures(files, selection, is_list, digest, &caller.trail);
+            return self.cached(digest, load, &caller.trail).await;
         }
         let sampling = Sampling::resolve(sampling, &self.config)?;
-        let files = self.sources.read(source, &salt, hold).await?;
-        let fetch_seconds = started.elapsed().as_secs_f64();
-        let digest = self.digest(&files, &sampling.digest_bytes(), &salt);
-        let load = self.decode(&files[0], &sampling, digest);
-        self.cached(digest, fetch_seconds, load).await
+        let files = self.fetched(source, caller).await?;
+        let digest = self.digest(&files, &sampling.digest_bytes(), &caller.salt);
+        let load = self.decode(&files[0], &sampling, digest, &caller.trail);
+        self.cached(digest, load, &caller.trail).await
+    }
+
+    /// Who works and who waits in this stage, now.
+    pub fn decoders(&self) -> DecoderLoad {
+        self.places.load()
+    }
+
+    async fn fetched(&self, source: VideoSource, caller: &Caller) -> Result<Vec<LocalFile>, MediaError> {
+        caller.trail.time(Stage::Fetch, self.sources.read(source, caller)).await
     }
 
     /// The frames of `digest`, from the cache or by `load`.
     async fn cached(
         &self,
         digest: [u8; 32],
-        fetch_seconds: f64,
         load: impl Future<Output = Result<VideoFrames, MediaError>>,
+        trail: &Trail,
     ) -> Result<Arc<VideoFrames>, MediaError> {
         let (frames, fresh) = self.cache.get_or_load(digest, async { load.await.map(Arc::new) }).await?;
-        // The pixels are shared; only the account of the time is this request's own.
-        let spent = if fresh { frames.timings } else { MediaTimings::default() };
-        Ok(Arc::new(VideoFrames {
-            timings: MediaTimings { fetch_seconds, ..spent },
-            ..VideoFrames::clone(&frames)
-        }))
+        trail.frame_cache(!fresh);
+        Ok(frames)
     }
 
     /// Decodes and resizes pictures on the blocking pool, among the decoders of videos and within their time.
@@ -249,9 +239,9 @@ impl MediaLoader {
         selection: Selection,
         is_list: bool,
         digest: [u8; 32],
+        trail: &Trail,
     ) -> Result<VideoFrames, MediaError> {
-        let place = self.places.clone().acquire_owned().await;
-        let place = place.expect("the semaphore is never closed: this is a bug");
+        let place = self.place(trail).await?;
         let guard = CancelOnDrop::default();
         let (cancelled, config, size) = (guard.0.clone(), self.config.clone(), self.image_size);
         let work = tokio::task::spawn_blocking(move || {
@@ -260,14 +250,18 @@ impl MediaLoader {
             pictures::decode(&files, size, &config, &cancelled)
         });
         let timeout = self.config.decode_timeout;
-        let decoded = tokio::time::timeout(timeout, work)
-            .await
-            .map_err(|_| MediaError::DecodeTimeout { seconds: timeout.as_secs() })?;
-        let decoded = decoded.map_err(|error| {
-            tracing::error!(%error, "decoding pictures failed");
-            MediaError::Undecodable("a picture could not be decoded; send it in another format".into())
-        })??;
-        let Pictures { frames, width, height, codec, timings } = decoded;
+        let decode = async {
+            let decoded = tokio::time::timeout(timeout, work).await;
+            let decoded = decoded.map_err(|_| MediaError::DecodeTimeout { seconds: timeout.as_secs() })?;
+            decoded.map_err(|error| {
+                tracing::error!(%error, "decoding pictures failed");
+                MediaError::Undecodable("a picture could not be decoded; send it in another format".into())
+            })?
+        };
+        let decoded = trail.time(Stage::Decode, decode).await?;
+        let Pictures { frames, width, height, codec, resizing } = decoded;
+        trail.decoded_frames(frames.len());
+        resizing.run(Stage::Resize).into_iter().for_each(|run| trail.push(run));
         let info = VideoInfo {
             source_frames: frames.len(),
             duration: selection.duration,
@@ -279,7 +273,7 @@ impl MediaLoader {
             ..applied(selection.applied, selection.indices)
         };
         let rgb = repeated(&frames, &info.sampled_indices);
-        Ok(VideoFrames { rgb, size, info, digest, timings })
+        Ok(VideoFrames { rgb, size, info, digest })
     }
 
     /// Probe, decode and resize: everything that a cached video skips.
@@ -288,51 +282,57 @@ impl MediaLoader {
         video: &LocalFile,
         sampling: &Sampling,
         digest: [u8; 32],
+        trail: &Trail,
     ) -> Result<VideoFrames, MediaError> {
-        self.bounded(async {
-            let started = Instant::now();
-            let probe = probe::probe(&self.tools, video.path(), &self.config).await?;
-            let probe_seconds = started.elapsed().as_secs_f64();
-            let map = self.resizing(&probe);
-            let decoder = self.decoder(video, &probe, map.clone());
-            let started = Instant::now();
-            let decoded = decoder.sample(sampling).await?;
-            let timings = MediaTimings {
-                fetch_seconds: 0.0,
-                probe_seconds,
-                decode_seconds: started.elapsed().as_secs_f64(),
-                resize_seconds: map.elapsed().as_secs_f64(),
-            };
-            tracing::debug!(way = ?decoded.way, ?timings, "frames sampled");
+        let work = async {
+            let probe = probe::probe(&self.tools, video.path(), &self.config);
+            let probe = trail.time(Stage::Probe, probe).await?;
+            let resizing = PieceTimer::default();
+            let mut decoder = self.decoder(video, &probe, self.resizing(&probe, &resizing));
+            decoder.trail = trail.clone();
+            let decoded = trail.time(Stage::Decode, decoder.sample(sampling)).await?;
+            resizing.run(Stage::Resize).into_iter().for_each(|run| trail.push(run));
+            tracing::debug!(way = ?decoded.way, "frames sampled");
             let info = video_info(&probe, &decoded, sampling);
             let rgb = repeated(&decoded.frames, &decoded.indices);
-            Ok(VideoFrames { rgb, size: self.image_size, info, digest, timings })
-        })
-        .await
+            Ok(VideoFrames { rgb, size: self.image_size, info, digest })
+        };
+        self.bounded(work, trail).await
     }
 
     /// The right to run one process at a time.
-    async fn place(&self) -> SemaphorePermit<'_> {
-        self.places.acquire().await.expect("the semaphore is never closed: this is a bug")
+    async fn place(&self, trail: &Trail) -> Result<OwnedSemaphorePermit, MediaError> {
+        trail.time(Stage::DecodeWait, async { Ok(self.places.take().await) }).await
     }
 
     /// To be used by who has a place.
     fn decoder<'a>(&'a self, video: &'a LocalFile, probe: &'a Probe, map: FrameMap) -> Decoder<'a> {
-        Decoder { tools: &self.tools, file: video.path(), probe, map, places: &self.places }
+        let (tools, places) = (&self.tools, &self.places);
+        Decoder { tools, file: video.path(), probe, map, places, trail: Trail::default() }
     }
 
     /// Waits for a place among the decoders, then gives `work` its time.
-    async fn bounded<T>(&self, work: impl Future<Output = Result<T, MediaError>>) -> Result<T, MediaError> {
-        let _place = self.place().await;
+    async fn bounded<T>(
+        &self,
+        work: impl Future<Output = Result<T, MediaError>>,
+        trail: &Trail,
+    ) -> Result<T, MediaError> {
+        let _place = self.place(trail).await?;
         let timeout = self.config.decode_timeout;
         tokio::time::timeout(timeout, work)
             .await
             .unwrap_or_else(|_| Err(MediaError::DecodeTimeout { seconds: timeout.as_secs() }))
     }
 
-    fn resizing(&self, probe: &Probe) -> FrameMap {
+    fn resizing(&self, probe: &Probe, timer: &PieceTimer) -> FrameMap {
         let resizer = Resizer::new(probe.width, probe.height, self.image_size);
-        FrameMap::new(move |frame| resizer.resize(&frame))
+        let timer = timer.clone();
+        FrameMap::new(move |frame| {
+            let started = Instant::now();
+            let resized = resizer.resize(&frame);
+            timer.piece(started);
+            resized
+        })
     }
 
     /// `sampling`: every effective parameter.
@@ -350,16 +350,6 @@ impl MediaLoader {
             hash.update(salt.as_bytes());
         }
         hash.finalize().into()
-    }
-}
-
-/// Tells work on the blocking pool that nobody waits for it.
-#[derive(Debug, Default)]
-struct CancelOnDrop(Arc<AtomicBool>);
-
-impl Drop for CancelOnDrop {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
     }
 }
 

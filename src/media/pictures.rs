@@ -9,19 +9,22 @@
 use std::{
     fs,
     io::Cursor,
-    sync::atomic::{AtomicBool, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Instant,
 };
 
 use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits, RgbImage, metadata::Orientation};
 
 use super::{
-    FrameSampling, MediaError, MediaTimings,
+    FrameSampling, MediaError,
     frame_sampling::{Applied, Sampling, Timeline},
     pixels::Resizer,
     source::LocalFile,
 };
-use crate::config::MediaConfig;
+use crate::{config::MediaConfig, telemetry::PieceTimer};
 
 /// Most bytes of a pixel in a decoder (16 bits in four channels).
 const MAX_PIXEL_BYTES: usize = 8;
@@ -97,7 +100,17 @@ pub struct Pictures {
     pub height: usize,
     /// The first one's format.
     pub codec: &'static str,
-    pub timings: MediaTimings,
+    pub resizing: PieceTimer,
+}
+
+/// Tells work on the blocking pool that nobody waits for it.
+#[derive(Debug, Default)]
+pub struct CancelOnDrop(pub Arc<AtomicBool>);
+
+impl Drop for CancelOnDrop {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 /// Decodes and resizes one after the other, until `cancelled`.
@@ -108,16 +121,14 @@ pub fn decode(
     cancelled: &AtomicBool,
 ) -> Result<Pictures, MediaError> {
     let mut pictures =
-        Pictures { frames: vec![], width: 0, height: 0, codec: "", timings: MediaTimings::default() };
+        Pictures { frames: vec![], width: 0, height: 0, codec: "", resizing: PieceTimer::default() };
     let mut resizer: Option<(u32, u32, Resizer)> = None;
     for (number, file) in files.iter().enumerate() {
         if cancelled.load(Ordering::Relaxed) {
             // Nobody waits for it.
             return Err(MediaError::Internal("decoding pictures was cancelled".into()));
         }
-        let started = Instant::now();
         let (picture, codec) = read(file, config).map_err(|error| named(error, number, files.len()))?;
-        pictures.timings.decode_seconds += started.elapsed().as_secs_f64();
         let started = Instant::now();
         let (width, height) = picture.dimensions();
         if number == 0 {
@@ -130,7 +141,7 @@ pub fn decode(
             }
         };
         pictures.frames.push(resizer.resize(picture.as_raw()));
-        pictures.timings.resize_seconds += started.elapsed().as_secs_f64();
+        pictures.resizing.piece(started);
     }
     Ok(pictures)
 }

@@ -15,12 +15,16 @@ use base64::{
     engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig},
 };
 use futures_util::FutureExt;
+use reqwest::header::HeaderMap;
 use sha2::{Digest, Sha256};
 use tempfile::{NamedTempFile, TempPath};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use url::Url;
 
-use super::{FileStore, FileStoreError, MediaError, VideoSource, fetch::Fetcher, flights::Flights, pictures};
+use super::{
+    Caller, FileStore, FileStoreError, Hold, MediaError, Salt, VideoSource, fetch::Fetcher, flights::Flights,
+    pictures,
+};
 use crate::config::MediaConfig;
 
 /// Clients disagree about `=` at the end.
@@ -49,12 +53,6 @@ impl LocalFile {
         &self.path
     }
 }
-
-/// What lasts until the memory of a source is free again, whoever has left by then: the caller's share of it.
-pub type Hold = Option<Arc<dyn Send + Sync>>;
-
-/// Whose downloads may be shared: requests with the same `cache_salt`.
-pub type Salt = Option<Arc<str>>;
 
 /// Gets videos to disk.
 #[derive(Debug, Clone)]
@@ -92,22 +90,17 @@ impl SourceReader {
     }
 
     /// The files of `source` in order, with the hashes of their contents: one, or the pictures of a list. Pictures
-    /// of a list share the limits of one video. `hold` lasts as long as `source` does.
-    pub async fn read(
-        &self,
-        source: VideoSource,
-        salt: &Salt,
-        hold: Hold,
-    ) -> Result<Vec<LocalFile>, MediaError> {
-        let this = self.clone();
+    /// of a list share the limits of one video.
+    pub async fn read(&self, source: VideoSource, caller: &Caller) -> Result<Vec<LocalFile>, MediaError> {
+        let (this, hold) = (self.clone(), caller.hold.clone());
         match source {
             VideoSource::Url(list) if is_picture_list(&list) => {
                 holding(hold, move || this.joined(&list)).await
             }
-            VideoSource::Url(url) | VideoSource::Image(url) => self.read_urls(vec![url], salt, hold).await,
+            VideoSource::Url(url) | VideoSource::Image(url) => self.read_urls(vec![url], caller).await,
             VideoSource::Frames(urls) => {
                 self.check_num_pictures(urls.len())?;
-                self.read_urls(urls, salt, hold).await
+                self.read_urls(urls, caller).await
             }
             VideoSource::Base64(text) => one(hold, move || this.store(&this.decode_base64(&text)?)).await,
             VideoSource::Bytes(bytes) => one(hold, move || this.store(&bytes)).await,
@@ -117,23 +110,18 @@ impl SourceReader {
         }
     }
 
-    async fn read_urls(
-        &self,
-        urls: Vec<String>,
-        salt: &Salt,
-        hold: Hold,
-    ) -> Result<Vec<LocalFile>, MediaError> {
+    async fn read_urls(&self, urls: Vec<String>, caller: &Caller) -> Result<Vec<LocalFile>, MediaError> {
         let origins: Vec<Origin> = urls.into_iter().map(origin).collect::<Result<_, _>>()?;
         let remote = origins.iter().filter_map(|origin| match origin {
             Origin::Remote(url) => Some(url.clone()),
             Origin::Data(_) | Origin::File(_) => None,
         });
-        let fetched = self.fetch(remote.collect(), salt).await?;
+        let fetched = self.fetch(remote.collect(), caller).await?;
         if fetched.len() == origins.len() {
             return Ok(fetched);
         }
         let this = self.clone();
-        holding(hold, move || {
+        holding(caller.hold.clone(), move || {
             let mut fetched = fetched.into_iter();
             this.within_limit(origins.into_iter().map(|origin| match origin {
                 Origin::Data(url) => this.store(&this.decode_data_url(&url)?),
@@ -145,15 +133,16 @@ impl SourceReader {
     }
 
     /// Downloads `urls`, together with whoever wants the same ones just now.
-    async fn fetch(&self, urls: Vec<Url>, salt: &Salt) -> Result<Vec<LocalFile>, MediaError> {
+    async fn fetch(&self, urls: Vec<Url>, caller: &Caller) -> Result<Vec<LocalFile>, MediaError> {
         if urls.is_empty() {
             return Ok(Vec::new());
         }
-        let (this, own_urls) = (self.clone(), urls.clone());
-        self.flights.join((salt.clone(), urls), || async move { this.download(own_urls).await }.boxed()).await
+        let (this, own_urls, headers) = (self.clone(), urls.clone(), caller.headers.clone());
+        let download = || async move { this.download(own_urls, headers).await }.boxed();
+        self.flights.join((caller.salt.clone(), urls), download).await
     }
 
-    async fn download(&self, urls: Vec<Url>) -> Result<Vec<LocalFile>, MediaError> {
+    async fn download(&self, urls: Vec<Url>, headers: HeaderMap) -> Result<Vec<LocalFile>, MediaError> {
         let place = self.fetch_places.clone().acquire_owned().await;
         let place = Arc::new(place.expect("the semaphore is never closed: this is a bug"));
         let num_files = urls.len();
@@ -163,7 +152,7 @@ impl SourceReader {
         })
         .await?;
         let downloads = urls.into_iter().zip(targets.iter().map(|target| target.to_path_buf()));
-        self.fetcher.fetch(downloads.collect()).await?;
+        self.fetcher.fetch(downloads.collect(), &headers).await?;
         let this = self.clone();
         blocking(move || {
             let placed = |file| LocalFile { _fetch_place: Some(place.clone()), ..file };
@@ -408,7 +397,7 @@ mod tests {
     }
 
     async fn read(max_video_bytes: usize, url: &str) -> Result<Vec<u8>, MediaError> {
-        let files = reader(max_video_bytes).read(VideoSource::Url(url.into()), &None, None).await?;
+        let files = reader(max_video_bytes).read(VideoSource::Url(url.into()), &Caller::default()).await?;
         Ok(files.iter().flat_map(|file| std::fs::read(file.path()).unwrap()).collect())
     }
 
@@ -476,7 +465,7 @@ mod tests {
 
     #[tokio::test]
     async fn temporary_files_go_with_their_video() {
-        let files = reader(100).read(VideoSource::Bytes("hello".into()), &None, None).await.unwrap();
+        let files = reader(100).read(VideoSource::Bytes("hello".into()), &Caller::default()).await.unwrap();
         let [video] = &files[..] else { panic!("one file is expected") };
         let path = video.path().to_owned();
         assert!(path.exists());
@@ -494,13 +483,16 @@ mod tests {
         assert_eq!(read(10, list).await.unwrap(), b"helloworld");
         assert!(matches!(read(9, list).await, Err(MediaError::TooManyBytes { .. })));
         let urls = |n: usize| VideoSource::Frames(vec!["data:;base64,aGVsbG8=".into(); n]);
-        assert_eq!(reader(1000).read(urls(64), &None, None).await.unwrap().len(), 64);
+        assert_eq!(reader(1000).read(urls(64), &Caller::default()).await.unwrap().len(), 64);
         assert!(matches!(
-            reader(100).read(urls(64), &None, None).await,
+            reader(100).read(urls(64), &Caller::default()).await,
             Err(MediaError::TooManyBytes { .. })
         ));
         for n in [0, 65] {
-            assert!(matches!(reader(1000).read(urls(n), &None, None).await, Err(MediaError::Refused { .. })));
+            assert!(matches!(
+                reader(1000).read(urls(n), &Caller::default()).await,
+                Err(MediaError::Refused { .. })
+            ));
         }
         let long = format!("data:video/jpeg;base64,{}", "aa,".repeat(64));
         assert!(matches!(read(1000, &long).await, Err(MediaError::Refused { .. })));

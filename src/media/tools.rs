@@ -8,7 +8,7 @@ use std::{
 };
 
 use super::{
-    FrameSampling, MediaError, MediaLoader, VideoInfo, VideoSource, Way,
+    Caller, FrameSampling, MediaError, MediaLoader, VideoInfo, VideoSource, Way,
     decode::{Decoded, FrameMap},
     ffmpeg::Tools,
     frame_sampling::Sampling,
@@ -16,7 +16,10 @@ use super::{
     source::LocalFile,
     video_info,
 };
-use crate::config::MediaConfig;
+use crate::{
+    config::MediaConfig,
+    telemetry::{PieceTimer, Trail},
+};
 
 /// Most memory for frames at source size.
 const MAX_SOURCE_FRAMES_BYTES: usize = 2 << 30;
@@ -60,7 +63,7 @@ impl MediaLoader {
     ) -> Result<SourceFrames, MediaError> {
         let sampling = Sampling::resolve(sampling, &self.config)?;
         let video = self.local_file(file).await?;
-        self.bounded(async {
+        let work = async {
             let probe = probe::probe(&self.tools, video.path(), &self.config).await?;
             let frames = sampling.indices(&probe.timeline)?.len();
             if frames.saturating_mul(probe.width * probe.height * 3) > MAX_SOURCE_FRAMES_BYTES {
@@ -73,8 +76,8 @@ impl MediaLoader {
             let decoded = decoder.sample(&sampling).await?;
             let info = video_info(&probe, &decoded, &sampling);
             Ok(SourceFrames { rgb: decoded.frames.concat(), info })
-        })
-        .await
+        };
+        self.bounded(work, &Trail::default()).await
     }
 
     /// Samples a local file the way requests are, and again by decoding everything.
@@ -85,11 +88,11 @@ impl MediaLoader {
     ) -> Result<SamplingBenchmark, MediaError> {
         let sampling = Sampling::resolve(sampling, &self.config)?;
         let video = self.local_file(file).await?;
-        let _place = self.place().await;
+        let _place = self.places.take().await;
         let started = Instant::now();
         let probe = probe::probe(&self.tools, video.path(), &self.config).await?;
         let probed = started.elapsed();
-        let decoder = self.decoder(&video, &probe, self.resizing(&probe));
+        let decoder = self.decoder(&video, &probe, self.resizing(&probe, &PieceTimer::default()));
         let started = Instant::now();
         let Decoded { way, timeline, frames, .. } = decoder.sample(&sampling).await?;
         let chosen = started.elapsed();
@@ -104,7 +107,8 @@ impl MediaLoader {
     }
 
     async fn local_file(&self, file: &Path) -> Result<LocalFile, MediaError> {
-        let mut files = self.sources.read(VideoSource::LocalFile(file.to_owned()), &None, None).await?;
+        let mut files =
+            self.sources.read(VideoSource::LocalFile(file.to_owned()), &Caller::default()).await?;
         Ok(files.pop().expect("a file is one file: this is a bug"))
     }
 }

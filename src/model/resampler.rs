@@ -66,19 +66,15 @@ impl Resampler {
         match self.config.kind {
             ConnectorKind::Naive => {
                 add(&mut media, &position_table(num_features, dim));
-                let out = self.resample(&media, 0, tap)?;
+                let out = self.resample(&media, &[num_features], tap)?;
                 show(tap, "connector_no_pos", None, &out, dim)?;
                 rows(out, dim)
             }
             ConnectorKind::Group => {
-                let mut left = &media[..];
-                let mut out = Vec::with_capacity(self.config.num_queries * dim);
-                for group in 0..self.config.group {
-                    let (chunk, rest) =
-                        left.split_at(chunk_len(num_features, self.config.group, group) * dim);
-                    out.extend(self.resample(chunk, group, tap)?);
-                    left = rest;
-                }
+                let groups = 0..self.config.group;
+                let chunks: Vec<usize> =
+                    groups.map(|index| chunk_len(num_features, self.config.group, index)).collect();
+                let mut out = self.resample(&media, &chunks, tap)?;
                 show(tap, "connector_no_pos", None, &out, dim)?;
                 add(&mut out, &position_table(self.config.num_queries, dim));
                 rows(out, dim)
@@ -86,19 +82,21 @@ impl Resampler {
         }
     }
 
-    /// One chunk of features through all layers: `[queries a chunk, dim]`.
-    fn resample(&self, media: &[f32], group: usize, tap: &mut dyn Tap) -> Result<Vec<f32>> {
+    /// Chunks of features, of these lengths, through all layers: `[chunks x queries a chunk, dim]`. Each has latents of its
+    /// own and does not see the others.
+    fn resample(&self, media: &[f32], chunks: &[usize], tap: &mut dyn Tap) -> Result<Vec<f32>> {
         let dim = self.config.hidden_size;
-        let mut latents = self.latents.clone();
+        let mut latents = self.latents.repeat(chunks.len());
         for (index, layer) in self.layers.iter().enumerate() {
-            let attended = layer.attend(media, &latents);
+            let attended = layer.attend(media, chunks, &latents);
             add(&mut latents, &attended);
             let fed = layer.feed_forward(&latents);
             add(&mut latents, &fed);
-            if group == 0 && index == 0 {
-                show(tap, "connector_g0_l0_attn_out", None, &attended, dim)?;
-                show(tap, "connector_g0_l0_ff_out", None, &fed, dim)?;
-                show(tap, "connector_g0_l0_latents", None, &latents, dim)?;
+            if index == 0 {
+                let first = ..self.latents.len();
+                show(tap, "connector_g0_l0_attn_out", None, &attended[first], dim)?;
+                show(tap, "connector_g0_l0_ff_out", None, &fed[first], dim)?;
+                show(tap, "connector_g0_l0_latents", None, &latents[first], dim)?;
             }
         }
         Ok(self.norm.forward(&latents))
@@ -125,19 +123,44 @@ impl Layer {
         })
     }
 
-    /// Latents look at the media and at themselves.
-    fn attend(&self, media: &[f32], latents: &[f32]) -> Vec<f32> {
+    /// The latents of each chunk look at its media and at themselves.
+    fn attend(&self, media: &[f32], chunks: &[usize], latents: &[f32]) -> Vec<f32> {
         let latents = self.norm_latents.forward(latents);
         let queries = self.to_q.forward(&latents);
-        let mut context = self.norm_media.forward(media);
-        context.extend_from_slice(&latents);
+        let media = self.norm_media.forward(media);
+        let (num_latents, num_media) = (latents.len() / chunks.len(), media.len());
+        let dim = num_media / chunks.iter().sum::<usize>();
+        // What each chunk sees, chunk after chunk.
+        let mut context = Vec::with_capacity(num_media + latents.len());
+        let mut left = &media[..];
+        for (chunk, latents) in chunks.iter().zip(latents.chunks(num_latents)) {
+            let (seen, rest) = left.split_at(chunk * dim);
+            context.extend_from_slice(seen);
+            context.extend_from_slice(latents);
+            left = rest;
+        }
         let key_values = self.to_kv.forward(&context);
-        let half = |index| Projected::new(&key_values, 2 * RESAMPLER_INNER, index * RESAMPLER_INNER);
-        let queries = Projected::new(&queries, RESAMPLER_INNER, 0);
-        let may_round = self.to_kv.weight().is_quantised();
-        let (keys, values) = (half(0), half(1));
-        let attended = FullAttention { queries, keys, values, num_batches: 1, heads: HEADS, may_round };
-        self.to_out.forward(&attended.run())
+        let mut attended = Vec::with_capacity(queries.len());
+        let (mut queries, mut key_values) = (&queries[..], &key_values[..]);
+        // Neighbours of the same length run together.
+        for alike in chunks.chunk_by(|a, b| a == b) {
+            let own_queries = alike.len() * num_latents / dim * RESAMPLER_INNER;
+            let own_keys = alike.len() * (alike[0] + num_latents / dim) * 2 * RESAMPLER_INNER;
+            let (these, rest) = queries.split_at(own_queries);
+            let (seen, later) = key_values.split_at(own_keys);
+            (queries, key_values) = (rest, later);
+            let half = |index| Projected::new(seen, 2 * RESAMPLER_INNER, index * RESAMPLER_INNER);
+            let attention = FullAttention {
+                queries: Projected::new(these, RESAMPLER_INNER, 0),
+                keys: half(0),
+                values: half(1),
+                num_batches: alike.len(),
+                heads: HEADS,
+                may_round: self.to_kv.weight().is_quantised(),
+            };
+            attended.extend(attention.run());
+        }
+        self.to_out.forward(&attended)
     }
 
     fn feed_forward(&self, latents: &[f32]) -> Vec<f32> {
@@ -196,7 +219,7 @@ mod tests {
         // The same weights as one group, on features that carry their positions, without positions at the end.
         let mut placed = with_slice(&features, |x| resampler.linear.forward(x)).unwrap();
         add(&mut placed, &position_table(30, config.connector.hidden_size));
-        let expected = resampler.resample(&placed, 0, &mut ()).unwrap();
+        let expected = resampler.resample(&placed, &[30], &mut ()).unwrap();
         assert_eq!(out.to_vec2::<f32>().unwrap().concat(), expected);
         // Order matters only through the positions.
         let reversed = features

@@ -9,33 +9,45 @@ use std::{
     sync::Arc,
 };
 
-use super::{TokenId, VideoDigest, sequence::Sequence};
+use super::{
+    TokenId, VideoDigest,
+    cache_events::{BlockHash, CacheEvent, CacheLog},
+    sequence::Sequence,
+};
 
 /// Index of a block in the cache.
 pub type BlockId = u32;
 
 /// Identity of registered content; never reused, so a dead parent cannot be mistaken for a live one.
-pub(super) type BlockUid = u64;
+type BlockUid = u64;
+
+/// What registered content is called.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct BlockName {
+    uid: BlockUid,
+    /// As routers know it; 0 when nobody listens.
+    hash: BlockHash,
+}
 
 /// The parent of a sequence's first block.
-pub(super) const ROOT: BlockUid = 0;
+pub(super) const ROOT: BlockName = BlockName { uid: 0, hash: 0 };
 
 /// Everything the keys and values in a full block depend on.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-struct BlockKey {
+pub(super) struct BlockKey {
     parent: BlockUid,
     /// Of a first block; the others have their parent's.
-    salt: Option<Arc<str>>,
-    tokens: Box<[TokenId]>,
+    pub salt: Option<Arc<str>>,
+    pub tokens: Box<[TokenId]>,
     /// Video and offset into it of each visual span that reaches into the block.
-    visuals: Vec<(VideoDigest, isize)>,
+    pub visuals: Vec<(VideoDigest, isize)>,
 }
 
 #[derive(Debug, Default)]
 struct Block {
     num_holders: usize,
     /// Set when the content is registered.
-    content: Option<(BlockKey, BlockUid)>,
+    content: Option<(BlockKey, BlockName)>,
     /// When the last holder left; orders reuse.
     freed_at: u64,
 }
@@ -47,7 +59,7 @@ pub(super) struct PrefixMatch {
     pub blocks: Vec<BlockId>,
     pub num_tokens: usize,
     pub num_blocks: usize,
-    pub last_uid: BlockUid,
+    pub last: BlockName,
 }
 
 /// Prefix cache counts, in tokens.
@@ -70,6 +82,8 @@ pub(super) struct BlockManager {
     clock: u64,
     next_uid: BlockUid,
     stats: PrefixStats,
+    /// None when nobody listens.
+    log: Option<CacheLog>,
 }
 
 impl BlockManager {
@@ -83,17 +97,18 @@ impl BlockManager {
             reusable: BTreeMap::new(),
             index: HashMap::new(),
             clock: 0,
-            next_uid: ROOT + 1,
+            next_uid: ROOT.uid + 1,
             stats: PrefixStats::default(),
+            log: None,
         }
     }
 
     /// Blocks for all the sequence may ever hold, shared as far as its prompt is known; `None` when there are too few.
     pub(super) fn allocate(&mut self, sequence: &Sequence) -> Option<PrefixMatch> {
-        let (shared, last_uid) = self.lookup(sequence);
+        let (shared, last) = self.lookup(sequence);
         let num_blocks = shared.len();
         let blocks = self.extend(shared, sequence)?;
-        Some(PrefixMatch { blocks, num_tokens: num_blocks * self.block_size, num_blocks, last_uid })
+        Some(PrefixMatch { blocks, num_tokens: num_blocks * self.block_size, num_blocks, last })
     }
 
     /// `shared` and as many fresh blocks as the sequence needs behind them; `None` when there are too few.
@@ -116,47 +131,50 @@ impl BlockManager {
 
     /// The longest known chain of full blocks of the prompt. The last prompt token is always left to compute:
     /// its logits are wanted.
-    fn lookup(&self, sequence: &Sequence) -> (Vec<BlockId>, BlockUid) {
+    fn lookup(&self, sequence: &Sequence) -> (Vec<BlockId>, BlockName) {
         let (mut shared, mut parent) = (Vec::new(), ROOT);
         let num_full = (sequence.num_prompt_tokens() - 1) / self.block_size;
         if self.sharing {
             for index in 0..num_full {
                 let Some(&id) = self.index.get(&self.key(sequence, index, parent)) else { break };
-                let (_, uid) = self.blocks[id as usize]
-                    .content
-                    .as_ref()
-                    .expect("an indexed block is bare: this is a bug");
-                parent = *uid;
+                parent = self.name(id);
                 shared.push(id);
             }
         }
         (shared, parent)
     }
 
-    fn key(&self, sequence: &Sequence, index: usize, parent: BlockUid) -> BlockKey {
+    /// Of a block that is in the index.
+    fn name(&self, id: BlockId) -> BlockName {
+        self.blocks[id as usize].content.as_ref().expect("an indexed block is bare: this is a bug").1
+    }
+
+    fn key(&self, sequence: &Sequence, index: usize, parent: BlockName) -> BlockKey {
         let (start, end) = (index * self.block_size, (index + 1) * self.block_size);
         let touching =
             sequence.spans().iter().filter(|span| span.range.start < end && start < span.range.end);
         let visuals =
             touching.map(|span| (span.digest, start as isize - span.range.start as isize)).collect();
         let salt = sequence.cache_salt().filter(|_| index == 0).cloned();
-        BlockKey { parent, salt, tokens: sequence.token_ids()[start..end].into(), visuals }
+        BlockKey { parent: parent.uid, salt, tokens: sequence.token_ids()[start..end].into(), visuals }
     }
 
     /// Makes the sequence's newly filled blocks known. A block whose content is known already stays private, but
     /// the chain goes on from the known one.
     pub(super) fn register_full_blocks(&mut self, sequence: &mut Sequence) {
         while self.sharing && (sequence.num_registered + 1) * self.block_size <= sequence.num_computed() {
-            let key = self.key(sequence, sequence.num_registered, sequence.registered_uid);
+            let parent = sequence.registered;
+            let key = self.key(sequence, sequence.num_registered, parent);
             let id = sequence.blocks()[sequence.num_registered];
-            sequence.registered_uid = match self.index.get(&key) {
-                Some(&known) => self.blocks[known as usize].content.as_ref().map_or(ROOT, |(_, uid)| *uid),
+            sequence.registered = match self.index.get(&key) {
+                Some(&known) => self.name(known),
                 None => {
-                    let uid = self.next_uid;
+                    let hash = self.log.as_mut().map_or(0, |log| log.stored(&key, parent.hash));
+                    let name = BlockName { uid: self.next_uid, hash };
                     self.next_uid += 1;
                     self.index.insert(key.clone(), id);
-                    self.blocks[id as usize].content = Some((key, uid));
-                    uid
+                    self.blocks[id as usize].content = Some((key, name));
+                    name
                 }
             };
             sequence.num_registered += 1;
@@ -196,9 +214,12 @@ impl BlockManager {
     fn take_fresh(&mut self) -> BlockId {
         let id = self.free.pop_front().unwrap_or_else(|| {
             let (_, id) = self.reusable.pop_first().expect("no block is left after the check: this is a bug");
-            let (key, _) =
+            let (key, name) =
                 self.blocks[id as usize].content.take().expect("a reusable block is bare: this is a bug");
             self.index.remove(&key);
+            if let Some(log) = &mut self.log {
+                log.removed(name.hash);
+            }
             id
         });
         self.blocks[id as usize].num_holders = 1;
@@ -210,6 +231,25 @@ impl BlockManager {
         self.stats.hit_tokens += hit_tokens as u64;
     }
 
+    /// From now on changes are noted. Nothing may be known yet.
+    pub(super) fn start_log(&mut self, seed: BlockHash) {
+        assert!(self.index.is_empty(), "the log begins after the first block: this is a bug");
+        self.log = Some(CacheLog::new(seed));
+    }
+
+    /// What changed since this was last called.
+    pub(super) fn take_events(&mut self) -> Vec<CacheEvent> {
+        let events = self.log.as_mut().map(CacheLog::take).unwrap_or_default();
+        debug_assert!(events.len() <= 2 * self.blocks.len(), "more changes than a step can make");
+        events
+    }
+
+    /// Of all content there is.
+    #[cfg(test)]
+    pub(super) fn hashes(&self) -> std::collections::HashSet<BlockHash> {
+        self.index.values().map(|&id| self.name(id).hash).collect()
+    }
+
     pub(super) fn stats(&self) -> PrefixStats {
         self.stats
     }
@@ -217,6 +257,11 @@ impl BlockManager {
     /// Blocks some sequence holds.
     pub(super) fn num_used(&self) -> usize {
         self.blocks.len() - self.free.len() - self.reusable.len()
+    }
+
+    /// Blocks without holder whose content may be asked for again.
+    pub(super) fn num_reusable(&self) -> usize {
+        self.reusable.len()
     }
 
     pub(super) fn check_integrity<'a>(&self, tables: impl Iterator<Item = &'a [BlockId]>) {
@@ -237,6 +282,9 @@ impl BlockManager {
                 Some(key),
                 "block {id} is indexed under another content"
             );
+        }
+        if let Some(log) = &self.log {
+            log.check_integrity(self.blocks.iter().filter_map(|block| Some(block.content.as_ref()?.1.hash)));
         }
         let num_contents = self.blocks.iter().filter(|block| block.content.is_some()).count();
         assert_eq!(num_contents, self.index.len(), "content outside the index");

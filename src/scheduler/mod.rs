@@ -12,6 +12,7 @@
 //! - siblings (the choices of one request) compute the full blocks of their prompt once.
 
 mod block_manager;
+pub mod cache_events;
 mod encoder_slots;
 mod plan;
 pub mod sampling_params;
@@ -25,6 +26,7 @@ use std::collections::{HashMap, VecDeque};
 
 use block_manager::BlockManager;
 pub use block_manager::{BlockId, PrefixStats};
+use cache_events::{BlockHash, CacheEvent};
 use encoder_slots::EncoderSlots;
 pub use sampling_params::{SamplingParams, TokenLogprobs};
 use sequence::Sequence;
@@ -81,6 +83,8 @@ pub struct SchedulerStats {
     pub num_waiting: usize,
     pub num_running: usize,
     pub num_used_blocks: usize,
+    /// Held by nobody, kept for prompts that begin alike.
+    pub num_cached_blocks: usize,
     pub prefix: PrefixStats,
     pub encoder_queries: u64,
     pub encoder_hits: u64,
@@ -123,6 +127,17 @@ impl Scheduler {
             next_id: 0,
             limits,
         }
+    }
+
+    /// From now on, [`Scheduler::take_cache_events`] tells how the prefix cache changes; to be called before the first
+    /// sequence. Hashes of blocks begin with `seed`.
+    pub fn log_cache_events(&mut self, seed: BlockHash) {
+        self.blocks.start_log(seed);
+    }
+
+    /// What changed in the prefix cache; to be called after each step. Empty when it was not asked for.
+    pub fn take_cache_events(&mut self) -> Vec<CacheEvent> {
+        self.blocks.take_events()
     }
 
     /// Queues a sequence. It must fit the cache as a whole (the engine's handle has checked that).
@@ -226,6 +241,7 @@ impl Scheduler {
             num_waiting: self.waiting.len(),
             num_running: self.running.len(),
             num_used_blocks: self.blocks.num_used(),
+            num_cached_blocks: self.blocks.num_reusable(),
             prefix: self.blocks.stats(),
             encoder_queries,
             encoder_hits,

@@ -4,7 +4,7 @@ use std::{ops::Range, sync::Arc};
 
 use super::{
     BlockId, StopReason, TokenId, VideoDigest,
-    block_manager::{BlockUid, ROOT},
+    block_manager::{BlockName, ROOT},
     siblings::Reached,
     step::ComputeWork,
 };
@@ -50,7 +50,7 @@ pub struct Sequence {
     blocks: Vec<BlockId>,
     /// How many of `blocks` are known to the prefix cache, and the content of the last of them.
     pub(super) num_registered: usize,
-    pub(super) registered_uid: BlockUid,
+    pub(super) registered: BlockName,
     /// The first of the siblings it shares its prompt with, if it has any.
     pub(super) family: Option<SequenceId>,
 }
@@ -65,7 +65,7 @@ impl Sequence {
             num_computed: 0,
             blocks: Vec::new(),
             num_registered: 0,
-            registered_uid: ROOT,
+            registered: ROOT,
             family,
         }
     }
@@ -126,7 +126,7 @@ impl Sequence {
     pub(super) fn catch_up(&mut self, reached: Reached) {
         self.num_computed = reached.num_computed;
         self.num_registered = reached.num_registered;
-        self.registered_uid = reached.registered_uid;
+        self.registered = reached.registered;
     }
 
     /// How far it is computed and registered.
@@ -134,7 +134,7 @@ impl Sequence {
         Reached {
             num_computed: self.num_computed,
             num_registered: self.num_registered,
-            registered_uid: self.registered_uid,
+            registered: self.registered,
         }
     }
 

@@ -9,7 +9,7 @@ use std::collections::HashMap;
 
 use super::{
     BlockId, SequenceId,
-    block_manager::{BlockUid, PrefixMatch},
+    block_manager::{BlockName, PrefixMatch},
     sequence::Sequence,
 };
 
@@ -18,7 +18,7 @@ use super::{
 pub(super) struct Reached {
     pub num_computed: usize,
     pub num_registered: usize,
-    pub registered_uid: BlockUid,
+    pub registered: BlockName,
 }
 
 impl From<&PrefixMatch> for Reached {
@@ -26,7 +26,7 @@ impl From<&PrefixMatch> for Reached {
         Reached {
             num_computed: prefix.num_tokens,
             num_registered: prefix.num_blocks,
-            registered_uid: prefix.last_uid,
+            registered: prefix.last,
         }
     }
 }

@@ -1,10 +1,13 @@
 //! Invariants over many random operations, with a shadow cache that knows what each slot must hold.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+};
 
 use proptest::prelude::*;
 
-use super::*;
+use super::{cache_events::StoredBlock, *};
 
 const BLOCK: usize = 4;
 
@@ -60,6 +63,33 @@ struct Shadow {
     /// Frames encoded a video.
     encoded: HashMap<VideoDigest, usize>,
     finished: Vec<(SequenceId, StopReason)>,
+    router: Router,
+}
+
+/// What a router makes of the events.
+#[derive(Default)]
+struct Router {
+    known: HashSet<BlockHash>,
+    /// Of every block that was ever known.
+    contents: HashMap<BlockHash, StoredBlock>,
+}
+
+impl Router {
+    fn hear(&mut self, events: Vec<CacheEvent>) {
+        for event in events {
+            match event {
+                CacheEvent::Stored(block) => {
+                    assert_eq!(block.token_ids.len(), BLOCK);
+                    assert!(self.known.insert(block.hash), "stored twice");
+                    let before = self.contents.insert(block.hash, block.clone());
+                    assert!(before.is_none_or(|before| before == block), "one hash for two contents");
+                    let parent = block.parent.is_none_or(|parent| self.contents.contains_key(&parent));
+                    assert!(parent, "the parent of a block was never heard of");
+                }
+                CacheEvent::Removed(hash) => assert!(self.known.remove(&hash), "removed, but never stored"),
+            }
+        }
+    }
 }
 
 impl Shadow {
@@ -68,8 +98,17 @@ impl Shadow {
     }
 
     fn with(limits: SchedulerLimits) -> Self {
-        let scheduler = Scheduler::new(limits);
-        Shadow { scheduler, cache: HashMap::new(), encoded: HashMap::new(), finished: vec![] }
+        let mut scheduler = Scheduler::new(limits);
+        scheduler.log_cache_events(7);
+        let router = Router::default();
+        Shadow { scheduler, cache: HashMap::new(), encoded: HashMap::new(), finished: vec![], router }
+    }
+
+    /// Invariants of the scheduler; and a router that heard all events knows exactly the blocks that are cached.
+    fn check(&mut self) {
+        self.scheduler.check_integrity();
+        self.router.hear(self.scheduler.take_cache_events());
+        assert_eq!(self.router.known, self.scheduler.blocks.hashes());
     }
 
     fn prefix(&self, id: SequenceId, end: usize) -> Vec<Content> {
@@ -127,7 +166,7 @@ impl Shadow {
         let tokens: Vec<TokenId> = (0..num_samples).map(token).collect();
         let updates = self.scheduler.complete(&plan, &tokens);
         self.finished.extend(updates.iter().filter_map(|update| Some((update.sequence, update.finished?))));
-        self.scheduler.check_integrity();
+        self.check();
         plan
     }
 
@@ -216,7 +255,7 @@ proptest! {
                 }
                 Op::Abort { nth } => if let Some(id) = late(&ids, nth) { shadow.scheduler.abort(id) },
             }
-            shadow.scheduler.check_integrity();
+            shadow.check();
         }
         shadow.drain();
         prop_assert_eq!(shadow.scheduler.stats().num_used_blocks, 0);
@@ -402,4 +441,60 @@ fn others_pass_through_while_siblings_wait_for_their_prompt() {
     }
     assert_eq!(shadow.finished, [(other, StopReason::Length)]);
     assert!(ids.iter().all(|id| shadow.scheduler.sequence(*id).is_some()));
+}
+
+#[test]
+fn events_tell_a_chain_of_blocks_and_when_it_goes() {
+    let mut shadow = Shadow::new(4);
+    let prompt = video_spec(&[1, 1], 1, &[0, 1, 0], 1);
+    shadow.scheduler.add(prompt.clone());
+    let mut stored = vec![];
+    while shadow.scheduler.has_work() {
+        let plan = shadow.scheduler.schedule();
+        let num_samples = plan.compute.iter().filter(|work| work.samples).count();
+        shadow.scheduler.complete(&plan, &vec![1; num_samples]);
+        stored.extend(shadow.scheduler.take_cache_events());
+    }
+    let [CacheEvent::Stored(first), CacheEvent::Stored(second)] = &stored[..] else { panic!("{stored:?}") };
+    let v = VISUAL_TOKEN;
+    assert_eq!((&first.token_ids[..], &second.token_ids[..]), (&[1, 1, v, v][..], &[v, v, v, v][..]));
+    assert_eq!((first.parent, second.parent), (None, Some(first.hash)));
+    assert_eq!(first.visuals, [([1; 32], 2)], "the video begins at the third token of the block");
+    assert_eq!(second.visuals, [([1; 32], -2)], "the video began two tokens before the block");
+    // Another prompt needs all blocks: the end of the chain goes before its beginning.
+    shadow.scheduler.add(spec(vec![0; 12], 4));
+    shadow.scheduler.schedule();
+    let removed = shadow.scheduler.take_cache_events();
+    assert_eq!(removed, [CacheEvent::Removed(second.hash), CacheEvent::Removed(first.hash)]);
+}
+
+#[test]
+fn hashes_are_those_of_every_other_server_of_the_model_and_of_no_other_content() {
+    let hashes = |seed, spec: SequenceSpec| {
+        let mut scheduler = Scheduler::new(limits(20));
+        scheduler.log_cache_events(seed);
+        scheduler.add(spec);
+        while scheduler.has_work() {
+            let plan = scheduler.schedule();
+            let num_samples = plan.compute.iter().filter(|work| work.samples).count();
+            scheduler.complete(&plan, &vec![1; num_samples]);
+        }
+        scheduler.blocks.hashes()
+    };
+    let prompt = || video_spec(&[1, 1], 1, &[0, 1, 0], 1);
+    let known = hashes(7, prompt());
+    assert_eq!(known, hashes(7, prompt()));
+    let salted = SequenceSpec { cache_salt: Some("a".into()), ..prompt() };
+    for (seed, other) in [(8, prompt()), (7, video_spec(&[1, 1], 2, &[0, 1, 0], 1)), (7, salted)] {
+        assert!(known.is_disjoint(&hashes(seed, other)));
+    }
+}
+
+#[test]
+fn nothing_is_noted_when_nobody_listens() {
+    let mut scheduler = Scheduler::new(limits(20));
+    scheduler.add(spec(vec![1; 12], 1));
+    let plan = scheduler.schedule();
+    scheduler.complete(&plan, &[]);
+    assert_eq!(scheduler.take_cache_events(), []);
 }

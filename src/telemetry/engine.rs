@@ -1,11 +1,17 @@
-//! From the engine's step reports to metrics.
+//! From the engine's step reports to metrics, and from changes of its cache to events for routers.
 //!
 //! Given to the engine by `cli/serve.rs`; called on the engine thread after each step.
 
-use super::metrics::{Metrics, StepKind};
+use super::{
+    kv_events::KvEventPublisher,
+    metrics::{Metrics, StepKind},
+};
 use crate::{
     engine::{StepObserver, StepReport},
-    scheduler::SchedulerStats,
+    scheduler::{
+        SchedulerStats,
+        cache_events::{BlockHash, CacheEvent},
+    },
 };
 
 /// Turns the engine's running totals into counters.
@@ -13,12 +19,18 @@ use crate::{
 pub struct EngineMetrics {
     metrics: Metrics,
     last: SchedulerStats,
+    kv_events: Option<KvEventPublisher>,
 }
 
 impl EngineMetrics {
     /// An observer of one engine.
     pub fn new(metrics: Metrics) -> Self {
-        EngineMetrics { metrics, last: SchedulerStats::default() }
+        EngineMetrics { metrics, last: SchedulerStats::default(), kv_events: None }
+    }
+
+    /// The same, and it also publishes what is cached.
+    pub fn publishing(self, kv_events: Option<KvEventPublisher>) -> Self {
+        EngineMetrics { kv_events, ..self }
     }
 }
 
@@ -27,7 +39,7 @@ impl StepObserver for EngineMetrics {
         let (now, last) = (&report.stats, &self.last);
         self.metrics.set_running(now.num_running);
         self.metrics.set_waiting(now.num_waiting);
-        self.metrics.set_kv_usage(now.num_used_blocks as f64 / report.num_blocks.max(1) as f64);
+        self.metrics.set_kv_blocks(now.num_used_blocks, now.num_cached_blocks, report.num_blocks);
         self.metrics.prefix_cache(
             now.prefix.queried_tokens - last.prefix.queried_tokens,
             now.prefix.hit_tokens - last.prefix.hit_tokens,
@@ -46,5 +58,15 @@ impl StepObserver for EngineMetrics {
             (prefill, decodes) => self.metrics.mixed_step(report.compute_seconds, prefill, decodes),
         }
         self.last = report.stats;
+    }
+
+    fn cache_event_seed(&self) -> Option<BlockHash> {
+        self.kv_events.as_ref().map(KvEventPublisher::seed)
+    }
+
+    fn cache_changed(&mut self, events: Vec<CacheEvent>) {
+        if let Some(kv_events) = &mut self.kv_events {
+            kv_events.publish(events);
+        }
     }
 }

@@ -41,9 +41,9 @@ pub fn init(format: LogFormat, default_filter: &str) {
                 .with(fmt::layer().with_writer(std::io::stderr).with_ansi(ansi).with_target(false))
                 .try_init()
         }
-        LogFormat::Json => {
-            registry.with(fmt::layer().json().flatten_event(true).with_writer(std::io::stderr)).try_init()
-        }
+        LogFormat::Json => registry
+            .with(fmt::layer().json().flatten_event(true).with_span_list(false).with_writer(std::io::stderr))
+            .try_init(),
     };
 }
 

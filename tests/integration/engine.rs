@@ -63,7 +63,7 @@ async fn reply(handle: &EngineHandle, sequence: NewSequence) -> (String, Result<
     let mut bytes = vec![];
     while let Some(event) = stream.next().await {
         match event {
-            TokenEvent::Started { .. } => {}
+            TokenEvent::Started { .. } | TokenEvent::PromptComputed(_) => {}
             TokenEvent::Token { id, .. } => bytes.push(id as u8),
             TokenEvent::Finished(reason) => return (String::from_utf8(bytes).unwrap(), Ok(reason)),
             TokenEvent::Failed(error) => return (String::from_utf8(bytes).unwrap(), Err(error)),

@@ -13,7 +13,7 @@ use tinyllava::{
     model::{
         FrameBatch, Tap, VISUAL_TOKEN,
         config::ModelConfig,
-        layers::WeightFormat,
+        layers::{Bits, WeightFormat},
         tinyllava::TinyLlava,
         weights::{StoredDType, Weights},
     },
@@ -122,7 +122,7 @@ async fn run(handle: &EngineHandle, sequence: NewSequence) -> Vec<u32> {
     let mut ids = vec![];
     loop {
         match stream.next().await.expect("the engine lives") {
-            TokenEvent::Started { .. } => {}
+            TokenEvent::Started { .. } | TokenEvent::PromptComputed(_) => {}
             TokenEvent::Token { id, .. } => ids.push(id),
             TokenEvent::Finished(_) => return ids,
             TokenEvent::Failed(error) => panic!("{error}"),
@@ -199,6 +199,28 @@ async fn weights_kept_in_their_16_bits_give_the_same_bits_as_widened_ones() {
         logits.push(seen.first("logits_last").to_vec2::<f32>().unwrap());
     }
     assert_eq!(logits[0], logits[1]);
+}
+
+/// Of the first logits, relative to their own spread: 8 bits are near, 4 bits still tell the same story.
+#[tokio::test]
+async fn quantised_weights_stay_near_the_original() {
+    for (name, format, most) in [
+        ("tiny", WeightFormat::Quant(Bits::Eight), 0.03),
+        ("tiny_bf16_sharded", WeightFormat::Quant(Bits::Eight), 0.03),
+        ("tiny", WeightFormat::Quant(Bits::Four), 0.3),
+        ("tiny_bf16_sharded", WeightFormat::Quant(Bits::Four), 0.3),
+    ] {
+        let checkpoint = checkpoint(name);
+        let (engine, seen, _) = checkpoint.start(whole(), format);
+        run(&engine, checkpoint.request()).await;
+        let flat = |tensor: &Tensor| tensor.flatten_all().unwrap().to_dtype(DType::F64).unwrap();
+        let (got, expected) = (flat(&seen.first("logits_last")), flat(&checkpoint.golden["logits_last"]));
+        let length = |x: Tensor| x.sqr().unwrap().mean_all().unwrap().to_scalar::<f64>().unwrap().sqrt();
+        let centred = expected.broadcast_sub(&expected.mean_all().unwrap()).unwrap();
+        let error = length((got - &expected).unwrap()) / length(centred);
+        println!("{name} {format:?}: relative error of the logits {error:.4}");
+        assert!(error < most, "{name} {format:?}: {error}");
+    }
 }
 
 /// The request among others: other prompts, lengths and a video of its own, all sampling.

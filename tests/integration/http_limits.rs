@@ -197,6 +197,22 @@ async fn shutdown_refuses_new_work_and_lets_running_streams_end() {
 }
 
 #[tokio::test]
+async fn a_leaving_server_is_not_ready_but_serves_until_balancers_have_noticed() {
+    let mut config = config();
+    config.drain_delay = Duration::from_secs(3);
+    let mut server = server(config, FakeModel::saying("word")).await;
+    let before = server.get("/ready").send().await.unwrap();
+    assert_eq!((before.status().as_u16(), before.headers().get("connection")), (200, None));
+    let ended = server.shut_down();
+    eventually("it is not ready", async || server.get("/ready").send().await.unwrap().status() == 503).await;
+    let late = server.post(&request(json!("Hi"), json!({}))).send().await.unwrap();
+    assert_eq!(late.headers()["connection"], "close", "no further request may come by this connection");
+    success(late).await;
+    ended.await.unwrap().unwrap();
+    assert!(server.get("/health").send().await.is_err());
+}
+
+#[tokio::test]
 async fn shutdown_is_bounded_by_the_drain_timeout() {
     let mut config = config();
     config.drain_timeout = Duration::from_millis(200);

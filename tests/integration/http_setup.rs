@@ -30,7 +30,7 @@ use tinyllava::{
     },
     prompt::Tokenizer,
     scheduler::SamplingParams,
-    telemetry::{EngineMetrics, Metrics},
+    telemetry::{EngineMetrics, Metrics, Traces},
 };
 use tokio::{net::TcpListener, sync::oneshot, task::JoinHandle};
 
@@ -57,8 +57,8 @@ pub fn config() -> Config {
 
 /// The parts of a server whose model is still to be set by [`load`].
 pub fn state(config: Config) -> AppState {
-    let metrics = Metrics::new(MODEL);
-    AppState::new(Arc::new(config), metrics)
+    let traces = Traces::start(&config.traces, MODEL).unwrap();
+    AppState::traced(Arc::new(config), Metrics::new(MODEL), traces)
 }
 
 /// Starts the engine on `model` and makes `state` ready.

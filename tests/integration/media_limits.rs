@@ -8,7 +8,8 @@ use std::{
 
 use tinyllava::{
     config::MediaConfig,
-    media::{FrameSampling, MediaError, VideoFrames, VideoSource, Way},
+    media::{Caller, FrameSampling, MediaError, VideoFrames, VideoSource, Way},
+    telemetry::Stage,
 };
 
 use crate::media_clips::{Clip, loader, loader_with, numbers, remux};
@@ -274,9 +275,10 @@ async fn the_same_frames_are_decoded_once() {
     let copy = write(directory.path(), "copy.mp4", &std::fs::read(&path).unwrap());
     let loader = loader();
     let default = FrameSampling::default();
-    let at_once = (0..6).map(|_| loader.load(VideoSource::LocalFile(path.clone()), default));
+    let caller = Caller::default();
+    let at_once = (0..6).map(|_| loader.load_for(VideoSource::LocalFile(path.clone()), default, &caller));
     let frames = futures_util::future::try_join_all(at_once).await.unwrap();
-    let decoded = frames.iter().filter(|frames| frames.timings.decode_seconds > 0.0).count();
+    let decoded = caller.trail.runs().into_iter().filter(|run| run.stage == Stage::Decode).count();
     assert_eq!(decoded, 1, "one request decodes, the others wait for it");
     assert!(frames.iter().all(|other| Arc::ptr_eq(&other.rgb, &frames[0].rgb)));
     // Another name, the same content.

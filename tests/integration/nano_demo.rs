@@ -28,16 +28,16 @@ fn ask(server: &Server, clip: &str, question: &str) -> Value {
 }
 
 #[test]
-fn demo_and_sample_clips_are_answered_right_alone_together_again_and_in_every_dtype() {
+fn demo_and_sample_clips_are_answered_right_alone_together_again_and_in_every_format() {
     let (demo, sample) = (questions("demo"), questions("sample"));
     assert!(demo.len() >= 4 && sample.len() == 30);
     let questions = [demo, sample].concat();
-    for dtype in ["auto", "f32", "bf16"] {
-        let server = Server::start(&["--dtype", dtype]);
+    for format in [["--quant", "auto"], ["--quant", "none"], ["--dtype", "f32"], ["--dtype", "bf16"]] {
+        let server = Server::start(&format);
         let mut alone = vec![];
         for (clip, question, answer) in &questions {
             let reply = ask(&server, clip, question);
-            assert_eq!(reply["answer"], *answer, "{dtype}, {clip}: {reply}");
+            assert_eq!(reply["answer"], *answer, "{format:?}, {clip}: {reply}");
             assert!(!reply["reasoning"].as_str().unwrap().is_empty(), "{reply}");
             alone.push(reply);
         }

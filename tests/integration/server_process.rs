@@ -3,13 +3,16 @@
 use std::{
     io::{BufRead, BufReader},
     process::{Command, Stdio},
+    sync::{Mutex, mpsc},
 };
 
 /// A server of its own, and what it logs.
 pub struct Server {
     pub process: std::process::Child,
-    log: std::io::Lines<BufReader<std::process::ChildStderr>>,
+    log: Mutex<mpsc::Receiver<String>>,
     pub url: String,
+    /// What it logged until it was ready.
+    pub before: Vec<String>,
 }
 
 impl Server {
@@ -26,15 +29,18 @@ impl Server {
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
-        let mut log = BufReader::new(process.stderr.take().unwrap()).lines();
+        // Read on at any time: a server whose log is full would stop.
+        let (lines, log) = mpsc::channel();
+        let mut stderr = BufReader::new(process.stderr.take().unwrap()).lines().map(Result::unwrap);
+        std::thread::spawn(move || stderr.try_for_each(|line| lines.send(line)));
         let mut before = Vec::new();
-        let ready = log.by_ref().map(Result::unwrap).find(|line| {
+        let ready = log.iter().find(|line| {
             before.push(line.clone());
             line.contains("ready: ")
         });
         let ready = ready.unwrap_or_else(|| panic!("the server did not start: {before:#?}"));
         let url = ready.split("ready: ").nth(1).unwrap().split('"').next().unwrap().to_string();
-        Server { process, log, url }
+        Server { process, log: Mutex::new(log), url, before }
     }
 
     /// Posts a chat request with curl; its output is the response body.
@@ -56,7 +62,7 @@ impl Server {
     /// Asks it to stop; gives the rest of its log once it has, which must be with success.
     pub fn stop(mut self) -> Vec<String> {
         self.terminate();
-        let rest = self.log.by_ref().map(Result::unwrap).collect();
+        let rest = self.log.get_mut().unwrap().iter().collect();
         assert!(self.process.wait().unwrap().success());
         rest
     }
@@ -72,7 +78,7 @@ impl Server {
 
     /// Waits for a line with `text` in it.
     pub fn until_logged(&mut self, text: &str) {
-        let found = self.log.by_ref().map(Result::unwrap).any(|line| line.contains(text));
+        let found = self.log.get_mut().unwrap().iter().any(|line| line.contains(text));
         assert!(found, "\"{text}\" was never logged");
     }
 }

@@ -8,7 +8,7 @@ use utoipa::ToSchema;
 
 use crate::{
     http::{choices::TokenLogprob, responses::Videos},
-    telemetry::metrics::TokenCounts,
+    telemetry::TokenCounts,
 };
 
 /// `POST /v1/responses`. Fields of OpenAI's object that can have one value only here are there for its clients.

@@ -39,12 +39,18 @@ fn gelu_tanh(x: f32) -> f32 {
     x / (1.0 + exp(-2.0 * u))
 }
 
+/// Rows that are worth a task of their own.
+fn rows_a_task(width: usize) -> usize {
+    (MIN_PARALLEL_WORK / 8 / width).max(1)
+}
+
 /// Runs `row` over rows of `width`, in parallel when it pays.
 fn for_rows(values: &mut [f32], width: usize, row: impl Fn(&mut [f32]) + Sync) {
     if values.len() < MIN_PARALLEL_WORK / 4 {
         Arch::new().dispatch(|| values.chunks_mut(width).for_each(&row));
     } else {
-        values.par_chunks_mut(width).for_each(|values| Arch::new().dispatch(|| row(values)));
+        let rows = values.par_chunks_mut(width).with_min_len(rows_a_task(width));
+        rows.for_each(|values| Arch::new().dispatch(|| row(values)));
     }
 }
 
@@ -53,12 +59,28 @@ pub fn gelu_tanh_in_place(values: &mut [f32]) {
     for_rows(values, 4096, |row| row.iter_mut().for_each(|x| *x = gelu_tanh(*x)));
 }
 
+/// erf(x) within 3e-7: a rational function, since beyond 4 it is 1 to f32's rounding.
+#[inline(always)]
+fn erf(x: f32) -> f32 {
+    const ODD: [f32; 7] = [
+        -2.726_142_3e-10,
+        2.770_681_4e-8,
+        -2.101_024e-6,
+        -5.692_506_4e-5,
+        -7.349_906e-4,
+        -2.954_6e-3,
+        -1.609_603_3e-2,
+    ];
+    const EVEN: [f32; 5] = [-1.456_607_2e-5, -2.133_740_5e-4, -1.682_827e-3, -7.373_329e-3, -1.426_473_9e-2];
+    let x = x.clamp(-4.0, 4.0);
+    let square = x * x;
+    let polynomial = |terms: &[f32]| terms.iter().fold(0.0, |sum, term| sum * square + term);
+    x * polynomial(&ODD) / polynomial(&EVEN)
+}
+
 /// Exact GELU, as in the connector.
 pub fn gelu_erf_in_place(values: &mut [f32]) {
-    let gelu = |x: f32| {
-        let x = f64::from(x);
-        (0.5 * x * (1.0 + candle_core::cpu::erf::erf_f64(x * std::f64::consts::FRAC_1_SQRT_2))) as f32
-    };
+    let gelu = |x: f32| 0.5 * x * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2));
     for_rows(values, 1024, |row| row.iter_mut().for_each(|x| *x = gelu(*x)));
 }
 
@@ -113,7 +135,7 @@ fn map_rows(x: &[f32], width: usize, row: impl Fn(&[f32], &mut [f32]) + Sync) ->
     if x.len() < MIN_PARALLEL_WORK / 4 {
         Arch::new().dispatch(|| x.chunks(width).zip(out.chunks_mut(width)).for_each(|(x, out)| row(x, out)));
     } else {
-        let rows = x.par_chunks(width).zip(out.par_chunks_mut(width));
+        let rows = x.par_chunks(width).zip(out.par_chunks_mut(width)).with_min_len(rows_a_task(width));
         rows.for_each(|(x, out)| Arch::new().dispatch(|| row(x, out)));
     }
     out
@@ -157,6 +179,15 @@ mod tests {
         assert_eq!(exp(f32::NEG_INFINITY), 0.0);
         assert_eq!(exp(-1000.0), 0.0);
         assert_eq!(exp(0.0), 1.0);
+    }
+
+    #[test]
+    fn erf_is_close_over_the_whole_range() {
+        for i in -6000..6000 {
+            let x = i as f32 / 1000.0;
+            let expected = candle_core::cpu::erf::erf_f64(f64::from(x));
+            assert!((f64::from(erf(x)) - expected).abs() < 3e-7, "erf({x}) = {}, not {expected}", erf(x));
+        }
     }
 
     #[test]

@@ -7,6 +7,7 @@
 use std::ops::Range;
 
 use half::f16;
+use pulp::Arch;
 use rayon::prelude::*;
 
 use super::{
@@ -92,9 +93,11 @@ impl QuantMatrix {
                     _ => row.fill(0.0),
                 }
                 let groups = row.as_chunks::<GROUP>().0.iter();
-                for (record, values) in records.chunks_exact_mut(bits.record_bytes()).zip(groups) {
-                    write_column(record, column, values, bits);
-                }
+                Arch::new().dispatch(|| {
+                    for (record, values) in records.chunks_exact_mut(bits.record_bytes()).zip(groups) {
+                        write_column(record, column, values, bits);
+                    }
+                });
             }
         });
         QuantMatrix { bits, records: lines, n, k }
@@ -205,6 +208,7 @@ fn place(column: usize, input: usize, bits: Bits) -> (usize, bool) {
 }
 
 /// Quantises one group of one output's weights.
+#[inline(always)]
 fn write_column(record: &mut [u8], column: usize, values: &[f32; GROUP], bits: Bits) {
     let (scale, least) = match bits {
         Bits::Eight => (values.iter().fold(0.0, |most: f32, x| most.max(x.abs())) / 127.0, 0.0),
@@ -212,13 +216,16 @@ fn write_column(record: &mut [u8], column: usize, values: &[f32; GROUP], bits: B
     };
     // What is multiplied with is what is stored.
     let (scale, least) = (f16::from_f32(scale), f16::from_f32(least));
-    let inverse = if scale.to_f32() > 0.0 { 1.0 / scale.to_f32() } else { 0.0 };
-    for (input, value) in values.iter().enumerate() {
+    let mut steps = [0.0; GROUP];
+    let inverse = inverse(scale.to_f32());
+    for (step, value) in steps.iter_mut().zip(values) {
+        *step = rounded((value - least.to_f32()) * inverse);
+    }
+    for (input, step) in steps.iter().enumerate() {
         let (at, high) = place(column, input, bits);
-        let steps = ((value - least.to_f32()) * inverse).round();
         match bits {
-            Bits::Eight => record[at] = (steps.clamp(-127.0, 127.0) as i32 + 128) as u8,
-            Bits::Four => record[at] |= (steps.clamp(0.0, 15.0) as u8) << if high { 4 } else { 0 },
+            Bits::Eight => record[at] = (step.clamp(-127.0, 127.0) as i32 + 128) as u8,
+            Bits::Four => record[at] |= (step.clamp(0.0, 15.0) as u8) << if high { 4 } else { 0 },
         }
     }
     let scales = bits.weight_bytes() + 2 * column;
@@ -227,6 +234,18 @@ fn write_column(record: &mut [u8], column: usize, values: &[f32; GROUP], bits: B
         let at = scales + 2 * WIDTH;
         record[at..at + 2].copy_from_slice(&least.to_le_bytes());
     }
+}
+
+/// To an integer, to the even one of two; for less than 2^22. A function call in the standard library.
+#[inline(always)]
+fn rounded(x: f32) -> f32 {
+    const ROUND: f32 = 12_582_912.0;
+    x + ROUND - ROUND
+}
+
+#[inline(always)]
+fn inverse(scale: f32) -> f32 {
+    if scale > 0.0 { 1.0 / scale } else { 0.0 }
 }
 
 fn read_column(record: &[u8], column: usize, values: &mut [f32], bits: Bits) {
@@ -246,20 +265,30 @@ fn read_column(record: &[u8], column: usize, values: &mut [f32], bits: Bits) {
 
 /// Scale and least value of the 16 levels that fit `values` best: the whole range, or a narrower one that gives up on the
 /// extremes, whichever has the smaller squared error.
+#[inline(always)]
 fn range_of_four_bits(values: &[f32; GROUP]) -> (f32, f32) {
+    const LANES: usize = 16;
     let low = values.iter().copied().fold(f32::INFINITY, f32::min);
     let high = values.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let error = |(scale, least): (f32, f32)| {
-        let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
-        let off = |x: &f32| ((x - least) * inverse).round().clamp(0.0, 15.0) * scale + least - x;
-        values.iter().map(off).map(|off| off * off).sum::<f32>()
-    };
-    let narrowed = |step: usize| {
+    let mut best = (0.0, 0.0);
+    let mut smallest = f32::INFINITY;
+    for step in 0..10 {
         let cut = (high - low) * step as f32 * 0.02;
-        ((high - low - 2.0 * cut) / 15.0, low + cut)
-    };
-    let candidates = (0..10).map(narrowed);
-    candidates.min_by(|a, b| error(*a).total_cmp(&error(*b))).expect("there are ten: this is a bug")
+        let (scale, least) = ((high - low - 2.0 * cut) / 15.0, low + cut);
+        let inverse = inverse(scale);
+        let mut errors = [0.0f32; LANES];
+        for chunk in values.as_chunks::<LANES>().0 {
+            for (error, x) in errors.iter_mut().zip(chunk) {
+                let off = rounded((x - least) * inverse).clamp(0.0, 15.0) * scale + least - x;
+                *error += off * off;
+            }
+        }
+        let error = errors.iter().sum();
+        if error < smallest {
+            (best, smallest) = ((scale, least), error);
+        }
+    }
+    best
 }
 
 /// Activations `[m, k]` in 8 bits.

@@ -1,0 +1,171 @@
+//! The model's files by their headers, and the memory it and its caches will take.
+//!
+//! Called by `doctor`. Reads configs, headers and tables of contents; never the weights, never the network.
+
+use std::path::Path;
+
+use super::{Finding, memory};
+use crate::{
+    cli::options::ModelOptions,
+    config::Config,
+    model::{
+        KvCache, ModelShape,
+        checkpoint::{Checkpoint, CheckpointError, ModelSpec},
+        hub::HubError,
+        layers::WeightFormat,
+        tinyllava,
+        weights::StoredDType,
+    },
+};
+
+pub fn check(options: &ModelOptions, config: &Config) -> Vec<Finding> {
+    let checkpoint = match Checkpoint::open(&options.model) {
+        Ok(checkpoint) => checkpoint,
+        Err(CheckpointError::Hub(HubError::NotDownloaded { repo })) => {
+            let fix =
+                "`serve` downloads it first; start it once with the network, or mount a directory with it";
+            return vec![Finding::warning("model", format!("{repo} is not on this machine"), fix)];
+        }
+        Err(error) => return vec![Finding::problem("model", error.to_string(), fix_of(&options.model))],
+    };
+    let shape = tinyllava::shape(&checkpoint.config);
+    let stored = checkpoint.weights.dtype();
+    let found = format!(
+        "{}: {:.1} million parameters in {stored:?}, all tensors there with the right shapes",
+        checkpoint.id,
+        checkpoint.config.num_parameters() as f64 / 1e6,
+    );
+    let weights_bytes = kept_bytes(checkpoint.weights.num_bytes(), stored, options.weight_format());
+    let mut findings = vec![Finding::ok("model", found)];
+    findings.push(kv_cache(&shape, config));
+    let cache_bytes = kv_bytes(&shape, config);
+    findings.extend(memory::available_bytes(Path::new("/")).map(|available| {
+        let caches =
+            cache_bytes + config.media.frame_cache_bytes as u64 + encoder_cache_bytes(&shape, config);
+        fits(weights_bytes, caches, available)
+    }));
+    findings
+}
+
+fn fix_of(model: &ModelSpec) -> &'static str {
+    match model {
+        ModelSpec::Hub(_) => "delete its folder under HF_HOME and download it again",
+        _ => "copy the checkpoint again, or give another --model",
+    }
+}
+
+/// Weights as they will lie in memory, at most.
+fn kept_bytes(stored_bytes: u64, stored: StoredDType, format: WeightFormat) -> u64 {
+    let weights = stored_bytes / stored.num_bytes() as u64;
+    match format {
+        WeightFormat::AsStored => stored_bytes,
+        WeightFormat::Float(kept) => weights * kept.num_bytes() as u64,
+        // 8 bits and a scale for every 64 weights; of 4 bits only a part is.
+        WeightFormat::Quant(_) => weights + weights / 32,
+    }
+}
+
+/// The engine takes no more blocks than all its sequences can fill.
+fn kv_bytes(shape: &ModelShape, config: &Config) -> u64 {
+    let engine = &config.engine;
+    let block_bytes = KvCache::block_bytes(shape, engine.block_size) as u64;
+    let most_useful =
+        engine.max_running_sequences as u64 * 2 * context(shape, config).div_ceil(engine.block_size as u64);
+    (engine.kv_cache_bytes as u64).min(most_useful.saturating_mul(block_bytes))
+}
+
+fn context(shape: &ModelShape, config: &Config) -> u64 {
+    let asked = config.engine.max_context_tokens;
+    (if asked == 0 { shape.context } else { asked.min(shape.context) }) as u64
+}
+
+/// Encoded videos are kept in f32.
+fn encoder_cache_bytes(shape: &ModelShape, config: &Config) -> u64 {
+    (config.engine.max_cached_videos * shape.visual_tokens * shape.hidden_size * size_of::<f32>()) as u64
+}
+
+fn kv_cache(shape: &ModelShape, config: &Config) -> Finding {
+    let block = config.engine.block_size;
+    let token_bytes = KvCache::block_bytes(shape, block) / block;
+    let tokens = config.engine.kv_cache_bytes / (token_bytes * block) * block;
+    let context = context(shape, config);
+    let found = format!("{tokens} tokens of {token_bytes} bytes; one request may take {context}");
+    let needed = (context * token_bytes as u64).div_ceil(1 << 20);
+    if tokens == 0 {
+        return Finding::problem(
+            "kv cache",
+            "no room for one block",
+            format!("give --kv-cache-mib {needed}"),
+        );
+    }
+    if (tokens as u64) < context {
+        let fix =
+            format!("longer requests are refused: give --kv-cache-mib {needed}, or a lower --max-model-len");
+        return Finding::warning("kv cache", found, fix);
+    }
+    Finding::ok("kv cache", found)
+}
+
+fn fits(weights: u64, caches: u64, available: u64) -> Finding {
+    let mib = |bytes: u64| bytes.div_ceil(1 << 20);
+    let found = format!(
+        "{} MiB for weights and {} MiB for caches, of {} MiB available",
+        mib(weights),
+        mib(caches),
+        mib(available)
+    );
+    if weights > available {
+        let fix = "the model does not fit: use --quant q8, or a machine or memory limit with more";
+        return Finding::problem("memory", found, fix);
+    }
+    if weights.saturating_add(caches) > available {
+        let fix =
+            "the server would be killed when its caches fill: lower --kv-cache-mib, or give it more memory";
+        return Finding::problem("memory", found, fix);
+    }
+    Finding::ok("memory", found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::Level, *};
+    use crate::model::{config::ModelConfig, layers::Bits, presets::Preset};
+
+    #[test]
+    fn a_token_of_the_published_model_takes_72_kib_of_cache() {
+        let shape = tinyllava::shape(&ModelConfig::preset(Preset::R1));
+        assert_eq!(KvCache::block_bytes(&shape, 16) / 16, 2 * 36_864);
+    }
+
+    #[test]
+    fn memory_is_enough_for_weights_and_full_caches_or_a_problem() {
+        for (weights, caches, level) in [
+            (60, 40, Level::Ok),
+            (60, 41, Level::Problem),
+            (101, 0, Level::Problem),
+            (1, u64::MAX, Level::Problem),
+        ] {
+            assert_eq!(fits(weights, caches, 100).level, level, "{weights} {caches}");
+        }
+    }
+
+    #[test]
+    fn a_cache_below_a_block_is_a_problem_and_below_the_context_a_warning() {
+        let shape = tinyllava::shape(&ModelConfig::preset(Preset::R1));
+        let level = |mib: usize| {
+            let mut config = Config::default();
+            config.engine.kv_cache_bytes = mib << 20;
+            kv_cache(&shape, &config).level
+        };
+        assert_eq!([level(1), level(64), level(1 << 20)], [Level::Problem, Level::Warning, Level::Ok]);
+    }
+
+    #[test]
+    fn another_format_takes_another_size() {
+        let kept = |stored, format| kept_bytes(6400, stored, format);
+        assert_eq!(kept(StoredDType::Bf16, WeightFormat::AsStored), 6400);
+        assert_eq!(kept(StoredDType::Bf16, WeightFormat::Float(StoredDType::F32)), 12_800);
+        assert_eq!(kept(StoredDType::Bf16, WeightFormat::Quant(Bits::Eight)), 3300);
+        assert_eq!(kept(StoredDType::F32, WeightFormat::Quant(Bits::Four)), 1650);
+    }
+}

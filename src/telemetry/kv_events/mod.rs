@@ -1,0 +1,182 @@
+//! Tells routers which blocks the KV cache holds: vLLM's KV events, over ZeroMQ.
+//!
+//! Started by `cli/kv_events.rs`; hears of changes from [`super::EngineMetrics`] on the engine thread, and sends from a
+//! task of its own. Must never hold up the engine: what does not fit into the queue is dropped and counted, and the
+//! sequence number shows the gap.
+
+mod endpoint;
+mod replay;
+mod wire;
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use bytes::Bytes;
+use futures_util::StreamExt;
+use tokio::sync::mpsc;
+use zeromq::{PubSocket, RouterSocket, Socket, SocketEvent, SocketSend, ZmqError, ZmqMessage};
+
+pub use endpoint::{Endpoint, InvalidEndpoint};
+use replay::Kept;
+
+use super::metrics::Metrics;
+use crate::{
+    config::KvEventsConfig,
+    scheduler::cache_events::{BlockHash, CacheEvent, seed_of},
+};
+
+/// Where events go.
+#[derive(Debug, Clone)]
+pub struct KvEventsTarget {
+    pub endpoint: Endpoint,
+    /// Where batches that were missed can be asked for.
+    pub replay: Option<Endpoint>,
+    /// The first frame of every message; routers read server and model from it.
+    pub topic: String,
+    /// The model's name: hashes of different models differ.
+    pub model: String,
+}
+
+/// Why no events can be sent.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot listen on {address} for KV events: {source}; choose another {flag}")]
+pub struct CannotListen {
+    address: String,
+    flag: &'static str,
+    source: Box<ZmqError>,
+}
+
+/// Changes of one step, on their way to the socket.
+#[derive(Debug)]
+struct Batch {
+    sequence: u64,
+    unix_seconds: f64,
+    events: Vec<CacheEvent>,
+}
+
+/// The engine's end.
+#[derive(Debug)]
+pub struct KvEventPublisher {
+    seed: BlockHash,
+    next_sequence: u64,
+    queue: mpsc::Sender<Batch>,
+    metrics: Metrics,
+}
+
+impl KvEventPublisher {
+    /// Opens the sockets and starts to send. The first batch says that nothing is cached.
+    ///
+    /// # Errors
+    /// When an address cannot be listened on.
+    pub async fn start(
+        target: KvEventsTarget,
+        limits: &KvEventsConfig,
+        metrics: Metrics,
+    ) -> Result<Self, CannotListen> {
+        let mut socket = PubSocket::new();
+        let connect_to = match &target.endpoint {
+            Endpoint::Connect(address) => Some(address.clone()),
+            Endpoint::Listen(_) => {
+                listen(&mut socket, &target.endpoint, "--kv-events-endpoint").await?;
+                None
+            }
+        };
+        let kept = Kept::new(limits);
+        if let Some(endpoint) = &target.replay {
+            let mut router = RouterSocket::new();
+            listen(&mut router, endpoint, "--kv-events-replay-endpoint").await?;
+            tokio::spawn(replay::answer_all(router, kept.clone(), limits.replay_timeout));
+        }
+        let (queue, batches) = mpsc::channel(limits.max_queued_batches.max(1));
+        let sender =
+            Sender { socket, connect_to, topic: target.topic.into(), kept, metrics: metrics.clone() };
+        tokio::spawn(sender.run(batches));
+        Ok(KvEventPublisher { seed: seed_of(&target.model), next_sequence: 1, queue, metrics })
+    }
+
+    /// Where hashes begin.
+    pub fn seed(&self) -> BlockHash {
+        self.seed
+    }
+
+    /// Hands over the changes of a step. Never waits.
+    pub fn publish(&mut self, events: Vec<CacheEvent>) {
+        let batch = Batch { sequence: self.next_sequence, unix_seconds: unix_seconds(), events };
+        self.next_sequence += 1;
+        if self.queue.try_send(batch).is_err() {
+            self.metrics.kv_event_batch("dropped");
+        }
+    }
+}
+
+async fn listen(
+    socket: &mut impl Socket,
+    endpoint: &Endpoint,
+    flag: &'static str,
+) -> Result<(), CannotListen> {
+    let address = endpoint.address();
+    let bound = socket.bind(address).await;
+    let bound =
+        bound.map_err(|source| CannotListen { address: address.into(), flag, source: Box::new(source) })?;
+    tracing::info!(%bound, "KV events");
+    Ok(())
+}
+
+fn unix_seconds() -> f64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |time| time.as_secs_f64())
+}
+
+/// The socket's end.
+struct Sender {
+    socket: PubSocket,
+    /// Whom to connect to, again and again; none: subscribers connect to us.
+    connect_to: Option<String>,
+    topic: Bytes,
+    kept: Kept,
+    metrics: Metrics,
+}
+
+impl Sender {
+    /// Ends with the engine.
+    async fn run(mut self, mut batches: mpsc::Receiver<Batch>) {
+        let mut connections = self.socket.monitor();
+        self.connect().await;
+        self.send(0, wire::cleared(unix_seconds())).await;
+        loop {
+            tokio::select! {
+                batch = batches.recv() => match batch {
+                    Some(batch) => self.send(batch.sequence, wire::changed(batch.unix_seconds, &batch.events)).await,
+                    None => return,
+                },
+                Some(event) = connections.next() => if matches!(event, SocketEvent::Disconnected(_)) {
+                    self.connect().await;
+                },
+            }
+        }
+    }
+
+    /// Waits until the router is there. Batches wait in the queue meanwhile, and are dropped when it is full.
+    async fn connect(&mut self) {
+        let Some(address) = &self.connect_to else { return };
+        while let Err(error) = self.socket.connect(address).await {
+            tracing::warn!(%error, address, "cannot connect to send KV events; trying again");
+            tokio::time::sleep(replay::PAUSE).await;
+        }
+        // What the router subscribes to follows the connection; until then all is thrown away.
+        tokio::time::sleep(replay::PAUSE).await;
+    }
+
+    async fn send(&mut self, sequence: u64, payload: Vec<u8>) {
+        let payload = Bytes::from(payload);
+        self.kept.push(sequence, payload.clone());
+        let frames = vec![self.topic.clone(), Bytes::copy_from_slice(&sequence.to_be_bytes()), payload];
+        let message =
+            ZmqMessage::try_from(frames).expect("a message of three frames is empty: this is a bug");
+        match self.socket.send(message).await {
+            Ok(()) => self.metrics.kv_event_batch("published"),
+            Err(error) => {
+                tracing::warn!(%error, "KV events were lost");
+                self.metrics.kv_event_batch("dropped");
+            }
+        }
+    }
+}
