@@ -6,7 +6,7 @@ use std::{str::FromStr, time::Duration};
 
 /// Longest time of each kind; `None` leaves that kind free.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct Goodput {
+pub struct Goodput {
     first_token: Option<Duration>,
     output_token: Option<Duration>,
     end_to_end: Option<Duration>,

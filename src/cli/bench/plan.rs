@@ -3,7 +3,7 @@
 //! Called by [`super`]; pure arithmetic. It must give the same plan for the same seed on every machine: no clock, no
 //! randomness of the system.
 
-use std::{ops::RangeInclusive, str::FromStr, time::Duration};
+use std::{fmt, ops::RangeInclusive, str::FromStr, time::Duration};
 
 /// A stream of numbers from a fixed seed (SplitMix64): small, the same everywhere, good enough to space requests.
 #[derive(Debug, Clone)]
@@ -49,7 +49,7 @@ pub(super) fn request_rate(text: &str) -> Result<f64, String> {
 
 /// `64`, or `32..256` for a length drawn evenly from 32 to 256, both included.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Lengths(RangeInclusive<usize>);
+pub struct Lengths(RangeInclusive<usize>);
 
 impl Lengths {
     /// The length of request `index`, whatever was asked of the others.
@@ -58,6 +58,15 @@ impl Lengths {
         let width = (high - low) as u128 + 1;
         let mut numbers = Numbers(seed ^ (index as u64).wrapping_mul(0xd134_2543_de82_ef95));
         low + ((u128::from(numbers.next()) * width) >> 64) as usize
+    }
+}
+
+impl fmt::Display for Lengths {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0.start() == self.0.end() {
+            true => write!(f, "{}", self.0.start()),
+            false => write!(f, "{}..{}", self.0.start(), self.0.end()),
+        }
     }
 }
 
