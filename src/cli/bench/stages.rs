@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 
-const METRIC: &str = "tinyllava_stage_seconds_";
+use crate::telemetry::metrics::STAGE_SECONDS;
 
 /// Seconds and how often, of one stage.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -32,7 +32,7 @@ pub(super) fn read(metrics: &str) -> Stages {
 }
 
 fn sample(line: &str) -> Option<(&str, &str, f64)> {
-    let (kind, rest) = line.strip_prefix(METRIC)?.split_once('{')?;
+    let (kind, rest) = line.strip_prefix(STAGE_SECONDS)?.strip_prefix('_')?.split_once('{')?;
     let (labels, value) = rest.split_once('}')?;
     let name = labels.split(',').find_map(|label| label.trim().strip_prefix("stage=\""))?;
     let value = value.split_whitespace().next()?.parse().ok()?;
