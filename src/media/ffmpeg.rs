@@ -94,6 +94,13 @@ impl Tools {
         Ok(command)
     }
 
+    /// An `ffmpeg` that only tells its version, limited as decoders are.
+    pub fn ffmpeg_alone(&self) -> Result<tokio::process::Command, MediaError> {
+        let mut command = Command::new(self.ffmpeg_path()?);
+        command.args(["-hide_banner", "-version"]);
+        Ok(self.sandbox.wrap(command))
+    }
+
     /// An `ffprobe` whose next argument is an input option.
     pub fn ffprobe(&self) -> Result<Command, MediaError> {
         let mut command = Command::new(self.ffprobe_path()?);
