@@ -138,9 +138,9 @@ enum Order {
     request_body(content = FileForm, content_type = "multipart/form-data"),
     responses((status = 200, description = "The file.", body = FileObject), Refused))]
 pub async fn create(State(state): State<AppState>, request: Request) -> Result<Json<FileObject>, ApiError> {
-    let _work = state.begin_work()?;
+    let work = state.begin_work()?;
     let loaded = state.ready()?;
-    let deadline = Deadline::new(Instant::now(), state.config().request_timeout);
+    let deadline = Deadline::new(Instant::now(), state.config().request_timeout, work.cut_off());
     let record = deadline.bound(receive(&state, loaded.media.files(), request)).await??;
     Ok(Json(record.into()))
 }

@@ -8,6 +8,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use tokio_util::sync::CancellationToken;
+
 use super::{error::ApiError, record::RequestRecord};
 use crate::{
     config::Config,
@@ -17,27 +19,32 @@ use crate::{
     telemetry::{ContentRecord, GenerationRecord, Outcome, Stage, StageRun, TokenCounts},
 };
 
-/// When a request must be over.
-#[derive(Debug, Clone, Copy)]
+/// When a request must be over: at a moment, or when the server leaves for good.
+#[derive(Debug, Clone)]
 pub struct Deadline {
     at: tokio::time::Instant,
     timeout: Duration,
+    cut_off: CancellationToken,
 }
 
 impl Deadline {
-    /// `timeout` after `arrival`.
-    pub fn new(arrival: Instant, timeout: Duration) -> Self {
-        Deadline { at: tokio::time::Instant::from_std(arrival) + timeout, timeout }
+    /// `timeout` after `arrival`, or with `cut_off`.
+    pub fn new(arrival: Instant, timeout: Duration, cut_off: CancellationToken) -> Self {
+        Deadline { at: tokio::time::Instant::from_std(arrival) + timeout, timeout, cut_off }
     }
 
     /// The outcome of `work`, if it comes in time.
     ///
     /// # Errors
-    /// [`ApiError::DeadlineExceeded`]; `work` is dropped.
-    pub async fn bound<T>(self, work: impl Future<Output = T>) -> Result<T, ApiError> {
-        tokio::time::timeout_at(self.at, work)
-            .await
-            .map_err(|_| ApiError::DeadlineExceeded { seconds: self.timeout.as_secs_f64() })
+    /// [`ApiError::DeadlineExceeded`], or [`ApiError::Draining`]; `work` is dropped.
+    pub async fn bound<T>(&self, work: impl Future<Output = T>) -> Result<T, ApiError> {
+        tokio::select! {
+            biased;
+            done = tokio::time::timeout_at(self.at, work) => {
+                done.map_err(|_| ApiError::DeadlineExceeded { seconds: self.timeout.as_secs_f64() })
+            }
+            () = self.cut_off.cancelled() => Err(ApiError::Draining),
+        }
     }
 }
 
@@ -56,11 +63,12 @@ pub struct Progress {
     generation: GenerationRecord,
     phase: Phase,
     deadline: Deadline,
+    deadline_is_the_clients: bool,
     /// How much of what is said goes on the log; `None`: nothing.
     max_logged_bytes: Option<usize>,
     record: Arc<RequestRecord>,
     /// A shutdown waits for it.
-    _work: WorkGuard,
+    work: WorkGuard,
 }
 
 impl Progress {
@@ -69,21 +77,23 @@ impl Progress {
         Progress {
             generation: GenerationRecord::default(),
             phase: Phase::Before,
-            deadline: Deadline::new(record.arrival, config.request_timeout),
+            deadline: Deadline::new(record.arrival, config.request_timeout, work.cut_off()),
+            deadline_is_the_clients: false,
             max_logged_bytes: config.log_content.then_some(config.max_logged_text_bytes),
             record,
-            _work: work,
+            work,
         }
     }
 
     /// The client wants it sooner than the server's own limit.
     pub fn set_timeout(&mut self, timeout: Duration) {
-        self.deadline = Deadline::new(self.record.arrival, timeout);
+        self.deadline = Deadline::new(self.record.arrival, timeout, self.work.cut_off());
+        self.deadline_is_the_clients = true;
     }
 
     /// When the request must be over.
     pub fn deadline(&self) -> Deadline {
-        self.deadline
+        self.deadline.clone()
     }
 
     /// What is known of the token counts.
@@ -197,7 +207,13 @@ impl Progress {
 
     /// The request ended with `error`.
     pub fn ended_by(&mut self, error: &ApiError) {
-        let at_fault = error.status().is_server_error();
+        let at_fault = match error {
+            // Whoever is refused while the server drains never gets here: this one was cut off.
+            ApiError::Draining => true,
+            ApiError::Loading => false,
+            ApiError::DeadlineExceeded { .. } => !self.deadline_is_the_clients,
+            other => other.status().is_server_error(),
+        };
         self.generation.outcome = if at_fault { Outcome::Failed } else { Outcome::Refused };
         self.generation.detail = error.code();
         if let ApiError::Media(error) | ApiError::Video { error, .. } = error {
@@ -212,6 +228,10 @@ impl Progress {
 
 impl Drop for Progress {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.generation.outcome = Outcome::Failed;
+            self.generation.detail = "internal_error";
+        }
         let unfinished = match self.phase {
             Phase::Before => None,
             Phase::Queued(since) => Some((Stage::Queue, since)),

@@ -153,6 +153,7 @@ impl Server {
                 seconds = timeout.as_secs(),
                 "the drain timeout passed; cutting running requests off"
             );
+            drain.cut_off();
         }
     }
 

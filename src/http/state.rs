@@ -170,7 +170,7 @@ impl AppState {
         self.0.metrics.set_state(ServerState {
             model_loaded: loaded.is_some(),
             ready: self.ready().is_ok() && !self.0.drain.is_announced(),
-            draining: self.0.drain.is_draining(),
+            draining: self.0.drain.is_announced(),
             running_decoders: decoders.map_or(0, |decoders| decoders.running),
             waiting_decoders: decoders.map_or(0, |decoders| decoders.waiting),
             decoder_places: decoders.map_or(0, |decoders| decoders.places),

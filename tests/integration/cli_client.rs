@@ -229,14 +229,10 @@ async fn bench_sends_at_a_rate_whatever_is_running_and_says_what_was_good_enough
 
 #[tokio::test]
 async fn bench_counts_failures_and_fails() {
-    let served = Arc::new(std::sync::atomic::AtomicUsize::new(0));
+    let served = Arc::new(AtomicUsize::new(0));
     let reply = move |_: Bytes| async move {
         // The warm-up and the first request succeed.
-        if served.fetch_add(1, std::sync::atomic::Ordering::SeqCst) < 2 {
-            REPLY.into_response()
-        } else {
-            refusal()
-        }
+        if served.fetch_add(1, Ordering::SeqCst) < 2 { REPLY.into_response() } else { refusal() }
     };
     let server = serve(Router::new().route("/v1/chat/completions", post(reply))).await;
     let (table, result) = run_bench(&server, &["--concurrency", "1", "--num-requests", "3"]).await;

@@ -205,6 +205,10 @@ async fn a_leaving_server_is_not_ready_but_serves_until_balancers_have_noticed()
     assert_eq!((before.status().as_u16(), before.headers().get("connection")), (200, None));
     let ended = server.shut_down();
     eventually("it is not ready", async || server.get("/ready").send().await.unwrap().status() == 503).await;
+    let metrics = server.metrics().await;
+    for line in ["tinyllava_ready 0", "tinyllava_draining 1"] {
+        assert!(metrics.lines().any(|known| known == line), "{line} is missing in\n{metrics}");
+    }
     let late = server.post(&request(json!("Hi"), json!({}))).send().await.unwrap();
     assert_eq!(late.headers()["connection"], "close", "no further request may come by this connection");
     success(late).await;
@@ -219,7 +223,11 @@ async fn shutdown_is_bounded_by_the_drain_timeout() {
     let mut server = server(config, slow_model(&"word ".repeat(600), Duration::from_millis(20))).await;
     let mut events = Events::of(server.post(&stream_request(3000)).send().await.unwrap());
     assert!(matches!(events.next().await, Some(Event::Data(_))));
-    server.shut_down().await.unwrap().unwrap();
+    let ended = server.shut_down();
+    // Who is cut off is told so.
+    let rest = format!("{:?}", events.rest().await);
+    assert!(rest.contains("draining"), "{rest}");
+    ended.await.unwrap().unwrap();
     assert!(server.get("/health").send().await.is_err());
 }
 
