@@ -18,6 +18,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Most of an error's body that is read.
 const MAX_ERROR_BYTES: usize = 64 << 10;
+/// Longest text of metrics that is read.
+const MAX_METRICS_BYTES: usize = 4 << 20;
 
 /// Why a request failed, as one sentence.
 #[derive(Debug, thiserror::Error)]
@@ -110,6 +112,14 @@ impl ChatClient {
             serde_json::from_slice(&body).map_err(|error| ChatError::BadChunk(error.to_string()))?;
         let name = models["data"][0]["id"].as_str();
         name.map(str::to_owned).ok_or_else(|| ChatError::BadChunk("an empty list of models".into()))
+    }
+
+    /// What the server's `/metrics` says; `None` where there is no such thing.
+    pub async fn metrics(&self) -> Option<String> {
+        let mut url = self.base.clone();
+        url.set_path("/metrics");
+        let response = self.send(self.http.get(url)).await.ok()?;
+        String::from_utf8(read_bounded(response, MAX_METRICS_BYTES).await).ok()
     }
 
     /// Posts a JSON request; the reply streams.

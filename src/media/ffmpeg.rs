@@ -23,7 +23,10 @@ use tokio::{
     process::{Child, ChildStderr, ChildStdout},
 };
 
-use super::{MediaError, sandbox::Sandbox};
+use super::{
+    MediaError,
+    sandbox::{Sandbox, kill_first},
+};
 use crate::config::MediaConfig;
 
 /// Demuxers that may open a video (ffmpeg's names); playlists and scripts, which open other files, are not among them.
@@ -91,6 +94,13 @@ impl Tools {
         Ok(command)
     }
 
+    /// An `ffmpeg` that only tells its version, limited as decoders are.
+    pub fn ffmpeg_alone(&self) -> Result<tokio::process::Command, MediaError> {
+        let mut command = Command::new(self.ffmpeg_path()?);
+        command.args(["-hide_banner", "-version"]);
+        Ok(self.sandbox.wrap(command))
+    }
+
     /// An `ffprobe` whose next argument is an input option.
     pub fn ffprobe(&self) -> Result<Command, MediaError> {
         let mut command = Command::new(self.ffprobe_path()?);
@@ -115,6 +125,9 @@ impl Tools {
             tracing::error!(%error, "decoder did not start");
             MediaError::Internal("the video decoder could not be started; try again later".into())
         })?;
+        if let Some(id) = child.id() {
+            kill_first(id);
+        }
         let stdout = child.stdout.take().expect("stdout is piped: this is a bug");
         let stderr = child.stderr.take().expect("stderr is piped: this is a bug");
         Ok(Running { child, stdout, stderr })

@@ -51,7 +51,7 @@ pub use self::{
     error::MediaError,
     file_store::{FileLabel, FileRecord, FileStore, FileStoreError, Upload},
     places::DecoderLoad,
-    tools::{SamplingBenchmark, SourceFrames, check_tools},
+    tools::{SamplingBenchmark, SourceFrames, check_limits, check_tools},
 };
 
 /// Goes into every digest: changes whenever the same video would give other pixels.

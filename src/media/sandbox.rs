@@ -63,3 +63,25 @@ impl Sandbox {
         limited
     }
 }
+
+/// When memory runs out, the kernel shall take the decoder `process` and not the server.
+pub fn kill_first(process: u32) {
+    // Where /proc does not allow it, the kernel's own choice stays.
+    let _ = std::fs::write(format!("/proc/{process}/oom_score_adj"), "1000");
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_decoder_is_killed_before_the_server_when_memory_runs_out() {
+        let sandbox = Sandbox::new(1 << 30, Duration::from_secs(5), 1);
+        let mut command = Command::new("sleep");
+        command.arg("5");
+        let child = sandbox.wrap(command).spawn().unwrap();
+        kill_first(child.id().unwrap());
+        let score = std::fs::read_to_string(format!("/proc/{}/oom_score_adj", child.id().unwrap()));
+        assert_eq!(score.unwrap().trim(), "1000");
+    }
+}

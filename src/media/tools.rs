@@ -54,6 +54,24 @@ pub fn check_tools(config: &MediaConfig) -> Result<(), MediaError> {
     Tools::new(config).check()
 }
 
+/// Starts ffmpeg under the limits of decoders, with nothing to decode.
+///
+/// # Errors
+/// When it does not start or fails; the text says what it or `prlimit` said.
+pub async fn check_limits(config: &MediaConfig) -> Result<(), String> {
+    let mut command = Tools::new(config).ffmpeg_alone().map_err(|error| error.to_string())?;
+    let output = tokio::time::timeout(config.decode_timeout, command.output()).await;
+    let output = output.map_err(|_| "it did not end in time")?.map_err(|error| error.to_string())?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let said = String::from_utf8_lossy(&output.stderr);
+    Err(match said.lines().next() {
+        Some(line) => line.to_owned(),
+        None => output.status.to_string(),
+    })
+}
+
 impl MediaLoader {
     /// Sampled frames of a local file at its own size.
     pub async fn source_frames(

@@ -25,12 +25,14 @@ type BlockUid = u64;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct BlockName {
     uid: BlockUid,
-    /// As routers know it; 0 when nobody listens.
-    hash: BlockHash,
+    /// The block that holds it, as long as its content has this uid.
+    id: BlockId,
+    /// As routers know it; none when they are not told: nobody listens, or the chain begins with a salt.
+    hash: Option<BlockHash>,
 }
 
 /// The parent of a sequence's first block.
-pub(super) const ROOT: BlockName = BlockName { uid: 0, hash: 0 };
+pub(super) const ROOT: BlockName = BlockName { uid: 0, id: 0, hash: None };
 
 /// Everything the keys and values in a full block depend on.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -43,11 +45,22 @@ pub(super) struct BlockKey {
     pub visuals: Vec<(VideoDigest, isize)>,
 }
 
+/// What an indexed block holds.
+#[derive(Debug)]
+struct Content {
+    key: BlockKey,
+    name: BlockName,
+    /// The block before it, which is indexed too.
+    parent: Option<BlockId>,
+}
+
 #[derive(Debug, Default)]
 struct Block {
     num_holders: usize,
     /// Set when the content is registered.
-    content: Option<(BlockKey, BlockName)>,
+    content: Option<Content>,
+    /// Indexed blocks whose parent this one is.
+    num_children: usize,
     /// When the last holder left; orders reuse.
     freed_at: u64,
 }
@@ -146,7 +159,7 @@ impl BlockManager {
 
     /// Of a block that is in the index.
     fn name(&self, id: BlockId) -> BlockName {
-        self.blocks[id as usize].content.as_ref().expect("an indexed block is bare: this is a bug").1
+        self.blocks[id as usize].content.as_ref().expect("an indexed block is bare: this is a bug").name
     }
 
     fn key(&self, sequence: &Sequence, index: usize, parent: BlockName) -> BlockKey {
@@ -160,7 +173,8 @@ impl BlockManager {
     }
 
     /// Makes the sequence's newly filled blocks known. A block whose content is known already stays private, but
-    /// the chain goes on from the known one.
+    /// the chain goes on from the known one; when that one is given away, no prompt can reach what would follow, and
+    /// nothing more of the sequence is made known.
     pub(super) fn register_full_blocks(&mut self, sequence: &mut Sequence) {
         while self.sharing && (sequence.num_registered + 1) * self.block_size <= sequence.num_computed() {
             let parent = sequence.registered;
@@ -168,16 +182,59 @@ impl BlockManager {
             let id = sequence.blocks()[sequence.num_registered];
             sequence.registered = match self.index.get(&key) {
                 Some(&known) => self.name(known),
-                None => {
-                    let hash = self.log.as_mut().map_or(0, |log| log.stored(&key, parent.hash));
-                    let name = BlockName { uid: self.next_uid, hash };
-                    self.next_uid += 1;
-                    self.index.insert(key.clone(), id);
-                    self.blocks[id as usize].content = Some((key, name));
-                    name
-                }
+                None if self.is_known(parent) => self.register(key, id, parent),
+                None => parent,
             };
             sequence.num_registered += 1;
+        }
+    }
+
+    /// Whether prompts can still reach it.
+    fn is_known(&self, name: BlockName) -> bool {
+        let content = self.blocks[name.id as usize].content.as_ref();
+        name == ROOT || content.is_some_and(|content| content.name.uid == name.uid)
+    }
+
+    fn register(&mut self, key: BlockKey, id: BlockId, parent: BlockName) -> BlockName {
+        // Who sees a salted block's hash could find the salt by trying.
+        let is_told = if parent == ROOT { key.salt.is_none() } else { parent.hash.is_some() };
+        let log = self.log.as_mut().filter(|_| is_told);
+        let hash = log.map(|log| log.stored(&key, parent.hash));
+        let name = BlockName { uid: self.next_uid, id, hash };
+        self.next_uid += 1;
+        self.index.insert(key.clone(), id);
+        let parent = (parent != ROOT).then_some(parent.id);
+        if let Some(parent) = parent {
+            self.blocks[parent as usize].num_children += 1;
+        }
+        self.blocks[id as usize].content = Some(Content { key, name, parent });
+        name
+    }
+
+    /// Takes a block out of the index, and all that can be reached through it only.
+    fn forget(&mut self, id: BlockId) {
+        let mut ids = vec![id];
+        while let Some(id) = ids.pop() {
+            let block = &mut self.blocks[id as usize];
+            let content = block.content.take().expect("a bare block is forgotten: this is a bug");
+            let num_children = std::mem::take(&mut block.num_children);
+            if block.num_holders == 0 && self.reusable.remove(&block.freed_at).is_some() {
+                self.free.push_back(id);
+            }
+            self.index.remove(&content.key);
+            if let (Some(log), Some(hash)) = (&mut self.log, content.name.hash) {
+                log.removed(hash);
+            }
+            if let Some(parent) = content.parent {
+                // A parent that was forgotten just now counts no children any more.
+                let siblings = &mut self.blocks[parent as usize].num_children;
+                *siblings = siblings.saturating_sub(1);
+            }
+            // Rare: whoever holds a block holds those before it too, unless it found them known and has its own.
+            if num_children > 0 {
+                let children = self.index.iter().filter(|(key, _)| key.parent == content.name.uid);
+                ids.extend(children.map(|(_, &child)| child));
+            }
         }
     }
 
@@ -214,12 +271,7 @@ impl BlockManager {
     fn take_fresh(&mut self) -> BlockId {
         let id = self.free.pop_front().unwrap_or_else(|| {
             let (_, id) = self.reusable.pop_first().expect("no block is left after the check: this is a bug");
-            let (key, name) =
-                self.blocks[id as usize].content.take().expect("a reusable block is bare: this is a bug");
-            self.index.remove(&key);
-            if let Some(log) = &mut self.log {
-                log.removed(name.hash);
-            }
+            self.forget(id);
             id
         });
         self.blocks[id as usize].num_holders = 1;
@@ -244,10 +296,17 @@ impl BlockManager {
         events
     }
 
-    /// Of all content there is.
+    /// Of all that prompts without a salt can reach.
     #[cfg(test)]
     pub(super) fn hashes(&self) -> std::collections::HashSet<BlockHash> {
-        self.index.values().map(|&id| self.name(id).hash).collect()
+        let (mut found, mut ends) = (std::collections::HashSet::new(), vec![ROOT.uid]);
+        while let Some(end) = ends.pop() {
+            for (_, &id) in self.index.iter().filter(|(key, _)| key.parent == end && key.salt.is_none()) {
+                ends.push(self.name(id).uid);
+                found.extend(self.name(id).hash);
+            }
+        }
+        found
     }
 
     pub(super) fn stats(&self) -> PrefixStats {
@@ -277,16 +336,19 @@ impl BlockManager {
         }
         for (key, &id) in &self.index {
             let content = self.blocks[id as usize].content.as_ref();
-            assert_eq!(
-                content.map(|(known, _)| known),
-                Some(key),
-                "block {id} is indexed under another content"
-            );
+            let parent = content.and_then(|content| content.parent);
+            let indexed_as = content.map(|content| &content.key);
+            assert_eq!(indexed_as, Some(key), "block {id} is indexed under another content");
+            let parent = parent.map_or(ROOT.uid, |parent| self.name(parent).uid);
+            assert_eq!(parent, key.parent, "no prompt can reach block {id}");
         }
         if let Some(log) = &self.log {
-            log.check_integrity(self.blocks.iter().filter_map(|block| Some(block.content.as_ref()?.1.hash)));
+            log.check_integrity(self.blocks.iter().filter_map(|block| block.content.as_ref()?.name.hash));
         }
         let num_contents = self.blocks.iter().filter(|block| block.content.is_some()).count();
         assert_eq!(num_contents, self.index.len(), "content outside the index");
+        let parents = self.blocks.iter().filter_map(|block| block.content.as_ref()?.parent);
+        let num_children = self.blocks.iter().map(|block| block.num_children).sum::<usize>();
+        assert_eq!(num_children, parents.count(), "a block counts children that it does not have");
     }
 }

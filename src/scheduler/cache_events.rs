@@ -1,6 +1,7 @@
 //! What became known to the prefix cache and what was given away, for routers that send a prompt to where its blocks are.
 //!
 //! Written by [`super::block_manager`] when [`super::Scheduler::log_cache_events`] asked for it, emptied after each step.
+//! Chains that begin with a cache salt are never told of: who reads the events could guess the salt from a hash.
 //! The cache itself never looks at a hash: its keys are exact. A hash that two contents share would mislead a router,
 //! never a reply.
 
@@ -37,7 +38,7 @@ pub(super) struct CacheLog {
     /// Where chains begin: servers of different models do not name the same tokens alike.
     seed: BlockHash,
     events: Vec<CacheEvent>,
-    /// Blocks of the same content: one can outlive its parent, and a second be made under the parent's successor.
+    /// More than one only where two contents happen to have one hash.
     num_blocks: HashMap<BlockHash, usize>,
 }
 
@@ -46,15 +47,15 @@ impl CacheLog {
         CacheLog { seed, events: Vec::new(), num_blocks: HashMap::new() }
     }
 
-    /// A block of content `key` is known; `parent` is the hash of the one before it, 0 for none. Gives its hash.
-    pub(super) fn stored(&mut self, key: &BlockKey, parent: BlockHash) -> BlockHash {
-        let hash = hash_of(if parent == 0 { self.seed } else { parent }, key);
+    /// A block of content `key` is known; `parent` is the hash of the one before it. Gives its hash.
+    pub(super) fn stored(&mut self, key: &BlockKey, parent: Option<BlockHash>) -> BlockHash {
+        let hash = hash_of(parent.unwrap_or(self.seed), key);
         let num_blocks = self.num_blocks.entry(hash).or_default();
         *num_blocks += 1;
         if *num_blocks == 1 {
             self.events.push(CacheEvent::Stored(StoredBlock {
                 hash,
-                parent: (parent != 0).then_some(parent),
+                parent,
                 token_ids: key.tokens.clone(),
                 visuals: key.visuals.iter().map(|(video, offset)| (*video, -offset)).collect(),
             }));
@@ -96,9 +97,6 @@ fn hash_of(parent: BlockHash, key: &BlockKey) -> BlockHash {
     }
     for (video, offset) in &key.visuals {
         hash = hash.bytes(video).bytes(&(*offset as i64).to_be_bytes());
-    }
-    if let Some(salt) = &key.salt {
-        hash = hash.bytes(&[1]).bytes(salt.as_bytes());
     }
     hash.finish()
 }

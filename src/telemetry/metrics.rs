@@ -17,6 +17,9 @@ use prometheus::{
 use super::Outcome;
 pub use recording::{ServerState, StepKind};
 
+/// Seconds of each stage; `tinyllava bench` reads it back.
+pub const STAGE_SECONDS: &str = "tinyllava_stage_seconds";
+
 /// All metrics of one server; cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Metrics(Arc<Inner>);
@@ -277,7 +280,7 @@ impl Metrics {
         let r = &registry;
         r.register(Box::new(ProcessCollector::for_self()))
             .expect("a registry has one process: this is a bug");
-        let stage = HistogramOpts::new("tinyllava_stage_seconds", "One run of one stage.");
+        let stage = HistogramOpts::new(STAGE_SECONDS, "One run of one stage.");
         let stage = histograms(r, stage.buckets(SECONDS.to_vec()), "stage", &MEDIA_STAGES);
         let http_requests = Opts::new("tinyllava_http_requests_total", "Finished HTTP requests.");
         Metrics(Arc::new(Inner {

@@ -4,7 +4,10 @@
 
 use std::{
     io::Write,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
 };
 
 use axum::{
@@ -47,7 +50,14 @@ async fn scripted(script: &'static str, size: usize) -> Url {
         let body = Body::from_stream(tokio_stream::iter(chunks));
         ([("content-type", "text/event-stream")], body)
     };
-    serve(Router::new().route("/v1/chat/completions", post(reply))).await
+    let steps = Arc::new(AtomicUsize::new(0));
+    let metrics = move || async move {
+        let count = steps.fetch_add(1, Ordering::Relaxed);
+        format!(
+            "tinyllava_stage_seconds_sum{{stage=\"decode_step\"}} {count}\ntinyllava_stage_seconds_count{{stage=\"decode_step\"}} {count}\n"
+        )
+    };
+    serve(Router::new().route("/v1/chat/completions", post(reply)).route("/metrics", get(metrics))).await
 }
 
 const REPLY: &str = concat!(
@@ -181,7 +191,7 @@ async fn bench_prints_a_row_a_level_and_writes_the_numbers() {
     let options = ["--concurrency", "1,4", "--num-requests", "6", "--video", &paths[0], "--distinct-videos"];
     let (table, result) = run_bench(&server, &[&options[..], &["--json", &paths[1]]].concat()).await;
     result.unwrap();
-    let rows: Vec<Vec<&str>> = table.lines().skip(2).map(|row| row.split_whitespace().collect()).collect();
+    let rows: Vec<Vec<&str>> = rows_of(&table);
     assert_eq!(rows.len(), 2);
     assert_eq!((&rows[0][..3], &rows[1][..3]), (&["1", "6", "0"][..], &["4", "6", "0"][..]));
     let json: Value = serde_json::from_slice(&std::fs::read(&paths[1]).unwrap()).unwrap();
@@ -190,6 +200,31 @@ async fn bench_prints_a_row_a_level_and_writes_the_numbers() {
         (&json["settings"]["model"], &json["settings"]["distinct_videos"]),
         (&json!("tiny"), &json!(true))
     );
+}
+
+/// Rows under the header, without the lines of details.
+fn rows_of(table: &str) -> Vec<Vec<&str>> {
+    let rows = table.lines().skip(2).filter(|line| line.matches('|').count() == 3);
+    rows.map(|row| row.split_whitespace().collect()).collect()
+}
+
+#[tokio::test]
+async fn bench_sends_at_a_rate_whatever_is_running_and_says_what_was_good_enough() {
+    let server = scripted(REPLY, 64).await;
+    let report = tempfile::NamedTempFile::new().unwrap();
+    let options = ["--request-rate", "200", "--num-requests", "12", "--max-tokens", "3..40", "--warmup", "2"];
+    let goodput = ["--goodput", "ttft:60s,e2e:60s", "--json", report.path().to_str().unwrap()];
+    let (table, result) = run_bench(&server, &[&options[..], &goodput[..]].concat()).await;
+    result.unwrap();
+    assert_eq!(rows_of(&table)[0][..3], ["200/s", "12", "0"]);
+    assert!(table.contains("goodput: 12 of 12 requests"), "{table}");
+    let json: Value = serde_json::from_slice(&std::fs::read(report.path()).unwrap()).unwrap();
+    let level = &json["levels"][0];
+    assert_eq!((&level["request_rate"], &level["good"]), (&json!(200.0), &json!(12)));
+    assert!(level["first_answer_token_s"]["median"].as_f64().unwrap() > 0.0, "{level}");
+    // The server's own account of its work.
+    assert!(level["server_stages"]["decode_step"]["count"] == 1.0, "{level}");
+    assert_eq!(json["settings"]["max_tokens"], "3..40");
 }
 
 #[tokio::test]
@@ -218,7 +253,6 @@ async fn bench_stops_at_a_failing_warm_up() {
     let (table, result) = run_bench(&server, &[]).await;
     assert!(table.is_empty());
     assert!(
-        format!("{:#}", result.unwrap_err())
-            .starts_with("the warm-up request failed: the server answered 429")
+        format!("{:#}", result.unwrap_err()).starts_with("a warm-up request failed: the server answered 429")
     );
 }

@@ -91,14 +91,48 @@ fn a_taken_port_is_a_problem() {
 }
 
 #[test]
-fn too_little_memory_is_a_problem_and_a_small_cache_a_warning() {
+fn too_little_memory_for_full_caches_is_a_warning_and_so_is_a_small_cache() {
     let huge = ["--model", "synth:r1", "--max-running", "100000", "--kv-cache-mib", "100000000"];
     let output = doctor(&huge).output().unwrap();
     let (level, _, fix) = finding(&output, "memory");
-    assert!(level == "problem" && fix.contains("--kv-cache-mib"), "{fix}");
+    assert!(level == "warning" && fix.contains("--kv-cache-mib"), "{fix}");
     let output = doctor(&["--model", "synth:r1", "--kv-cache-mib", "64"]).output().unwrap();
     let (level, found, fix) = finding(&output, "kv cache");
     assert!(level == "warning" && fix.contains("--kv-cache-mib 216"), "{found}; {fix}");
+}
+
+#[test]
+fn a_port_that_two_flags_name_is_a_problem() {
+    let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let events = format!("bind:tcp://127.0.0.1:{free}");
+    let output =
+        doctor(&["--metrics-port", &free.to_string(), "--kv-events-endpoint", &events]).output().unwrap();
+    assert_eq!(finding(&output, "metrics port").0, "ok");
+    let (level, found, fix) = finding(&output, "kv events port");
+    assert!(level == "problem" && fix.contains("--kv-events-endpoint"), "{found}");
+}
+
+#[test]
+fn a_model_that_is_not_here_and_may_not_be_downloaded_is_a_problem() {
+    let home = tempfile::tempdir().unwrap();
+    let level = |offline: &str| {
+        let mut command = doctor(&["--model", "someone/some-model"]);
+        let output = command.env("HF_HOME", home.path()).env("HF_HUB_OFFLINE", offline).output().unwrap();
+        finding(&output, "model").0
+    };
+    assert_eq!((level("1").as_str(), level("0").as_str()), ("problem", "warning"));
+}
+
+#[test]
+fn decoders_that_do_not_start_under_their_limits_are_a_problem() {
+    let dir = tempfile::tempdir().unwrap();
+    std::os::unix::fs::symlink("/bin/false", dir.path().join("prlimit")).unwrap();
+    let path = format!("{}:{}", dir.path().display(), std::env::var("PATH").unwrap());
+    let output = doctor(&[]).env("PATH", path).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert_eq!(finding(&output, "decoder limits").0, "problem");
+    let (level, found, _) = finding(&output, "codecs");
+    assert!(level == "problem" && found.contains("h264"), "{found}");
 }
 
 #[test]

@@ -66,12 +66,14 @@ fn every_flag_of_the_deployments_is_one_of_the_server() {
 #[test]
 fn pods_services_and_containers_are_killed_only_after_the_drain() {
     let pods = std::fs::read_to_string("deploy/kubernetes/base/deployment.yaml").unwrap();
-    let drain = one_number(&pods, "--drain-timeout=");
-    let sleep = one_number(&pods, "[sleep, \"");
-    let grace = one_number(&pods, "terminationGracePeriodSeconds: ");
-    assert_eq!(grace, sleep + drain + 10);
+    let longest_stop = |text: &str| one_number(text, "--drain-delay=") + one_number(text, "--drain-timeout=");
+    assert_eq!(one_number(&pods, "terminationGracePeriodSeconds: "), longest_stop(&pods) + 10);
+    assert!(!pods.contains("preStop"), "a sleep before SIGTERM would come on top");
+    let overlay =
+        std::fs::read_to_string("deploy/kubernetes/overlays/inference-gateway/deployment.yaml").unwrap();
+    assert_eq!(longest_stop(&overlay), longest_stop(&pods), "the overlay has the base's grace period");
     let unit = std::fs::read_to_string("deploy/systemd/tinyllava.service").unwrap();
-    assert!(one_number(&unit, "TimeoutStopSec=") >= one_number(&unit, "--drain-timeout=") + 10);
+    assert!(one_number(&unit, "TimeoutStopSec=") >= longest_stop(&unit) + 10);
     let compose = std::fs::read_to_string("deploy/compose.yaml").unwrap();
     assert!(one_number(&compose, "stop_grace_period: ") >= one_number(&compose, "--drain-timeout=") + 10);
 }

@@ -6,20 +6,27 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::{ChatError, Timing};
+use super::{
+    goodput::Goodput,
+    load::{Load, Timing},
+    stages::Stages,
+};
+use crate::cli::chat_client::ChatError;
 
 /// Two lines above the rows of [`Level::row`].
 pub(super) const HEADER: &str = concat!(
     "                                    |    time to first token, s    |   inter-token latency, ms    |        end to end, s       
 ",
-    " conc     ok  fail   req/s   tok/s  |   mean median    p90    p99  |   mean median    p90    p99  |   mean median    p90    p99",
+    " load     ok  fail   req/s   tok/s  |   mean median    p90    p99  |   mean median    p90    p99  |   mean median    p90    p99",
 );
 
-/// The results of one concurrency.
+/// The results of one load.
 #[derive(Debug)]
 pub(super) struct Level {
-    concurrency: usize,
+    load: Load,
     elapsed: Duration,
+    /// Where the server spent its time, if it says so.
+    pub(super) stages: Option<Stages>,
     succeeded: Vec<Timing>,
     /// One sentence a failed request.
     pub(super) failures: Vec<String>,
@@ -62,11 +69,7 @@ impl Summary {
 }
 
 impl Level {
-    pub(super) fn new(
-        concurrency: usize,
-        elapsed: Duration,
-        results: Vec<Result<Timing, ChatError>>,
-    ) -> Self {
+    pub(super) fn new(load: Load, elapsed: Duration, results: Vec<Result<Timing, ChatError>>) -> Self {
         let (mut succeeded, mut failures) = (Vec::new(), Vec::new());
         for result in results {
             match result {
@@ -74,7 +77,7 @@ impl Level {
                 Err(error) => failures.push(error.to_string()),
             }
         }
-        Level { concurrency, elapsed, succeeded, failures }
+        Level { load, elapsed, stages: None, succeeded, failures }
     }
 
     fn first_token(&self) -> Summary {
@@ -99,9 +102,13 @@ impl Level {
 
     /// One line under [`HEADER`].
     pub(super) fn row(&self) -> String {
+        let load = match self.load {
+            Load::Closed(clients) => clients.to_string(),
+            Load::Open(rate) => format!("{rate}/s"),
+        };
         format!(
-            "{:5} {:6} {:5} {:7.2} {:7.1}  | {}  | {}  | {}",
-            self.concurrency,
+            "{:>5} {:6} {:5} {:7.2} {:7.1}  | {}  | {}  | {}",
+            load,
             self.succeeded.len(),
             self.failures.len(),
             self.per_second(self.succeeded.len()),
@@ -112,9 +119,63 @@ impl Level {
         )
     }
 
-    pub(super) fn to_json(&self) -> Value {
+    fn first_answer(&self) -> Summary {
+        Summary::new(self.succeeded.iter().filter_map(|timing| timing.first_answer))
+    }
+
+    fn output_token(&self) -> Summary {
+        Summary::new(self.succeeded.iter().filter_map(Timing::output_token))
+    }
+
+    /// Requests that kept the limits.
+    fn num_good(&self, goodput: &Goodput) -> usize {
+        let good = |timing: &&Timing| goodput.is_met(timing.first_token, timing.output_token(), timing.total);
+        self.succeeded.iter().filter(good).count()
+    }
+
+    /// What has no place in the row, a line each.
+    pub(super) fn details(&self, goodput: Option<&Goodput>) -> Vec<String> {
+        let mut lines = vec![format!(
+            "      first answer token, s: {} | time per output token, ms: {}",
+            self.first_answer().cells(1.0, 2),
+            self.output_token().cells(1000.0, 1),
+        )];
+        if let Some(goodput) = goodput {
+            let good = self.num_good(goodput);
+            let all = self.succeeded.len() + self.failures.len();
+            lines.push(format!(
+                "      goodput: {good} of {all} requests, {:.2} a second",
+                self.per_second(good)
+            ));
+        }
+        if let Some(stages) = self.stages.as_ref().filter(|stages| !stages.is_empty()) {
+            let stage = |(name, stage): (&String, &super::stages::Stage)| {
+                format!("{name} {:.2} s ({})", stage.seconds, stage.count)
+            };
+            lines.push(format!(
+                "      the server: {}",
+                stages.iter().map(stage).collect::<Vec<_>>().join(", ")
+            ));
+        }
+        lines
+    }
+
+    pub(super) fn to_json(&self, goodput: Option<&Goodput>) -> Value {
+        let (concurrency, request_rate) = match self.load {
+            Load::Closed(clients) => (Some(clients), None),
+            Load::Open(rate) => (None, Some(rate)),
+        };
+        let stages = self.stages.iter().flatten();
+        let stages: serde_json::Map<String, Value> = stages
+            .map(|(name, stage)| (name.clone(), json!({"seconds": stage.seconds, "count": stage.count})))
+            .collect();
         json!({
-            "concurrency": self.concurrency,
+            "concurrency": concurrency,
+            "request_rate": request_rate,
+            "good": goodput.map(|goodput| self.num_good(goodput)),
+            "first_answer_token_s": self.first_answer().to_json(),
+            "time_per_output_token_s": self.output_token().to_json(),
+            "server_stages": stages,
             "succeeded": self.succeeded.len(),
             "failed": self.failures.len(),
             "elapsed_s": self.elapsed.as_secs_f64(),
@@ -146,13 +207,14 @@ mod tests {
     fn a_row_stands_under_its_header() {
         let timing = Timing {
             first_token: Duration::from_millis(250),
+            first_answer: Some(Duration::from_millis(500)),
             gaps: vec![Duration::from_millis(20); 3],
             total: Duration::from_secs(2),
             prompt_tokens: 7,
             completion_tokens: 4,
         };
         let results = vec![Ok(timing), Err(ChatError::Ended)];
-        let level = Level::new(8, Duration::from_secs(2), results);
+        let level = Level::new(Load::Closed(8), Duration::from_secs(2), results);
         let row = "    8      1     1    0.50     2.0  |   0.25   0.25   0.25   0.25  |   20.0   20.0   20.0   20.0  |   2.00   2.00   2.00   2.00";
         assert_eq!(level.row(), row);
         let bars = |line: &str| line.match_indices('|').map(|(at, _)| at).collect::<Vec<_>>();
@@ -160,8 +222,16 @@ mod tests {
             assert_eq!(bars(line), bars(row), "{line}");
         }
         assert!(HEADER.lines().all(|line| line.len() == row.len()));
+        let goodput = "ttft:300ms,tpot:1s".parse().unwrap();
+        let details = level.details(Some(&goodput));
+        assert_eq!(details[1], "      goodput: 1 of 2 requests, 0.50 a second");
+        assert!(details[0].contains("0.50   0.50"), "{details:?}");
+        assert_eq!(level.to_json(Some(&"e2e:1s".parse().unwrap()))["good"], 0);
         assert_eq!(level.failures, ["the connection ended before the reply did"]);
-        assert_eq!(level.to_json()["inter_token_latency_s"]["p99"], 0.02);
-        assert_eq!((&level.to_json()["failed"], &level.to_json()["prompt_tokens"]), (&json!(1), &json!(7)));
+        assert_eq!(level.to_json(None)["inter_token_latency_s"]["p99"], 0.02);
+        assert_eq!(
+            (&level.to_json(None)["failed"], &level.to_json(None)["prompt_tokens"]),
+            (&json!(1), &json!(7))
+        );
     }
 }

@@ -12,7 +12,7 @@ use crate::{
     cli::options::ModelOptions,
     config::{FilesConfig, MediaConfig},
     media::{
-        FrameSampling, MediaLoader, check_tools,
+        FrameSampling, MediaError, MediaLoader, check_limits, check_tools,
         ffmpeg::{ALLOWED_CODECS, find_on_path, tool_paths},
     },
 };
@@ -39,7 +39,9 @@ pub async fn check(options: &ModelOptions, config: &MediaConfig) -> Vec<Finding>
     if findings[0].fix.is_none() {
         findings.push(codecs(&ffmpeg, config).await);
     }
-    findings.push(limits());
+    if findings[0].fix.is_none() {
+        findings.push(limits(config).await);
+    }
     findings
 }
 
@@ -56,15 +58,22 @@ async fn version(ffmpeg: &Path) -> Finding {
     }
 }
 
-fn limits() -> Finding {
-    match find_on_path("prlimit") {
-        Some(_) => Finding::ok("decoder limits", "memory, processor time, open files and wall clock"),
-        None => Finding::warning(
-            "decoder limits",
-            "only the wall clock: prlimit is missing",
-            "install util-linux, so that no video can take all memory",
-        ),
+async fn limits(config: &MediaConfig) -> Finding {
+    if find_on_path("prlimit").is_some() {
+        return match check_limits(config).await {
+            Ok(()) => Finding::ok("decoder limits", "memory, processor time, open files and wall clock"),
+            Err(error) => Finding::problem(
+                "decoder limits",
+                format!("ffmpeg does not start under prlimit, and so no video is decoded: {error}"),
+                "let the server call prlimit, or install util-linux again",
+            ),
+        };
     }
+    Finding::warning(
+        "decoder limits",
+        "only the wall clock: prlimit is missing",
+        "install util-linux, so that no video can take all memory",
+    )
 }
 
 /// What can make a clip of a codec: encoder, and the options that make it quick.
@@ -94,26 +103,49 @@ async fn codecs(ffmpeg: &Path, config: &MediaConfig) -> Finding {
             );
         }
     };
-    let (mut decoded, mut failed, mut untried) = (vec![], vec![], vec![]);
+    let (mut decoded, mut failed, mut untried, mut first_error) = (vec![], vec![], vec![], None);
     for codec in ALLOWED_CODECS {
         let clip = dir.path().join(if codec == "gif" { "clip.gif" } else { "clip.mkv" });
-        let list = if !make_clip(ffmpeg, codec, &clip).await {
-            &mut untried
-        } else if loader.source_frames(&clip, FrameSampling::default()).await.is_ok() {
-            &mut decoded
-        } else {
-            &mut failed
-        };
-        list.push(codec);
+        if !make_clip(ffmpeg, codec, &clip).await {
+            untried.push(codec);
+            continue;
+        }
+        match loader.source_frames(&clip, FrameSampling::default()).await {
+            Ok(_) => decoded.push(codec),
+            Err(error) => {
+                failed.push(codec);
+                first_error.get_or_insert(error);
+            }
+        }
     }
+    told(&decoded, &failed, &untried, first_error.as_ref())
+}
+
+fn told(decoded: &[&str], failed: &[&str], untried: &[&str], first_error: Option<&MediaError>) -> Finding {
     let names = |codecs: &[&str]| codecs.join(", ");
-    if !failed.is_empty() {
-        let fix = "videos of these codecs are refused: install an ffmpeg with their decoders";
-        return Finding::warning("codecs", format!("not decoded: {}", names(&failed)), fix);
+    if let Some(error) = first_error {
+        let found = format!("not decoded: {} ({error})", names(failed));
+        return if decoded.is_empty() {
+            Finding::problem(
+                "codecs",
+                found,
+                "no video can be decoded: correct the decoder limits, or install another ffmpeg",
+            )
+        } else {
+            let fix = "videos of these codecs are refused: install an ffmpeg with their decoders";
+            Finding::warning("codecs", found, fix)
+        };
     }
-    let mut found = format!("decoded a clip: {}", names(&decoded));
+    if decoded.is_empty() {
+        return Finding::warning(
+            "codecs",
+            "none was tried, for this ffmpeg cannot encode any",
+            "send a video, to see whether it is decoded",
+        );
+    }
+    let mut found = format!("decoded a clip: {}", names(decoded));
     if !untried.is_empty() {
-        found += &format!("; not tried, for this ffmpeg cannot encode them: {}", names(&untried));
+        found += &format!("; not tried, for this ffmpeg cannot encode them: {}", names(untried));
     }
     Finding::ok("codecs", found)
 }

@@ -26,10 +26,18 @@ fn cgroup_bytes(root: &Path) -> Option<u64> {
     let left = |cgroup: &Path| {
         let limit = number(&cgroup.join("memory.max"))?;
         let used = number(&cgroup.join("memory.current")).unwrap_or(0);
-        Some(limit.saturating_sub(used))
+        let files = file_bytes(&fs::read_to_string(cgroup.join("memory.stat")).unwrap_or_default());
+        Some(limit.saturating_sub(used.saturating_sub(files)))
     };
     let folder = mount.join(own);
     folder.ancestors().take_while(|cgroup| cgroup.starts_with(&mount)).filter_map(left).min()
+}
+
+/// What `memory.stat` counts as copies of files, which are dropped when memory is short.
+fn file_bytes(stat: &str) -> u64 {
+    let fields = stat.lines().filter_map(|line| line.split_once(' '));
+    let files = fields.filter(|(name, _)| ["inactive_file", "active_file"].contains(name));
+    files.filter_map(|(_, bytes)| bytes.trim().parse::<u64>().ok()).sum()
 }
 
 #[cfg(test)]
@@ -56,6 +64,8 @@ mod tests {
         let used = ("sys/fs/cgroup/a/memory.current", "400\n");
         let loose = ("sys/fs/cgroup/a/b/memory.max", "max\n");
         assert_eq!(bytes(&[meminfo, own, tight, used, loose]), Some(600));
+        let stat = ("sys/fs/cgroup/a/memory.stat", "anon 100\nfile 300\ninactive_file 200\nactive_file 50\n");
+        assert_eq!(bytes(&[meminfo, own, tight, used, stat]), Some(850), "copies of files are dropped");
         assert_eq!(bytes(&[meminfo, own, loose]), Some(2 << 20));
         assert_eq!(bytes(&[meminfo, ("sys/fs/cgroup/memory.max", "5000")]), Some(5000));
     }

@@ -1,6 +1,6 @@
 //! Ports, directories, keys and certificates.
 //!
-//! Called by `doctor`. Binds each port for a moment and writes an empty temporary file to each directory.
+//! Called by `doctor`. Binds all ports together until it has tried them and writes an empty temporary file to each directory.
 
 use std::{
     net::{SocketAddr, TcpListener},
@@ -15,8 +15,7 @@ use crate::{
 };
 
 pub fn check(args: &ServeArgs, config: &Config) -> Vec<Finding> {
-    let mut findings = vec![port("port", config.listen, "--port")];
-    findings.extend(config.metrics_listen.map(|address| port("metrics port", address, "--metrics-port")));
+    let mut findings = ports(args, config);
     findings.push(access(args, config.listen));
     findings.push(directory("temp directory", &std::env::temp_dir(), "set TMPDIR to a writable directory"));
     if let Some(dir) = &config.media.files.dir {
@@ -44,14 +43,25 @@ fn model_cache() -> Option<PathBuf> {
     HubConfig::from_variables(|name| std::env::var(name).ok()).ok().map(|config| config.cache_dir)
 }
 
-fn port(check: &'static str, address: SocketAddr, flag: &str) -> Finding {
-    match TcpListener::bind(address) {
-        Ok(_) => Finding::ok(check, format!("{address} is free")),
-        Err(error) => {
-            let fix = format!("stop who listens there, or choose another {flag}");
-            Finding::problem(check, format!("cannot listen on {address}: {error}"), fix)
-        }
+/// All are held until the last was tried: two flags may name one port.
+fn ports(args: &ServeArgs, config: &Config) -> Vec<Finding> {
+    let mut wanted = vec![("port", "--port", config.listen)];
+    wanted.extend(config.metrics_listen.map(|address| ("metrics port", "--metrics-port", address)));
+    wanted.extend(args.kv_events.listeners().map(|(flag, address)| ("kv events port", flag, address)));
+    let (mut held, mut findings) = (vec![], vec![]);
+    for (check, flag, address) in wanted {
+        findings.push(match TcpListener::bind(address) {
+            Ok(listener) => {
+                held.push(listener);
+                Finding::ok(check, format!("{address} is free"))
+            }
+            Err(error) => {
+                let fix = format!("stop who listens there, or choose another {flag}");
+                Finding::problem(check, format!("cannot listen on {address}: {error}"), fix)
+            }
+        });
     }
+    findings
 }
 
 fn access(args: &ServeArgs, listen: SocketAddr) -> Finding {

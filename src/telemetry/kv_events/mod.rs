@@ -8,12 +8,15 @@ mod endpoint;
 mod replay;
 mod wire;
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::{
+    net::SocketAddr,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use bytes::Bytes;
 use futures_util::StreamExt;
 use tokio::sync::mpsc;
-use zeromq::{PubSocket, RouterSocket, Socket, SocketEvent, SocketSend, ZmqError, ZmqMessage};
+use zeromq::{PubSocket, RouterSocket, Socket, SocketEvent, SocketOptions, SocketSend, ZmqError, ZmqMessage};
 
 pub use endpoint::{Endpoint, InvalidEndpoint};
 use replay::Kept;
@@ -24,12 +27,15 @@ use crate::{
     scheduler::cache_events::{BlockHash, CacheEvent, seed_of},
 };
 
+/// For one try to reach a router.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
+
 /// Where events go.
 #[derive(Debug, Clone)]
 pub struct KvEventsTarget {
     pub endpoint: Endpoint,
     /// Where batches that were missed can be asked for.
-    pub replay: Option<Endpoint>,
+    pub replay: Option<SocketAddr>,
     /// The first frame of every message; routers read server and model from it.
     pub topic: String,
     /// The model's name: hashes of different models differ.
@@ -40,7 +46,7 @@ pub struct KvEventsTarget {
 #[derive(Debug, thiserror::Error)]
 #[error("cannot listen on {address} for KV events: {source}; choose another {flag}")]
 pub struct CannotListen {
-    address: String,
+    address: SocketAddr,
     flag: &'static str,
     source: Box<ZmqError>,
 }
@@ -72,18 +78,20 @@ impl KvEventPublisher {
         limits: &KvEventsConfig,
         metrics: Metrics,
     ) -> Result<Self, CannotListen> {
-        let mut socket = PubSocket::new();
-        let connect_to = match &target.endpoint {
-            Endpoint::Connect(address) => Some(address.clone()),
-            Endpoint::Listen(_) => {
-                listen(&mut socket, &target.endpoint, "--kv-events-endpoint").await?;
+        let mut options = SocketOptions::default();
+        options.connect_timeout(CONNECT_TIMEOUT);
+        let mut socket = PubSocket::with_options(options);
+        let connect_to = match target.endpoint {
+            Endpoint::Connect(address) => Some(address),
+            Endpoint::Listen(address) => {
+                listen(&mut socket, address, "--kv-events-endpoint").await?;
                 None
             }
         };
         let kept = Kept::new(limits);
-        if let Some(endpoint) = &target.replay {
+        if let Some(address) = target.replay {
             let mut router = RouterSocket::new();
-            listen(&mut router, endpoint, "--kv-events-replay-endpoint").await?;
+            listen(&mut router, address, "--kv-events-replay-endpoint").await?;
             tokio::spawn(replay::answer_all(router, kept.clone(), limits.replay_timeout));
         }
         let (queue, batches) = mpsc::channel(limits.max_queued_batches.max(1));
@@ -110,14 +118,18 @@ impl KvEventPublisher {
 
 async fn listen(
     socket: &mut impl Socket,
-    endpoint: &Endpoint,
+    address: SocketAddr,
     flag: &'static str,
 ) -> Result<(), CannotListen> {
-    let address = endpoint.address();
-    let bound = socket.bind(address).await;
-    let bound =
-        bound.map_err(|source| CannotListen { address: address.into(), flag, source: Box::new(source) })?;
+    let bound = socket.bind(&format!("tcp://{address}")).await;
+    let bound = bound.map_err(|source| CannotListen { address, flag, source: Box::new(source) })?;
     tracing::info!(%bound, "KV events");
+    if !address.ip().is_loopback() {
+        tracing::warn!(
+            "whoever reaches {address} is told the tokens of all prompts and replies without a cache_salt: \
+             keep it in a private network, or listen on one interface ({flag} bind:tcp://ADDRESS:PORT)"
+        );
+    }
     Ok(())
 }
 
@@ -139,7 +151,9 @@ impl Sender {
     /// Ends with the engine.
     async fn run(mut self, mut batches: mpsc::Receiver<Batch>) {
         let mut connections = self.socket.monitor();
-        self.connect().await;
+        if !self.connect(&batches).await {
+            return;
+        }
         self.send(0, wire::cleared(unix_seconds())).await;
         loop {
             tokio::select! {
@@ -147,22 +161,33 @@ impl Sender {
                     Some(batch) => self.send(batch.sequence, wire::changed(batch.unix_seconds, &batch.events)).await,
                     None => return,
                 },
-                Some(event) = connections.next() => if matches!(event, SocketEvent::Disconnected(_)) {
-                    self.connect().await;
+                Some(event) = connections.next() => if matches!(event, SocketEvent::Disconnected(_)) && !self.connect(&batches).await {
+                    return;
                 },
             }
         }
     }
 
-    /// Waits until the router is there. Batches wait in the queue meanwhile, and are dropped when it is full.
-    async fn connect(&mut self) {
-        let Some(address) = &self.connect_to else { return };
+    /// Waits until the router is there; false: the engine has ended meanwhile. Batches wait in the queue, and are
+    /// dropped when it is full.
+    async fn connect(&mut self, batches: &mpsc::Receiver<Batch>) -> bool {
+        let Some(address) = &self.connect_to else { return true };
+        let mut was_told = false;
         while let Err(error) = self.socket.connect(address).await {
-            tracing::warn!(%error, address, "cannot connect to send KV events; trying again");
+            if batches.is_closed() {
+                return false;
+            }
+            if was_told {
+                tracing::debug!(%error, address, "still cannot connect to send KV events");
+            } else {
+                tracing::warn!(%error, address, "cannot connect to send KV events; trying again until it works");
+                was_told = true;
+            }
             tokio::time::sleep(replay::PAUSE).await;
         }
         // What the router subscribes to follows the connection; until then all is thrown away.
         tokio::time::sleep(replay::PAUSE).await;
+        true
     }
 
     async fn send(&mut self, sequence: u64, payload: Vec<u8>) {
