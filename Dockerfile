@@ -1,9 +1,8 @@
-# syntax=docker/dockerfile:1
 # The image of the server. Multi-stage: toolchain, dependencies, binary, small runtime. The processor's variant:
 #
 #   docker build -t tinyllava-server .
 #
-# and NVIDIA's:
+# and NVIDIA's, which does not build yet: the binary has no `cuda` feature so far:
 #
 #   docker build -t tinyllava-server:cuda --build-arg FEATURES=cuda \
 #     --build-arg BUILD_IMAGE=docker.io/nvidia/cuda:12.8.1-devel-ubuntu24.04 \

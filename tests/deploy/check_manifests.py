@@ -4,6 +4,7 @@ Kinds of Kubernetes against its own schemas, strictly; custom ones against custo
 names that must match, flags that must exist, and the restricted pod security standard.
 """
 
+import re
 import subprocess
 import sys
 
@@ -54,6 +55,10 @@ def check_pods(tinyllava, deployment):
         assert {mount["name"] for mount in container["volumeMounts"]} <= volumes
         if "tinyllava-server" in container["image"]:
             check_flags(tinyllava, container)
+    for volume in pod["volumes"]:
+        # kustomize's `images:` does not reach these.
+        reference = volume.get("image", {}).get("reference", "registry.example.com/name:tag")
+        assert re.fullmatch(r"[^/:]+[.:][^/]+/[^:@]+(:[^:@/]+|@sha256:[0-9a-f]{64})", reference), f"no registry or tag: {reference}"
     server = pod["containers"][0]
     if server["name"] != "server":
         return

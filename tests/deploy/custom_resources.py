@@ -63,8 +63,9 @@ SPECS = {
             })),
         },
         minReplicaCount={"type": "integer"}, maxReplicaCount={"type": "integer"},
-        pollingInterval={"type": "integer"}, cooldownPeriod={"type": "integer"},
-        fallback=thing({"failureThreshold": {"type": "integer"}, "replicas": {"type": "integer"}}),
+        pollingInterval={"type": "integer"},
+        fallback=thing({"failureThreshold": {"type": "integer"}, "replicas": {"type": "integer"}},
+                       behavior={"enum": ["static", "currentReplicas", "currentReplicasIfHigher", "currentReplicasIfLower"]}),
         advanced=thing({"horizontalPodAutoscalerConfig": {"type": "object"}}),
     ),
     ("monitoring.coreos.com/v1", "ServiceMonitor"): thing(
@@ -74,6 +75,11 @@ SPECS = {
         },
         jobLabel=TEXT,
     ),
+    ("monitoring.coreos.com/v1", "PrometheusRule"): thing({
+        "groups": several(thing({"name": TEXT, "rules": several(thing(
+            {"expr": TEXT}, record=TEXT, alert=TEXT, labels=LABELS, annotations=LABELS, **{"for": DURATION},
+        ))})),
+    }),
 }
 
 PLUGIN_REF = thing({"pluginRef": TEXT}, weight={"type": "number", "minimum": 0}, extractors=several(thing({"pluginRef": TEXT})))
