@@ -27,6 +27,9 @@ pub trait StepObserver: Send {
     /// Called after each step, and when the last sequence has gone.
     fn step(&mut self, report: &StepReport);
 
+    /// Called before the work of a step: a step may take long, or never end.
+    fn before_step(&mut self, _: &SchedulerStats) {}
+
     /// Where hashes of cached blocks begin; none: it does not want to hear of them.
     fn cache_event_seed(&self) -> Option<BlockHash> {
         None

@@ -244,6 +244,7 @@ impl Worker {
 
     fn step(&mut self) {
         let plan = self.scheduler.schedule();
+        self.observer.before_step(&self.scheduler.stats());
         for (id, cached_tokens) in &plan.admitted {
             self.send(*id, TokenEvent::Started { cached_tokens: *cached_tokens });
         }

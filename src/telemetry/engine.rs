@@ -1,6 +1,6 @@
 //! From the engine's step reports to metrics, and from changes of its cache to events for routers.
 //!
-//! Given to the engine by `cli/serve.rs`; called on the engine thread after each step.
+//! Given to the engine by `cli/serve.rs`; called on the engine thread before and after each step.
 
 use super::{
     kv_events::KvEventPublisher,
@@ -35,6 +35,11 @@ impl EngineMetrics {
 }
 
 impl StepObserver for EngineMetrics {
+    fn before_step(&mut self, now: &SchedulerStats) {
+        self.metrics.set_running(now.num_running);
+        self.metrics.set_waiting(now.num_waiting);
+    }
+
     fn step(&mut self, report: &StepReport) {
         let (now, last) = (&report.stats, &self.last);
         self.metrics.set_running(now.num_running);
@@ -67,6 +72,24 @@ impl StepObserver for EngineMetrics {
     fn cache_changed(&mut self, events: Vec<CacheEvent>) {
         if let Some(kv_events) = &mut self.kv_events {
             kv_events.publish(events);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_is_in_a_step_is_seen_before_it_ends() {
+        let metrics = Metrics::new("m");
+        let mut observer = EngineMetrics::new(metrics.clone());
+        observer.before_step(&SchedulerStats { num_running: 2, num_waiting: 1, ..SchedulerStats::default() });
+        let text = metrics.render();
+        for line in
+            ["vllm:num_requests_running{model_name=\"m\"} 2", "vllm:num_requests_waiting{model_name=\"m\"} 1"]
+        {
+            assert!(text.contains(line), "{text}");
         }
     }
 }
