@@ -1,7 +1,7 @@
 //! `tinyllava doctor`: whether this machine can serve what `serve` with the same flags would, and what to fix.
 //!
 //! Called by people before a first start, and by init containers. Takes the flags of `serve`, loads no weights, serves
-//! nothing and leaves nothing behind. Each check is one [`Finding`]; a problem means that `serve` would fail.
+//! nothing and leaves nothing behind. Each check is one `Finding`; a problem means that `serve` would fail.
 
 mod clips;
 mod machine;

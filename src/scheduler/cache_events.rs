@@ -1,6 +1,6 @@
 //! What became known to the prefix cache and what was given away, for routers that send a prompt to where its blocks are.
 //!
-//! Written by [`super::block_manager`] when [`super::Scheduler::log_cache_events`] asked for it, emptied after each step.
+//! Written by `super::block_manager` when [`super::Scheduler::log_cache_events`] asked for it, emptied after each step.
 //! Chains that begin with a cache salt are never told of: who reads the events could guess the salt from a hash.
 //! The cache itself never looks at a hash: its keys are exact. A hash that two contents share would mislead a router,
 //! never a reply.
