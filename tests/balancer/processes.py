@@ -52,7 +52,7 @@ class Server:
         await until(f"server {self.port} is ready", self.is_ready)
 
     async def is_ready(self):
-        assert self.process.poll() is None, self.log.read_text()
+        assert self.process.poll() is None, f"ended with {self.process.poll()}: {self.last_lines()}"
         try:
             return (await send(self.port, "GET", "/ready")).status == 200
         except ConnectionError:
@@ -64,12 +64,17 @@ class Server:
     async def stop(self):
         """As a service manager does it; the server must end by itself and with success."""
         self.signal(signal.SIGTERM)
-        assert await asyncio.to_thread(self.process.wait, 90) == 0, self.log.read_text()
+        code = await asyncio.to_thread(self.process.wait, 90)
+        assert code == 0, f"ended with {code}: {self.last_lines()}"
 
     def finished(self):
         """Ids of the requests it has answered, as its log says."""
-        lines = [json.loads(line) for line in self.log.read_text().splitlines()]
+        # The end of a line may not be written yet, and a killed server never writes it.
+        lines = [json.loads(line) for line in self.log.read_text().splitlines() if line.endswith("}")]
         return {line["span"]["id"] for line in lines if line.get("message") == "finished"}
+
+    def last_lines(self):
+        return "\n".join(self.log.read_text().splitlines()[-5:])
 
 
 class Balancer:

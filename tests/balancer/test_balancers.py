@@ -16,11 +16,12 @@ from processes import ROOT, HAProxy, Nginx, Server, free_ports, until
 CLIENTS = 64
 TOKENS = 120
 CLIPS = sorted((ROOT / "models/nano/demo").glob("*.mp4"))
-STREAM = {"stream": True, "ignore_eos": True, "max_tokens": TOKENS}
+# Enough that the first stream still runs when the last one has begun.
+LONG = 6 * TOKENS
 
 
-def stream_body(number):
-    return question(CLIPS[number % len(CLIPS)].read_bytes(), **STREAM)
+def stream_body(number, tokens=TOKENS):
+    return question(CLIPS[number % len(CLIPS)].read_bytes(), stream=True, ignore_eos=True, max_tokens=tokens)
 
 
 def video_id(number):
@@ -176,7 +177,7 @@ class Cases:
                 all_started.set()
 
         streams = [
-            asyncio.create_task(ask(self.balancer.port, stream_body(number), video_id(number), on_read))
+            asyncio.create_task(ask(self.balancer.port, stream_body(number, LONG), video_id(number), on_read))
             for number in range(CLIENTS)
         ]
         await asyncio.wait_for(all_started.wait(), 60)
