@@ -3,6 +3,7 @@
 //! Called by `http` (the handle) and `cli`. Speaks integers only: no text, JSON or HTTP.
 
 mod encoder_cache;
+mod failure;
 pub mod guidance;
 pub mod handle;
 pub mod logprobs;

@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     model::{
-        self, KvCache, ModelError, Result, SequenceInput, StepInput, Tap, VideoLanguageModel, VisualRows,
+        self, KvPool, ModelError, Result, SequenceInput, StepInput, Tap, VideoLanguageModel, VisualRows,
     },
     scheduler::{
         self, ComputeWork, EncodeWork, SamplingParams, Scheduler, SequenceId, TokenId, TokenLogprobs,
@@ -48,7 +48,7 @@ pub struct Sampled {
 /// Model, cache and encoded videos.
 pub struct Runner {
     model: Box<dyn VideoLanguageModel>,
-    cache: KvCache,
+    pool: KvPool,
     encoder: EncoderCache,
     /// Ids the tokenizer knows: `[0, n)`.
     num_token_ids: usize,
@@ -65,12 +65,12 @@ impl Runner {
     /// `num_token_ids`: ids the tokenizer knows; higher ones are never sampled. `tap` sees intermediate tensors.
     pub fn new(
         model: Box<dyn VideoLanguageModel>,
-        cache: KvCache,
+        pool: KvPool,
         num_token_ids: usize,
         tap: Box<dyn Tap>,
     ) -> Self {
         let num_token_ids = num_token_ids.min(model.shape().vocab_size);
-        Runner { model, cache, encoder: EncoderCache::default(), num_token_ids, tap }
+        Runner { model, pool, encoder: EncoderCache::default(), num_token_ids, tap }
     }
 
     /// Forgets a video's encoded tokens.
@@ -100,7 +100,7 @@ impl Runner {
         requests: &dyn Requests,
     ) -> Result<Vec<Sampled>> {
         let input = self.step_input(works, scheduler, requests)?;
-        let logits = self.model.forward(&input, &mut self.cache, self.tap.as_mut())?;
+        let logits = self.model.forward(&input, &mut self.pool, self.tap.as_mut())?;
         if input.logit_rows.is_empty() {
             return Ok(Vec::new());
         }
@@ -136,7 +136,7 @@ impl Runner {
         scheduler: &Scheduler,
         requests: &dyn Requests,
     ) -> Result<StepInput> {
-        let block_size = self.cache.block_size;
+        let block_size = self.pool.block_size();
         let mut input = StepInput::default();
         for work in works {
             let sequence =

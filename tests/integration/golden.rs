@@ -11,8 +11,9 @@ use tinyllava::{
     config::EngineConfig,
     engine::{EngineHandle, EngineOptions, NewSequence, StepObserver, StepReport, TokenEvent, VideoInput},
     model::{
-        FrameBatch, Tap, VISUAL_TOKEN,
+        FrameBatch, Tap, VISUAL_TOKEN, VideoLanguageModel,
         config::ModelConfig,
+        device::DeviceModel,
         layers::{Bits, WeightFormat},
         tinyllava::TinyLlava,
         weights::{StoredDType, Weights},
@@ -68,12 +69,22 @@ fn checkpoint(name: &str) -> Checkpoint {
 }
 
 impl Checkpoint {
+    fn open(&self) -> (Weights, ModelConfig) {
+        let text = std::fs::read_to_string(format!("{}/config.json", self.dir)).unwrap();
+        let config = ModelConfig::from_json(&text).unwrap();
+        (Weights::open(Path::new(&self.dir), &config).unwrap(), config)
+    }
+
     fn start(&self, config: EngineConfig, format: WeightFormat) -> (EngineHandle, Recording, Observer) {
-        let model_config =
-            ModelConfig::from_json(&std::fs::read_to_string(format!("{}/config.json", self.dir)).unwrap())
-                .unwrap();
-        let weights = Weights::open(Path::new(&self.dir), &model_config).unwrap();
-        let model = TinyLlava::load(&weights, &model_config, format).unwrap();
+        let (weights, model_config) = self.open();
+        self.start_model(config, Box::new(TinyLlava::load(&weights, &model_config, format).unwrap()))
+    }
+
+    fn start_model(
+        &self,
+        config: EngineConfig,
+        model: Box<dyn VideoLanguageModel>,
+    ) -> (EngineHandle, Recording, Observer) {
         let (recording, observer) = (Recording::default(), Observer::default());
         let options = EngineOptions {
             config,
@@ -82,7 +93,7 @@ impl Checkpoint {
             observer: Box::new(observer.clone()),
             tap: Box::new(recording.clone()),
         };
-        (tinyllava::engine::start(Box::new(model), options).unwrap().0, recording, observer)
+        (tinyllava::engine::start(model, options).unwrap().0, recording, observer)
     }
 
     /// The recorded request: prompt with the video at the place of -200.
@@ -140,7 +151,11 @@ fn chunked() -> EngineConfig {
 
 async fn assert_parity(name: &str, config: EngineConfig) {
     let checkpoint = checkpoint(name);
-    let (engine, seen, _) = checkpoint.start(config.clone(), WeightFormat::Float(StoredDType::F32));
+    let (engine, seen, _) = checkpoint.start(config, WeightFormat::Float(StoredDType::F32));
+    assert_parity_of(&checkpoint, engine, seen).await;
+}
+
+async fn assert_parity_of(checkpoint: &Checkpoint, engine: EngineHandle, seen: Recording) {
     let ids = run(&engine, checkpoint.request()).await;
     checkpoint.assert_close("pixel_values", &seen.rows("pixel_values", 4), 0.0);
     for layer in 0..3 {
@@ -187,6 +202,18 @@ async fn every_tensor_equals_the_original_for_bf16_shards() {
 #[tokio::test]
 async fn every_tensor_equals_the_original_in_chunks() {
     assert_parity("tiny", chunked()).await;
+}
+
+/// The network that runs on GPUs, here on a CPU.
+#[tokio::test]
+async fn every_tensor_of_the_device_network_equals_the_original_whole_and_in_chunks() {
+    for (name, config) in [("tiny", whole()), ("tiny_bf16_sharded", whole()), ("tiny", chunked())] {
+        let checkpoint = checkpoint(name);
+        let (weights, model_config) = checkpoint.open();
+        let model = DeviceModel::load(&weights, &model_config, &Device::Cpu, DType::F32).unwrap();
+        let (engine, seen, _) = checkpoint.start_model(config, Box::new(model));
+        assert_parity_of(&checkpoint, engine, seen).await;
+    }
 }
 
 #[tokio::test]

@@ -146,8 +146,7 @@ impl PagedAttention for Gathered {
 
     fn decode(&self, queries: &Tensor, cache: &LayerCache, decodes: &Decodes) -> Result<Tensor> {
         let one = |index: usize| {
-            let (keys, values) =
-                self.read(cache, &decodes.blocks_of(index)?, decodes.context_lens[index])?;
+            let (keys, values) = self.read(cache, &decodes.blocks_of(index)?, decodes.context_lens[index])?;
             attend_causally(&queries.narrow(0, index, 1)?, &keys, &values, None)
         };
         Tensor::cat(&(0..decodes.len()).map(one).collect::<Result<Vec<_>>>()?, 0)

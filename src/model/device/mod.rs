@@ -92,7 +92,8 @@ impl VideoLanguageModel for DeviceModel {
     }
 
     fn new_pool(&self, num_blocks: usize, block_size: usize) -> Result<KvPool> {
-        let layer = |_| self.attention.new_layer(&self.shape, num_blocks, block_size, (self.dtype, &self.device));
+        let layer =
+            |_| self.attention.new_layer(&self.shape, num_blocks, block_size, (self.dtype, &self.device));
         let layers = (0..self.shape.num_layers).map(layer).collect::<Result<_>>()?;
         Ok(KvPool::Device(DeviceCache { layers, block_size, num_blocks }))
     }
@@ -116,9 +117,7 @@ impl VideoLanguageModel for DeviceModel {
     }
 
     fn forward(&mut self, input: &StepInput, pool: &mut KvPool, tap: &mut dyn Tap) -> Result<Tensor> {
-        let KvPool::Device(cache) = pool else {
-            return Err(ModelError::Msg("a cache in host memory for a model on a device: this is a bug".into()));
-        };
+        let cache = pool.device_mut()?;
         let step = step::Step::new(input, cache.block_size, &self.device)?;
         self.language_model.forward(input, &step, (self.attention.as_ref(), cache), tap)
     }

@@ -3,11 +3,7 @@
 //! Called by [`super`]. Frames arrive as bytes and become pixel values there.
 
 use super::{
-    super::{
-        FrameBatch, Result, Tap, Tensor,
-        config::SiglipConfig,
-        siglip::byte_values,
-    },
+    super::{FrameBatch, Result, Tap, Tensor, config::SiglipConfig, siglip::byte_values},
     attention::attend,
     layers::{LayerNorm, Linear, Loader, show},
 };
