@@ -6,6 +6,7 @@ mod encoder_cache;
 mod failure;
 pub mod guidance;
 pub mod handle;
+mod limits;
 pub mod logprobs;
 pub mod observer;
 pub mod runner;

@@ -57,10 +57,10 @@ impl VisionTower {
         let pixel_values = self.pixel_values(frames, range)?;
         show(tap, "pixel_values", None, &pixel_values)?;
         let mut x = self.embed(&pixel_values)?;
-        show(tap, "vision_hidden", Some(0), &x)?;
+        show(tap, "vision_hidden", Some(0), &x.flatten_to(1)?)?;
         for (index, layer) in self.layers.iter().enumerate() {
             x = layer.forward(&x)?;
-            show(tap, "vision_hidden", Some(index + 1), &x)?;
+            show(tap, "vision_hidden", Some(index + 1), &x.flatten_to(1)?)?;
         }
         x.narrow(1, 1, self.config.num_patches() - 1)?.flatten_to(1)
     }
