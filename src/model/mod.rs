@@ -17,6 +17,7 @@ pub mod kv_pool;
 pub mod layers;
 pub mod layout;
 pub mod machine;
+pub mod placement;
 pub mod presets;
 pub mod qwen2;
 pub mod resampler;

@@ -6,7 +6,7 @@
 
 mod attention;
 #[cfg(feature = "cuda")]
-mod cuda;
+pub mod cuda;
 mod layers;
 mod ops;
 mod qwen2;

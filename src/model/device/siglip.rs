@@ -2,6 +2,8 @@
 //!
 //! Called by [`super`]. Frames arrive as bytes and become pixel values there.
 
+use candle_core::DType;
+
 use super::{
     super::{FrameBatch, Result, Tap, Tensor, config::SiglipConfig, siglip::byte_values},
     attention::attend,
@@ -70,7 +72,8 @@ impl VisionTower {
         let (count, size) = (range.len(), self.config.image_size);
         let bytes = frames.frames(range);
         let bytes = Tensor::from_slice(bytes, bytes.len(), self.byte_values.device())?;
-        let values = self.byte_values.index_select(&bytes, 0)?;
+        // Not by the bytes themselves: the largest index of a type stands for nothing, and gives 0.
+        let values = self.byte_values.index_select(&bytes.to_dtype(DType::U32)?, 0)?;
         values.reshape((count, size, size, 3))?.permute((0, 3, 1, 2))
     }
 
