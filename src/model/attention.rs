@@ -10,11 +10,15 @@ use super::{
     KvCache, StepInput,
     kernels::{
         SharedOutput,
-        attention::{KeyValueTiles, PackedKeyValues, QUERY_ROWS, Queries, TILE, attend},
+        attention::{Element, Gathered, KeyValueTiles, PackedKeyValues, QUERY_ROWS, Queries, TILE},
         attention_bf16::{self, Bf16KeyValues, Scratch},
     },
-    kv_cache::LayerCache,
+    kv_cache::{LayerCache, Pages},
 };
+
+/// Keys that are attended to in one go. Longer contexts are the sum of as many ranges in this order, whether one thread
+/// computes them or many: so a result depends on the context alone.
+const RANGE: usize = 512;
 
 /// Sizes of a multi-head attention.
 #[derive(Debug, Clone, Copy)]
@@ -134,7 +138,8 @@ impl FullAttention<'_> {
         let packed = PackedKeyValues::pack(self.num_keys(), self.heads.head_dim, token);
         for places in self.tiles(batch, head, queries) {
             run_tile(places, output, self.heads, |queries, visible, out| {
-                attend(Queries { queries, visible, tiles: &packed, scale: self.heads.scale(), out });
+                let queries = Queries { queries, visible, tiles: &packed, scale: self.heads.scale() };
+                queries.gather(0..queries.num_keys()).write(out);
             });
         }
     }
@@ -151,9 +156,22 @@ impl FullAttention<'_> {
     }
 }
 
-/// Writes the step's keys and values to their slots.
+/// Writes the step's keys and values to their slots, rounded to what the cache keeps.
 pub fn write_cache(
     cache: &mut LayerCache,
+    input: &StepInput,
+    keys: Projected<'_>,
+    values: Projected<'_>,
+    layout: CacheLayout,
+) {
+    match cache {
+        LayerCache::F32(pages) => write_pages(pages, input, keys, values, layout),
+        LayerCache::F16(pages) => write_pages(pages, input, keys, values, layout),
+    }
+}
+
+fn write_pages<T: Element>(
+    pages: &mut Pages<T>,
     input: &StepInput,
     keys: Projected<'_>,
     values: Projected<'_>,
@@ -164,11 +182,10 @@ pub fn write_cache(
         let (block, token) = (slot / block_size, slot % block_size);
         for head in 0..num_kv_heads {
             let to = (block * num_kv_heads + head) * head_dim * block_size;
-            for (i, &key) in keys.head(row, head, head_dim).iter().enumerate() {
-                cache.keys[to + i * block_size + token] = key;
-            }
-            cache.values[to + token * head_dim..][..head_dim]
-                .copy_from_slice(values.head(row, head, head_dim));
+            let places = pages.keys[to + token..].iter_mut().step_by(block_size);
+            places.zip(keys.head(row, head, head_dim)).for_each(|(to, &key)| *to = T::narrow(key));
+            let places = pages.values[to + token * head_dim..].iter_mut();
+            places.zip(values.head(row, head, head_dim)).for_each(|(to, &value)| *to = T::narrow(value));
         }
     }
 }
@@ -201,38 +218,93 @@ pub fn paged_attention(
     heads: Heads,
     layout: CacheLayout,
 ) -> Vec<f32> {
-    let group = heads.num_heads / heads.num_kv_heads;
-    // One task: a tile of (row, query head) pairs of one sequence that share a KV head.
-    let mut tasks: Vec<(usize, usize, Range<usize>)> = Vec::new();
-    for (index, sequence) in input.sequences.iter().enumerate() {
-        let num_pairs = sequence.rows.len() * group;
-        for kv_head in 0..heads.num_kv_heads {
-            let starts = (0..num_pairs).step_by(QUERY_ROWS);
-            tasks.extend(starts.map(|start| (index, kv_head, start..(start + QUERY_ROWS).min(num_pairs))));
-        }
+    match cache {
+        LayerCache::F32(pages) => PagedAttention { queries, pages, input, heads, layout }.run(),
+        LayerCache::F16(pages) => PagedAttention { queries, pages, input, heads, layout }.run(),
     }
-    let mut out = vec![0.0; queries.num_rows() * heads.width()];
-    let output = SharedOutput::new(&mut out);
-    let run = |(index, kv_head, pairs): (usize, usize, Range<usize>)| {
-        let sequence = &input.sequences[index];
-        let places = pairs.map(|pair| {
-            let (row, head) = (sequence.rows.start + pair / group, kv_head * group + pair % group);
-            let visible = input.positions[row] as usize + 1;
-            let query = queries.head(row, head, heads.head_dim);
+}
+
+struct PagedAttention<'a, T> {
+    queries: Projected<'a>,
+    pages: &'a Pages<T>,
+    input: &'a StepInput,
+    heads: Heads,
+    layout: CacheLayout,
+}
+
+/// A tile of (row, query head) pairs of one sequence that share a KV head.
+struct Task {
+    sequence: usize,
+    kv_head: usize,
+    pairs: Range<usize>,
+}
+
+impl<T: Element> PagedAttention<'_, T> {
+    fn run(&self) -> Vec<f32> {
+        let tasks = self.tasks();
+        let mut out = vec![0.0; self.queries.num_rows() * self.heads.width()];
+        let output = SharedOutput::new(&mut out);
+        let few = tasks.len() < rayon::current_num_threads();
+        let run = |task: Task| self.tile(task, few, &output);
+        if tasks.len() == 1 {
+            tasks.into_iter().for_each(run)
+        } else {
+            tasks.into_par_iter().for_each(run)
+        }
+        out
+    }
+
+    /// Query heads that share a KV head.
+    fn group(&self) -> usize {
+        self.heads.num_heads / self.heads.num_kv_heads
+    }
+
+    fn tasks(&self) -> Vec<Task> {
+        let mut tasks = Vec::new();
+        for (index, sequence) in self.input.sequences.iter().enumerate() {
+            let num_pairs = sequence.rows.len() * self.group();
+            for kv_head in 0..self.heads.num_kv_heads {
+                tasks.extend((0..num_pairs).step_by(QUERY_ROWS).map(|start| Task {
+                    sequence: index,
+                    kv_head,
+                    pairs: start..(start + QUERY_ROWS).min(num_pairs),
+                }));
+            }
+        }
+        tasks
+    }
+
+    /// `spread`: there are threads for the ranges of its keys as well.
+    fn tile(&self, task: Task, spread: bool, output: &SharedOutput<'_>) {
+        let (heads, group) = (self.heads, self.group());
+        let sequence = &self.input.sequences[task.sequence];
+        let places = task.pairs.map(|pair| {
+            let (row, head) = (sequence.rows.start + pair / group, task.kv_head * group + pair % group);
+            let visible = self.input.positions[row] as usize + 1;
+            let query = self.queries.head(row, head, heads.head_dim);
             (query, row * heads.width() + head * heads.head_dim, visible)
         });
-        let blocks = &input.block_tables[sequence.blocks.clone()];
-        let tiles = &PagedHead { cache, blocks, kv_head, layout };
-        run_tile(places, &output, heads, |queries, visible, out| {
-            attend(Queries { queries, visible, tiles, scale: heads.scale(), out });
+        let blocks = &self.input.block_tables[sequence.blocks.clone()];
+        let tiles = &PagedHead { pages: self.pages, blocks, kv_head: task.kv_head, layout: self.layout };
+        run_tile(places, output, heads, |queries, visible, out| {
+            let queries = Queries { queries, visible, tiles, scale: heads.scale() };
+            gather_ranges(&queries, spread).write(out);
         });
-    };
-    if tasks.len() == 1 {
-        tasks.into_iter().for_each(run)
-    } else {
-        tasks.into_par_iter().for_each(run)
     }
-    out
+}
+
+/// All keys of `queries`, range after range.
+fn gather_ranges<T: KeyValueTiles>(queries: &Queries<'_, T>, spread: bool) -> Gathered {
+    let num_keys = queries.num_keys();
+    let gather = |range: usize| queries.gather(range * RANGE..((range + 1) * RANGE).min(num_keys));
+    let ranges = 0..num_keys.div_ceil(RANGE);
+    let gathered = if spread && ranges.len() > 1 {
+        let parts: Vec<Gathered> = ranges.into_par_iter().map(gather).collect();
+        parts.into_iter().reduce(Gathered::and)
+    } else {
+        ranges.map(gather).reduce(Gathered::and)
+    };
+    gathered.expect("a query sees itself: this is a bug")
 }
 
 /// Attends for a few queries; `places`: each with the offset its result goes to, and how many keys it sees.
@@ -256,14 +328,14 @@ fn run_tile<'q>(
 }
 
 /// One KV head of a sequence, seen through its block table.
-struct PagedHead<'a> {
-    cache: &'a LayerCache,
+struct PagedHead<'a, T> {
+    pages: &'a Pages<T>,
     blocks: &'a [u32],
     kv_head: usize,
     layout: CacheLayout,
 }
 
-impl PagedHead<'_> {
+impl<T> PagedHead<'_, T> {
     /// Start of the block that holds `tile`, and the tile's first token in it.
     #[inline(always)]
     fn place(&self, tile: usize) -> (usize, usize) {
@@ -273,17 +345,19 @@ impl PagedHead<'_> {
     }
 }
 
-impl KeyValueTiles for PagedHead<'_> {
+impl<T: Element> KeyValueTiles for PagedHead<'_, T> {
+    type Element = T;
+
     #[inline(always)]
-    fn keys(&self, tile: usize) -> (&[f32], usize) {
+    fn keys(&self, tile: usize) -> (&[T], usize) {
         let (start, token) = self.place(tile);
-        (&self.cache.keys[start + token..], self.layout.block_size)
+        (&self.pages.keys[start + token..], self.layout.block_size)
     }
 
     #[inline(always)]
-    fn values(&self, tile: usize) -> &[f32] {
+    fn values(&self, tile: usize) -> &[T] {
         let (start, token) = self.place(tile);
-        &self.cache.values[start + token * self.layout.head_dim..][..TILE * self.layout.head_dim]
+        &self.pages.values[start + token * self.layout.head_dim..][..TILE * self.layout.head_dim]
     }
 
     #[inline(always)]
