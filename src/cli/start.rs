@@ -39,7 +39,8 @@ pub struct Started {
     pub decode_bytes: usize,
 }
 
-/// Sets the number of threads of the kernels. Only the first call counts.
+/// Sets the number of threads of the kernels; without it there are as many as affinity and the quota of the cgroup leave.
+/// Only the first call counts.
 pub fn use_threads(threads: Option<usize>) {
     if let Some(threads) = threads {
         // An error means that the pool runs already; then its size stays.

@@ -20,7 +20,7 @@ use super::{
 };
 use crate::{
     config::EngineConfig,
-    model::{KvCache, Tap, VideoLanguageModel},
+    model::{KvCache, Tap, VideoLanguageModel, kv_cache::KvDType},
     scheduler::{
         ComputeWork, EncodeWork, SamplingParams, Scheduler, SchedulerLimits, SequenceId, SequenceSpec,
         SequenceUpdate, StepPlan, StopReason, TokenId, VisualSpan,
@@ -83,7 +83,8 @@ pub fn start(
 
 fn engine_limits(model: &dyn VideoLanguageModel, config: &EngineConfig) -> EngineLimits {
     let shape = model.shape();
-    let block_bytes = KvCache::block_bytes(shape, config.block_size);
+    let block_bytes =
+        KvCache::block_bytes(shape, KvDType::new(config.kv_cache_in_16_bits), config.block_size);
     let asked = if config.max_context_tokens == 0 { shape.context } else { config.max_context_tokens };
     // More than every running sequence can hold is never used.
     let context = asked.min(shape.context).max(1);
@@ -168,6 +169,7 @@ struct Worker {
 impl Worker {
     fn new(model: Box<dyn VideoLanguageModel>, options: EngineOptions, limits: EngineLimits) -> Self {
         let config = &options.config;
+        let cache_dtype = KvDType::new(config.kv_cache_in_16_bits);
         let mut scheduler = Scheduler::new(SchedulerLimits {
             block_size: config.block_size,
             num_blocks: limits.num_blocks,
@@ -181,7 +183,7 @@ impl Worker {
         if let Some(seed) = options.observer.cache_event_seed() {
             scheduler.log_cache_events(seed);
         }
-        let cache = KvCache::new(model.shape(), limits.num_blocks, limits.block_size);
+        let cache = KvCache::new(model.shape(), cache_dtype, limits.num_blocks, limits.block_size);
         let runner = Runner::new(model, cache, options.num_token_ids, options.tap);
         let requests = RequestTable(HashMap::new());
         Worker { scheduler, runner, requests, observer: options.observer, num_blocks: limits.num_blocks }

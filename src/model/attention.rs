@@ -368,9 +368,29 @@ impl<T: Element> KeyValueTiles for PagedHead<'_, T> {
 
 #[cfg(test)]
 mod tests {
+    use half::f16;
     use proptest::prelude::*;
 
     use super::{super::SequenceInput, *};
+
+    /// Numbers in [-1, 1) that look random.
+    fn numbers(seed: u32) -> impl FnMut() -> f32 {
+        let mut state = seed;
+        move || {
+            state ^= state << 13;
+            state ^= state >> 17;
+            state ^= state << 5;
+            (state >> 8) as f32 / 8_388_608.0 - 1.0
+        }
+    }
+
+    /// A cache of `len` elements whose slots hold what must never be read.
+    fn dirty_cache(len: usize, in_16_bits: bool) -> LayerCache {
+        match in_16_bits {
+            true => LayerCache::F16(Pages::new(len, u16::MAX)),
+            false => LayerCache::F32(Pages::new(len, f32::NAN)),
+        }
+    }
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(60))]
@@ -378,17 +398,15 @@ mod tests {
         #[test]
         fn paged_attention_equals_the_plain_one(
             kv_heads in 1..3usize, group in 1..5usize, tiles in 1..4usize, lens in prop::collection::vec((1..90usize, 1..40usize), 1..4),
-            block_size in prop_oneof![Just(16usize), Just(32)], seed in 1..u32::MAX,
+            block_size in prop_oneof![Just(16usize), Just(32)], in_16_bits: bool, seed in 1..u32::MAX,
         ) {
             let head_dim = tiles * 16;
             let heads = Heads { num_heads: kv_heads * group, num_kv_heads: kv_heads, head_dim };
             let layout = CacheLayout { block_size, num_kv_heads: kv_heads, head_dim };
-            let mut state = seed;
-            let mut next = || { state ^= state << 13; state ^= state >> 17; state ^= state << 5; (state >> 8) as f32 / 8e6 - 1.0 };
+            let mut next = numbers(seed);
             let num_blocks = 32;
-            // Slots that no token was written to hold what must never be read.
-            let fill = vec![f32::NAN; num_blocks * block_size * kv_heads * head_dim];
-            let mut cache = LayerCache { keys: fill.clone(), values: fill };
+            let mut cache = dirty_cache(num_blocks * block_size * kv_heads * head_dim, in_16_bits);
+            let kept = |x: f32| if in_16_bits { f16::from_f32(x).to_f32() } else { x };
             let mut input = StepInput::default();
             let (mut queries, mut expected) = (vec![], vec![]);
             for (n, &(context, asked)) in lens.iter().enumerate() {
@@ -405,11 +423,11 @@ mod tests {
                     for head in 0..heads.num_heads {
                         let query: Vec<f32> = (0..head_dim).map(|_| next()).collect();
                         let at = |token: usize| token * width + head / group * head_dim;
-                        let dot = |token| keys[at(token)..].iter().zip(&query).map(|(k, q)| f64::from(*k) * f64::from(*q)).sum::<f64>();
+                        let dot = |token| keys[at(token)..].iter().zip(&query).map(|(k, q)| f64::from(kept(*k)) * f64::from(*q)).sum::<f64>();
                         let weights: Vec<f64> = (0..=position).map(|token| (dot(token) * f64::from(heads.scale())).exp()).collect();
                         let total: f64 = weights.iter().sum();
                         expected.extend((0..head_dim).map(|i| {
-                            weights.iter().enumerate().map(|(token, w)| w * f64::from(values[at(token) + i])).sum::<f64>() / total
+                            weights.iter().enumerate().map(|(token, w)| w * f64::from(kept(values[at(token) + i]))).sum::<f64>() / total
                         }));
                         queries.extend(query);
                     }
@@ -424,6 +442,67 @@ mod tests {
             for (got, expected) in got.iter().zip(expected) {
                 prop_assert!((f64::from(*got) - expected).abs() < 2e-5, "{got} {expected}");
             }
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(12))]
+
+        #[test]
+        fn a_long_context_gives_the_same_bits_alone_or_with_others_on_any_number_of_threads(
+            context in RANGE - 8..3 * RANGE + 60, group in 1..9usize, in_16_bits: bool, seed in 1..u32::MAX,
+        ) {
+            const HEAD_DIM: usize = 16;
+            let heads = Heads { num_heads: group, num_kv_heads: 1, head_dim: HEAD_DIM };
+            let layout = CacheLayout { block_size: 16, num_kv_heads: 1, head_dim: HEAD_DIM };
+            let mut next = numbers(seed);
+            let blocks: Vec<u32> = (0..context.div_ceil(16) as u32).rev().collect();
+            let slot = |position: usize| blocks[position / 16] as usize * 16 + position % 16;
+            let mut cache = dirty_cache(blocks.len() * 16 * HEAD_DIM, in_16_bits);
+            let mut random = |len: usize| -> Vec<f32> { (0..len * HEAD_DIM).map(|_| next() * 4.0).collect() };
+            let (keys, values) = (random(context), random(context));
+            let write = StepInput { slot_mapping: (0..context).map(slot).collect(), ..StepInput::default() };
+            write_cache(&mut cache, &write, Projected::new(&keys, HEAD_DIM, 0), Projected::new(&values, HEAD_DIM, 0), layout);
+            let step = |positions: Range<usize>| StepInput {
+                sequences: vec![SequenceInput { rows: 0..positions.len(), context_len: positions.end, blocks: 0..blocks.len() }],
+                positions: positions.map(|position| position as u32).collect(),
+                block_tables: blocks.clone(),
+                ..StepInput::default()
+            };
+            // The rows around the first border among them, and the last one.
+            let first = RANGE - 10;
+            let queries = random((context - first) * group);
+            let attend = |positions: Range<usize>, threads: usize| {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                let rows = &queries[(positions.start - first) * heads.width()..(positions.end - first) * heads.width()];
+                let queries = Projected::new(rows, heads.width(), 0);
+                pool.install(|| paged_attention(queries, &cache, &step(positions), heads, layout))
+            };
+            let together = attend(first..context, 2);
+            for position in (first..first + 20).filter(|&position| position < context).chain([context - 1]) {
+                let expected = &together[(position - first) * heads.width()..][..heads.width()];
+                for threads in [1, 9] {
+                    prop_assert_eq!(&attend(position..position + 1, threads)[..], expected, "position {} on {} threads", position, threads);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_16_bits_cannot_hold_is_kept_as_the_largest_they_can() {
+        for (x, kept) in [
+            (1e9, 65504.0),
+            (-1e9, -65504.0),
+            (65504.0, 65504.0),
+            (6e-8, 5.960_464_5e-8),
+            (-0.0, -0.0),
+            (0.3, 0.300_048_83),
+        ] {
+            assert_eq!(
+                f16::from_bits(<u16 as Element>::narrow(x)).to_f32().to_bits(),
+                f32::to_bits(kept),
+                "{x}"
+            );
         }
     }
 }

@@ -13,6 +13,7 @@ use crate::{
         checkpoint::{Checkpoint, CheckpointError, ModelSpec},
         config::ModelConfig,
         hub::{HubConfig, HubError},
+        kv_cache::KvDType,
         layers::{Bits, WeightFormat},
         tinyllava,
         weights::Weights,
@@ -86,10 +87,15 @@ fn kept_bytes(config: &ModelConfig, weights: &Weights, format: WeightFormat) -> 
 /// The engine takes no more blocks than all its sequences can fill.
 fn kv_bytes(shape: &ModelShape, config: &Config) -> u64 {
     let engine = &config.engine;
-    let block_bytes = KvCache::block_bytes(shape, engine.block_size) as u64;
+    let block_bytes = block_bytes(shape, config) as u64;
     let most_useful =
         engine.max_running_sequences as u64 * 2 * context(shape, config).div_ceil(engine.block_size as u64);
     (engine.kv_cache_bytes as u64).min(most_useful.saturating_mul(block_bytes))
+}
+
+fn block_bytes(shape: &ModelShape, config: &Config) -> usize {
+    let dtype = KvDType::new(config.engine.kv_cache_in_16_bits);
+    KvCache::block_bytes(shape, dtype, config.engine.block_size)
 }
 
 fn context(shape: &ModelShape, config: &Config) -> u64 {
@@ -104,7 +110,7 @@ fn encoder_cache_bytes(shape: &ModelShape, config: &Config) -> u64 {
 
 fn kv_cache(shape: &ModelShape, config: &Config) -> Finding {
     let block = config.engine.block_size;
-    let token_bytes = KvCache::block_bytes(shape, block) / block;
+    let token_bytes = block_bytes(shape, config) / block;
     let tokens = config.engine.kv_cache_bytes / (token_bytes * block) * block;
     let context = context(shape, config);
     let found = format!("{tokens} tokens of {token_bytes} bytes; one request may take {context}");
@@ -150,9 +156,10 @@ mod tests {
     use crate::model::{presets::Preset, weights::StoredDType};
 
     #[test]
-    fn a_token_of_the_published_model_takes_72_kib_of_cache() {
+    fn a_token_of_the_published_model_takes_36_kib_of_cache_in_16_bits() {
         let shape = tinyllava::shape(&ModelConfig::preset(Preset::R1));
-        assert_eq!(KvCache::block_bytes(&shape, 16) / 16, 2 * 36_864);
+        assert_eq!(KvCache::block_bytes(&shape, KvDType::F16, 16) / 16, 36_864);
+        assert_eq!(KvCache::block_bytes(&shape, KvDType::F32, 16) / 16, 2 * 36_864);
     }
 
     #[test]

@@ -48,6 +48,10 @@ impl Element for u16 {
     fn narrow(x: f32) -> Self {
         // What is too large stays finite.
         let largest = f16::MAX.to_f32();
+            half::bf16::from_f32(x).to_f32()
+        } else {
+            x
+        };
         f16::from_f32(x.clamp(-largest, largest)).to_bits()
     }
 
@@ -398,6 +402,44 @@ mod tests {
         let queries = Queries { queries, visible, tiles, scale };
         queries.gather(0..queries.num_keys()).write(&mut rows);
         out
+    }
+
+    struct Widened<'a>(&'a [u16]);
+
+    impl WithSimd for Widened<'_> {
+        type Output = Vec<f32>;
+
+        fn with_simd<S: Simd>(self, _: S) -> Vec<f32> {
+            let tiles = self.0.chunks_exact(TILE);
+            match TILE / S::F32_LANES {
+                1 => tiles
+                    .flat_map(|tile| pulp::bytemuck::cast_slice(&u16::widen::<S, 1>(tile)).to_vec())
+                    .collect(),
+                2 => tiles
+                    .flat_map(|tile| pulp::bytemuck::cast_slice(&u16::widen::<S, 2>(tile)).to_vec())
+                    .collect(),
+                4 => tiles
+                    .flat_map(|tile| pulp::bytemuck::cast_slice(&u16::widen::<S, 4>(tile)).to_vec())
+                    .collect(),
+                _ => tiles
+                    .flat_map(|tile| pulp::bytemuck::cast_slice(&u16::widen::<S, 16>(tile)).to_vec())
+                    .collect(),
+            }
+        }
+    }
+
+    #[test]
+    fn every_finite_number_of_16_bits_is_widened_exactly() {
+        let all: Vec<u16> = (0..=u16::MAX).collect();
+        let wide = Arch::new().dispatch(Widened(&all));
+        assert_eq!(wide.len(), all.len());
+        for (bits, wide) in all.into_iter().zip(wide) {
+            let expected = f16::from_bits(bits);
+            assert!(
+                !expected.is_finite() || wide.to_bits() == expected.to_f32().to_bits(),
+                "{bits:#x}: {wide}"
+            );
+        }
     }
 
     proptest! {
