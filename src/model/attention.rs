@@ -263,11 +263,14 @@ impl<T: Element> PagedAttention<'_, T> {
         let mut tasks = Vec::new();
         for (index, sequence) in self.input.sequences.iter().enumerate() {
             let num_pairs = sequence.rows.len() * self.group();
+            // As equal as can be, 8 as 4 and 4: a tile of two rows does not keep a multiplier busy.
+            let num_tiles = num_pairs.div_ceil(QUERY_ROWS);
+            let border = |tile: usize| tile * num_pairs / num_tiles;
             for kv_head in 0..self.heads.num_kv_heads {
-                tasks.extend((0..num_pairs).step_by(QUERY_ROWS).map(|start| Task {
+                tasks.extend((0..num_tiles).map(|tile| Task {
                     sequence: index,
                     kv_head,
-                    pairs: start..(start + QUERY_ROWS).min(num_pairs),
+                    pairs: border(tile)..border(tile + 1),
                 }));
             }
         }
