@@ -48,10 +48,6 @@ impl Element for u16 {
     fn narrow(x: f32) -> Self {
         // What is too large stays finite.
         let largest = f16::MAX.to_f32();
-            half::bf16::from_f32(x).to_f32()
-        } else {
-            x
-        };
         f16::from_f32(x.clamp(-largest, largest)).to_bits()
     }
 
