@@ -175,7 +175,7 @@ impl Worker {
             num_blocks: limits.num_blocks,
             max_running_sequences: config.max_running_sequences,
             max_prefill_tokens: config.max_prefill_tokens,
-            max_encode_frames: config.max_encode_frames,
+            max_encode_frames: config.encode_frames_a_step(model.shape().image_size),
             max_cached_videos: config.max_cached_videos,
             prefix_cache: config.prefix_cache,
             end_token_ids: options.end_token_ids,

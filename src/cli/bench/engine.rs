@@ -7,6 +7,7 @@ use std::{
     io::Write,
     path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
+    time::Instant,
 };
 
 use anyhow::{Context, bail};
@@ -39,6 +40,12 @@ pub struct EngineArgs {
     /// Tokens each of them generates.
     #[arg(long, value_name = "N", default_value_t = 32)]
     decode_steps: usize,
+    /// Whole requests at once, each with a video of its own: encode, prefill and --max-tokens.
+    #[arg(long, value_name = "N,…", value_delimiter = ',')]
+    requests: Vec<usize>,
+    /// Tokens each of those generates.
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    max_tokens: usize,
     /// How often everything is repeated; medians are reported.
     #[arg(long, value_name = "N", default_value_t = 5)]
     repeat: usize,
@@ -79,7 +86,7 @@ struct Row {
 /// When the model cannot be loaded or a step fails.
 pub async fn bench_engine(args: &EngineArgs) -> anyhow::Result<()> {
     let reports = Reports::default();
-    let largest = args.batch.iter().copied().max().unwrap_or(1).max(1);
+    let largest = args.batch.iter().chain(&args.requests).copied().max().unwrap_or(1).max(1);
     let config =
         args.model.engine(EngineConfig { max_running_sequences: largest, ..EngineConfig::default() });
     let started = start(&args.model, config, Box::new(reports.clone()), Box::new(())).await?;
@@ -88,6 +95,9 @@ pub async fn bench_engine(args: &EngineArgs) -> anyhow::Result<()> {
     let mut rows = bench.encode_and_prefill().await?;
     for &batch in &args.batch {
         rows.push(bench.decode(batch.max(1)).await?);
+    }
+    for &requests in &args.requests {
+        rows.push(bench.requests(requests.max(1)).await?);
     }
     let machine = Machine {
         ops: machine::product_ops_per_second(args.model.weight_format()),
@@ -195,6 +205,33 @@ impl Bench<'_> {
             tokens_per_second: Some(batch as f64 / seconds),
             ops: self.model.decode_ops(batch, context),
             bytes: self.started.decode_bytes as f64,
+        })
+    }
+
+    /// What `num` clients get who come at once with videos that nobody asked about before, frames in hand.
+    async fn requests(&self, num: usize) -> anyhow::Result<Row> {
+        let mut times = Vec::new();
+        for repeat in 0..self.args.repeat {
+            // Seeds that no other part uses.
+            let seeds = (0..num).map(|i| ((1 + repeat) << 32 | num << 16 | i) as u64);
+            let sequences: Vec<_> = seeds.map(|seed| self.sequence(seed, self.args.max_tokens)).collect();
+            let started = Instant::now();
+            let streams = sequences.into_iter().map(|sequence| submit(&self.started.engine, sequence));
+            finish(streams.collect::<Result<_, _>>()?).await?;
+            times.push(started.elapsed().as_secs_f64());
+        }
+        self.reports.take();
+        let seconds = median(times);
+        let tokens = num * self.args.max_tokens;
+        Ok(Row {
+            what: format!("{num} whole requests"),
+            seconds,
+            tokens_per_second: Some(tokens as f64 / seconds),
+            ops: num as f64
+                * (self.model.encode_ops(self.shape().num_frames)
+                    + self.model.prefill_ops(self.num_prompt_tokens())
+                    + self.args.max_tokens as f64 * self.model.decode_ops(1, self.num_prompt_tokens())),
+            bytes: 0.0,
         })
     }
 }
