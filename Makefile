@@ -1,5 +1,5 @@
 # `make demo` and `make test` do everything on a fresh Debian or Ubuntu with Rust.
-.PHONY: demo test test-clients test-deploy test-balancer test-image check build openapi serve clean
+.PHONY: demo test test-clients test-deploy test-balancer test-image check bench-micro build openapi serve clean
 
 demo: ## Build, start the server on the embedded model, ask it about real videos
 	@scripts/demo.sh
@@ -25,6 +25,9 @@ check: ## What CI checks before the tests
 	cargo fmt --check
 	cargo clippy --locked --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps
+
+bench-micro: ## Criterion benches of what runs for every token beside the model's products
+	cargo bench --locked --bench pure_parts
 
 build: ## The release binary, target/release/tinyllava
 	cargo build --locked --release

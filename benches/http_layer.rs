@@ -21,7 +21,9 @@ use tinyllava::{
     engine::EngineOptions,
     http::{AppState, Guides, Loaded, ModelCard, run},
     media::MediaLoader,
-    model::{FrameBatch, KvCache, ModelShape, Result, StepInput, Tap, Tensor, VideoLanguageModel},
+    model::{
+        FrameBatch, KvCache, KvDType, KvPool, ModelShape, Result, StepInput, Tap, Tensor, VideoLanguageModel,
+    },
     prompt::Tokenizer,
     scheduler::SamplingParams,
     telemetry::{EngineMetrics, Metrics, Traces},
@@ -61,6 +63,14 @@ impl VideoLanguageModel for Scripted {
         &self.shape
     }
 
+    fn block_bytes(&self, kept: KvDType, block_size: usize) -> usize {
+        KvCache::block_bytes(&self.shape, kept, block_size)
+    }
+
+    fn new_pool(&self, kept: KvDType, num_blocks: usize, block_size: usize) -> Result<KvPool> {
+        Ok(KvPool::Host(KvCache::new(&self.shape, kept, num_blocks, block_size)))
+    }
+
     fn encode_frames(&mut self, _: &FrameBatch, frames: Range<usize>, _: &mut dyn Tap) -> Result<Tensor> {
         Tensor::zeros((frames.len(), 1), DType::F32, &Device::Cpu)
     }
@@ -69,7 +79,7 @@ impl VideoLanguageModel for Scripted {
         Tensor::zeros((self.shape.visual_tokens, self.shape.hidden_size), DType::F32, &Device::Cpu)
     }
 
-    fn forward(&mut self, input: &StepInput, _: &mut KvCache, _: &mut dyn Tap) -> Result<Tensor> {
+    fn forward(&mut self, input: &StepInput, _: &mut KvPool, _: &mut dyn Tap) -> Result<Tensor> {
         if let Some(wait) = self.next.checked_duration_since(Instant::now()) {
             std::thread::sleep(wait);
         }

@@ -7,6 +7,10 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 use axum::http::HeaderValue;
 use url::Url;
 
+/// Most threads that serve connections. They only pass tokens on: with as many as there are cores, they would take those
+/// from the model's.
+pub const MAX_ASYNC_THREADS: usize = 4;
+
 /// Settings of the HTTP server and of everything behind it but the model.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -184,6 +188,8 @@ pub struct EngineConfig {
     pub block_size: usize,
     /// Memory of the KV cache.
     pub kv_cache_bytes: usize,
+    /// Whether it keeps keys and values in 16 bits, not in 32.
+    pub kv_cache_in_16_bits: bool,
     /// Sequences in a step.
     pub max_running_sequences: usize,
     /// Sequences waiting for a place in a step (requests still fetching or decoding included).
@@ -336,6 +342,7 @@ impl Default for EngineConfig {
         EngineConfig {
             block_size: 16,
             kv_cache_bytes: 1 << 30,
+            kv_cache_in_16_bits: false,
             max_running_sequences: 64,
             max_waiting_sequences: 128,
             max_prefill_tokens: 512,

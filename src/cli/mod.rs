@@ -15,6 +15,7 @@ pub mod serve;
 pub mod sse_client;
 mod start;
 pub mod synth;
+mod target;
 pub mod trace;
 
 use std::path::PathBuf;
@@ -22,6 +23,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use crate::{
+    config::MAX_ASYNC_THREADS,
     media::{FrameSampling, MediaLoader},
     telemetry::tracing as logs,
 };
@@ -88,7 +90,11 @@ enum BenchSubcommand {
 /// # Errors
 /// Whatever the command fails with.
 pub fn run(cli: Cli) -> anyhow::Result<()> {
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(cores.min(MAX_ASYNC_THREADS))
+        .enable_all()
+        .build()?;
     let outcome = run_on(&runtime, cli);
     // Whatever still runs on the blocking pool (a model being loaded) must not hold up the end.
     runtime.shutdown_background();

@@ -3,12 +3,15 @@
 //! Called once, when the engine starts.
 
 use super::handle::EngineLimits;
-use crate::{config::EngineConfig, model::VideoLanguageModel};
+use crate::{
+    config::EngineConfig,
+    model::{KvDType, VideoLanguageModel},
+};
 
 /// Blocks and context for `model` under `config`; no blocks when there is no room for one.
 pub(super) fn engine_limits(model: &dyn VideoLanguageModel, config: &EngineConfig) -> EngineLimits {
     let shape = model.shape();
-    let block_bytes = model.block_bytes(config.block_size);
+    let block_bytes = model.block_bytes(KvDType::new(config.kv_cache_in_16_bits), config.block_size);
     let asked = if config.max_context_tokens == 0 { shape.context } else { config.max_context_tokens };
     // More than every running sequence can hold is never used.
     let context = asked.min(shape.context).max(1);

@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     config::EngineConfig,
-    model::{KvPool, Tap, VideoLanguageModel},
+    model::{KvDType, KvPool, Tap, VideoLanguageModel},
     scheduler::{
         ComputeWork, EncodeWork, SamplingParams, Scheduler, SchedulerLimits, SequenceId, SequenceSpec,
         SequenceUpdate, StepPlan, StopReason, TokenId, VisualSpan,
@@ -71,7 +71,8 @@ pub fn start(
     if limits.num_blocks == 0 {
         return Err(std::io::Error::other("the KV cache is too small for one block; give it more memory"));
     }
-    let pool = model.new_pool(limits.num_blocks, limits.block_size).map_err(|error| {
+    let kept = KvDType::new(options.config.kv_cache_in_16_bits);
+    let pool = model.new_pool(kept, limits.num_blocks, limits.block_size).map_err(|error| {
         std::io::Error::other(format!("no memory for the KV cache; give it less: {error}"))
     })?;
     let (submissions, inbox) = mpsc::channel(limits.max_sequences);

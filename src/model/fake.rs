@@ -9,7 +9,7 @@ use candle_core::Device;
 
 use super::{
     FrameBatch, KvCache, KvPool, ModelError, ModelShape, Result, StepInput, Tap, Tensor, VISUAL_TOKEN,
-    VideoLanguageModel,
+    VideoLanguageModel, kv_cache::KvDType,
 };
 
 /// End token of the byte tokenizer.
@@ -86,12 +86,12 @@ impl VideoLanguageModel for FakeModel {
         &self.shape
     }
 
-    fn block_bytes(&self, block_size: usize) -> usize {
-        KvCache::block_bytes(&self.shape, block_size)
+    fn block_bytes(&self, kept: KvDType, block_size: usize) -> usize {
+        KvCache::block_bytes(&self.shape, kept, block_size)
     }
 
-    fn new_pool(&self, num_blocks: usize, block_size: usize) -> Result<KvPool> {
-        Ok(KvPool::Host(KvCache::new(&self.shape, num_blocks, block_size)))
+    fn new_pool(&self, kept: KvDType, num_blocks: usize, block_size: usize) -> Result<KvPool> {
+        Ok(KvPool::Host(KvCache::new(&self.shape, kept, num_blocks, block_size)))
     }
 
     fn encode_frames(&mut self, frames: &FrameBatch, range: Range<usize>, _: &mut dyn Tap) -> Result<Tensor> {

@@ -31,7 +31,7 @@ pub mod weights;
 use std::{ops::Range, sync::Arc};
 
 pub use candle_core::{Error as ModelError, Result, Tensor};
-pub use kv_cache::KvCache;
+pub use kv_cache::{KvCache, KvDType};
 pub use kv_pool::KvPool;
 
 /// The id that stands for one visual token in [`StepInput::token_ids`]; the scheduler's own.
@@ -147,11 +147,15 @@ pub trait VideoLanguageModel: Send {
     /// Its sizes.
     fn shape(&self) -> &ModelShape;
 
-    /// Bytes one block of its cache takes over all layers.
-    fn block_bytes(&self, block_size: usize) -> usize;
+    /// Bytes one block of its cache takes over all layers. What is `kept` is the choice of the CPU kernels only: on a
+    /// device keys and values are what the model computes in.
+    fn block_bytes(&self, kept: KvDType, block_size: usize) -> usize;
 
     /// An empty cache, where and as the model reads it.
-    fn new_pool(&self, num_blocks: usize, block_size: usize) -> Result<KvPool>;
+    ///
+    /// # Errors
+    /// When there is no memory for it.
+    fn new_pool(&self, kept: KvDType, num_blocks: usize, block_size: usize) -> Result<KvPool>;
 
     /// Runs the vision tower over some frames of a video.
     /// Returns features `[num_frames x patches, vision_hidden]`.

@@ -4,6 +4,7 @@ use super::{
     FrameBatch, KvCache, KvPool, ModelShape, Result, StepInput, Tap, Tensor, VideoLanguageModel,
     config::ModelConfig,
     kernels::attention::TILE,
+    kv_cache::KvDType,
     layers::{Loader, WeightFormat},
     qwen2::Decoder,
     resampler::Resampler,
@@ -69,12 +70,12 @@ impl VideoLanguageModel for TinyLlava {
         &self.shape
     }
 
-    fn block_bytes(&self, block_size: usize) -> usize {
-        KvCache::block_bytes(&self.shape, block_size)
+    fn block_bytes(&self, kept: KvDType, block_size: usize) -> usize {
+        KvCache::block_bytes(&self.shape, kept, block_size)
     }
 
-    fn new_pool(&self, num_blocks: usize, block_size: usize) -> Result<KvPool> {
-        Ok(KvPool::Host(KvCache::new(&self.shape, num_blocks, block_size)))
+    fn new_pool(&self, kept: KvDType, num_blocks: usize, block_size: usize) -> Result<KvPool> {
+        Ok(KvPool::Host(KvCache::new(&self.shape, kept, num_blocks, block_size)))
     }
 
     fn encode_frames(

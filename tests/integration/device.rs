@@ -3,7 +3,7 @@
 
 use candle_core::{DType, Device, Tensor};
 use tinyllava::model::{
-    FrameBatch, KvPool, SequenceInput, StepInput, VideoLanguageModel, VisualRows,
+    FrameBatch, KvDType, KvPool, SequenceInput, StepInput, VideoLanguageModel, VisualRows,
     config::ModelConfig,
     device::DeviceModel,
     layers::WeightFormat,
@@ -86,14 +86,14 @@ fn the_device_network_gives_the_logits_of_the_cpu_kernels_whole_chunked_batched_
     let prompt = tokens(75, 1, &config);
     let blocks: Vec<u32> = (0..5).map(|i| (i * 11 + 3) % 40).collect();
     let whole = |model: &mut dyn VideoLanguageModel| {
-        let mut pool = model.new_pool(NUM_BLOCKS, BLOCK_SIZE).unwrap();
+        let mut pool = model.new_pool(KvDType::F32, NUM_BLOCKS, BLOCK_SIZE).unwrap();
         step(model, &mut pool, &[Part { tokens: &prompt, start: 0, blocks: &blocks }]).remove(0)
     };
     let expected = whole(&mut cpu);
     assert!(difference(&whole(&mut device), &expected) < 1e-4);
 
     // In chunks, each beside two sequences that decode and another prompt.
-    let mut pool = device.new_pool(NUM_BLOCKS, BLOCK_SIZE).unwrap();
+    let mut pool = device.new_pool(KvDType::F32, NUM_BLOCKS, BLOCK_SIZE).unwrap();
     let others: Vec<Vec<u32>> = (2..5).map(|seed| tokens(20, seed, &config)).collect();
     let tables: Vec<Vec<u32>> = (0..3).map(|i| vec![50 + 2 * i, 51 + 2 * i]).collect();
     let mut last = vec![];
@@ -132,7 +132,7 @@ fn decoding_many_sequences_together_gives_what_each_gives_alone() {
         }
     };
     let part = |i: usize| Part { tokens: &next[i..=i], start: prompts[i].len(), blocks: &tables[i] };
-    let mut pool = device.new_pool(NUM_BLOCKS, BLOCK_SIZE).unwrap();
+    let mut pool = device.new_pool(KvDType::F32, NUM_BLOCKS, BLOCK_SIZE).unwrap();
     prefill(&mut device, &mut pool);
     let together = step(&mut device, &mut pool, &(0..4).map(part).collect::<Vec<_>>());
     for (i, together) in together.iter().enumerate() {
@@ -181,7 +181,7 @@ fn visual_embeddings_stand_where_the_step_says() {
         logit_rows: vec![19, 11],
     };
     let run = |model: &mut dyn VideoLanguageModel| {
-        let mut pool = model.new_pool(NUM_BLOCKS, BLOCK_SIZE).unwrap();
+        let mut pool = model.new_pool(KvDType::F32, NUM_BLOCKS, BLOCK_SIZE).unwrap();
         model.forward(&input, &mut pool, &mut ()).unwrap().to_vec2::<f32>().unwrap()
     };
     let (got, expected) = (run(&mut device), run(&mut cpu));
@@ -194,7 +194,7 @@ fn f16_stays_near_f32() {
     let prompt = tokens(40, 2, &config);
     let blocks = [7, 3, 9];
     let run = |model: &mut dyn VideoLanguageModel| {
-        let mut pool = model.new_pool(NUM_BLOCKS, BLOCK_SIZE).unwrap();
+        let mut pool = model.new_pool(KvDType::F32, NUM_BLOCKS, BLOCK_SIZE).unwrap();
         step(model, &mut pool, &[Part { tokens: &prompt[..39], start: 0, blocks: &blocks }]);
         step(model, &mut pool, &[Part { tokens: &prompt[39..], start: 39, blocks: &blocks }]).remove(0)
     };
@@ -205,12 +205,13 @@ fn f16_stays_near_f32() {
 #[test]
 fn a_cache_of_the_other_kind_is_refused() {
     let (mut device, mut cpu, _) = models(DType::F32);
-    let (mut mine, mut other) = (device.new_pool(2, 16).unwrap(), cpu.new_pool(2, 16).unwrap());
+    let (mut mine, mut other) =
+        (device.new_pool(KvDType::F32, 2, 16).unwrap(), cpu.new_pool(KvDType::F32, 2, 16).unwrap());
     let input = StepInput::default();
     assert!(device.forward(&input, &mut other, &mut ()).unwrap_err().to_string().contains("this is a bug"));
     assert!(cpu.forward(&input, &mut mine, &mut ()).unwrap_err().to_string().contains("this is a bug"));
     // Half of the width, half of the bytes.
     let weights = Weights::synthetic(&config(), 5);
     let half = DeviceModel::load(&weights, &config(), &Device::Cpu, DType::F16).unwrap();
-    assert_eq!(2 * half.block_bytes(16), device.block_bytes(16));
+    assert_eq!(2 * half.block_bytes(KvDType::F32, 16), device.block_bytes(KvDType::F32, 16));
 }

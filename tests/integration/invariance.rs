@@ -4,6 +4,7 @@ use proptest::prelude::*;
 use tinyllava::model::{
     KvPool, SequenceInput, StepInput, Tensor, VideoLanguageModel,
     config::ModelConfig,
+    kv_cache::KvDType,
     layers::{Bits, WeightFormat},
     tinyllava::TinyLlava,
     weights::{StoredDType, Weights},
@@ -91,11 +92,12 @@ proptest! {
         others in prop::collection::vec(1..60usize, 0..5),
         block_size in prop_oneof![Just(16usize), Just(32)],
         format in prop::sample::select(FORMATS.to_vec()),
+        kept in prop_oneof![Just(KvDType::F32), Just(KvDType::F16)],
     ) {
         let (heads, group, layers, seed) = shape;
         let (mut model, config) = model(heads, group, layers, seed, format);
         let tokens: Vec<u32> = (0..len).map(|i| (i * 31 + seed as usize % 97) as u32 % config.text.vocab_size as u32).collect();
-        let new_cache = |model: &TinyLlava| model.new_pool(NUM_BLOCKS * 2, block_size).unwrap();
+        let new_cache = |model: &TinyLlava| model.new_pool(kept, NUM_BLOCKS * 2, block_size).unwrap();
         let blocks = block_table(len, block_size, seed as u32);
 
         let mut cache = new_cache(&model);

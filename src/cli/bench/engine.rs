@@ -17,12 +17,11 @@ use crate::{
     cli::{
         options::ModelOptions,
         start::{Started, start},
+        target::Target,
     },
     config::EngineConfig,
     engine::{EngineHandle, NewSequence, StepObserver, StepReport, TokenEvent, TokenStream, VideoInput},
-    model::{
-        FrameBatch, ModelShape, checkpoint::Checkpoint, config::ModelConfig, layers::WeightFormat, machine,
-    },
+    model::{FrameBatch, ModelShape, checkpoint::Checkpoint, config::ModelConfig, device, machine},
     scheduler::{SamplingParams, TokenId, VISUAL_TOKEN},
 };
 
@@ -99,11 +98,8 @@ pub async fn bench_engine(args: &EngineArgs) -> anyhow::Result<()> {
     for &requests in &args.requests {
         rows.push(bench.requests(requests.max(1)).await?);
     }
-    let machine = Machine {
-        ops: machine::product_ops_per_second(args.model.weight_format()),
-        bytes: machine::read_bytes_per_second(),
-    };
-    print(&rows, &machine, args.model.weight_format(), &mut std::io::stdout())?;
+    let machine = Machine::measured(args, bench.started.target.as_ref())?;
+    print(&rows, &machine, &mut std::io::stdout())?;
     if let Some(path) = &args.json {
         let json = to_json(&rows, &machine);
         std::fs::write(path, format!("{json:#}\n"))
@@ -112,9 +108,35 @@ pub async fn bench_engine(args: &EngineArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Side of the matrices whose product a device is measured by, and bytes of its copy.
+const DEVICE_PRODUCT_SIDE: usize = 8192;
+const DEVICE_COPY_BYTES: usize = 1 << 30;
+
 struct Machine {
+    /// What was measured.
+    what: String,
     ops: f64,
     bytes: f64,
+}
+
+impl Machine {
+    fn measured(args: &EngineArgs, target: Option<&Target>) -> anyhow::Result<Self> {
+        if let Some(target) = target {
+            let Target { device, dtype } = target;
+            return Ok(Machine {
+                what: format!("{}: product", target.describe()?),
+                ops: device::machine::product_ops_per_second(device, *dtype, DEVICE_PRODUCT_SIDE)?,
+                bytes: device::machine::copy_bytes_per_second(device, DEVICE_COPY_BYTES)?,
+            });
+        }
+        let format = args.model.weight_format();
+        let threads = rayon::current_num_threads();
+        Ok(Machine {
+            what: format!("this machine, {threads} threads, weights {format:?}: product"),
+            ops: machine::product_ops_per_second(format),
+            bytes: machine::read_bytes_per_second(),
+        })
+    }
 }
 
 struct Bench<'a> {
@@ -259,7 +281,7 @@ fn median(mut values: Vec<f64>) -> f64 {
     values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
-fn print(rows: &[Row], machine: &Machine, format: WeightFormat, out: &mut impl Write) -> anyhow::Result<()> {
+fn print(rows: &[Row], machine: &Machine, out: &mut impl Write) -> anyhow::Result<()> {
     writeln!(
         out,
         "{:<18} {:>10} {:>10} {:>9} {:>6} {:>7} {:>6}",
@@ -287,8 +309,8 @@ fn print(rows: &[Row], machine: &Machine, format: WeightFormat, out: &mut impl W
     }
     writeln!(
         out,
-        "this machine, {} threads, weights {format:?}: product {:.1} GFLOP/s, memory read {:.1} GB/s",
-        rayon::current_num_threads(),
+        "{} {:.1} GFLOP/s, memory {:.1} GB/s",
+        machine.what,
         machine.ops / 1e9,
         machine.bytes / 1e9
     )?;
@@ -308,6 +330,7 @@ fn to_json(rows: &[Row], machine: &Machine) -> serde_json::Value {
     json!({
         "rows": rows.iter().map(row).collect::<Vec<_>>(),
         "machine": {
+            "what": machine.what,
             "threads": rayon::current_num_threads(),
             "gflops": machine.ops / 1e9,
             "gbytes_per_second": machine.bytes / 1e9,

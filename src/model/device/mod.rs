@@ -8,6 +8,7 @@ mod attention;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 mod layers;
+pub mod machine;
 mod ops;
 mod qwen2;
 mod resampler;
@@ -17,7 +18,7 @@ mod step;
 use candle_core::{DType, Device};
 
 use super::{
-    FrameBatch, KvPool, ModelError, ModelShape, Result, StepInput, Tap, Tensor, VideoLanguageModel,
+    FrameBatch, KvDType, KvPool, ModelError, ModelShape, Result, StepInput, Tap, Tensor, VideoLanguageModel,
     config::ModelConfig, tinyllava, weights::Weights,
 };
 use attention::{LayerCache, PagedAttention};
@@ -85,13 +86,13 @@ impl VideoLanguageModel for DeviceModel {
         &self.shape
     }
 
-    fn block_bytes(&self, block_size: usize) -> usize {
+    fn block_bytes(&self, _: KvDType, block_size: usize) -> usize {
         let shape = &self.shape;
         let elements = shape.num_layers * shape.num_kv_heads * shape.head_dim * block_size;
         2 * elements * self.dtype.size_in_bytes()
     }
 
-    fn new_pool(&self, num_blocks: usize, block_size: usize) -> Result<KvPool> {
+    fn new_pool(&self, _: KvDType, num_blocks: usize, block_size: usize) -> Result<KvPool> {
         let layer =
             |_| self.attention.new_layer(&self.shape, num_blocks, block_size, (self.dtype, &self.device));
         let layers = (0..self.shape.num_layers).map(layer).collect::<Result<_>>()?;
