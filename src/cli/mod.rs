@@ -6,6 +6,7 @@ mod access;
 pub mod ask;
 pub mod bench;
 pub mod chat_client;
+pub mod check;
 pub mod doctor;
 pub mod health;
 mod kv_events;
@@ -50,6 +51,8 @@ enum Command {
     Trace(Box<trace::TraceArgs>),
     /// Check this machine for `serve` with the same flags, and say what to fix: exit code 0 or 1.
     Doctor(Box<doctor::DoctorArgs>),
+    /// Hold a device's numbers against the CPU kernels' and against recorded ones: exit code 0 or 1.
+    Check(Box<check::CheckArgs>),
     /// Ask a running server how it is: exit code 0 or 1, for health checks.
     Health(health::HealthArgs),
     /// Print the description of the HTTP API, as openapi.yaml has it.
@@ -119,6 +122,10 @@ fn run_on(runtime: &tokio::runtime::Runtime, cli: Cli) -> anyhow::Result<()> {
         Command::Doctor(args) => {
             logs::init(logs::LogFormat::Pretty, "error");
             runtime.block_on(doctor::doctor(*args))
+        }
+        Command::Check(args) => {
+            logs::init(logs::LogFormat::Pretty, "warn");
+            check::check(&args)
         }
         Command::Health(args) => runtime.block_on(health::health(&args)),
         Command::Openapi => print_openapi(),

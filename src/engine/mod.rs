@@ -7,6 +7,7 @@ mod failure;
 pub mod guidance;
 pub mod handle;
 mod limits;
+mod logits;
 pub mod logprobs;
 pub mod observer;
 pub mod runner;

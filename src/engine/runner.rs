@@ -4,15 +4,14 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use rayon::{
-    iter::{IndexedParallelIterator, IntoParallelRefIterator, ParallelIterator},
-    slice::ParallelSlice,
-};
+use candle_core::Device;
+use rayon::iter::{IndexedParallelIterator, IntoParallelRefIterator, ParallelIterator};
 
 use super::{
     encoder_cache::EncoderCache,
     guidance::{Allowed, Guide},
     handle::VideoInput,
+    logits::{Logits, Row},
     logprobs, sampler,
 };
 use crate::{
@@ -104,16 +103,26 @@ impl Runner {
         if input.logit_rows.is_empty() {
             return Ok(Vec::new());
         }
-        self.tap.tensor("logits_last", None, &logits);
-        let logits = logits.flatten_all()?.to_vec1::<f32>()?;
+        if self.tap.is_watching() {
+            self.tap.tensor("logits_last", None, &logits.to_device(&Device::Cpu)?);
+        }
         let sampling: Vec<&ComputeWork> = works.iter().filter(|work| work.samples).collect();
-        let sample = |(work, row): (&&ComputeWork, &[f32])| {
+        let largest_only = |work: &&ComputeWork| {
+            let params = requests.sampling(work.sequence);
+            sampler::is_plain_greedy(params)
+                && !logprobs::is_asked_for(params)
+                && requests.guide(work.sequence).is_none()
+        };
+        let largest_only: Vec<bool> = sampling.iter().map(largest_only).collect();
+        let logits = Logits::fetch(&logits, self.num_token_ids, &largest_only)?;
+        let sample = |(index, work): (usize, &&ComputeWork)| {
             let sequence =
                 scheduler.sequence(work.sequence).expect("a planned sequence is unknown: this is a bug");
-            let row = &row[..self.num_token_ids];
-            if !row.iter().any(|logit| logit.is_finite()) {
-                return Err(ModelError::Msg("the model produced no finite logit".into()));
-            }
+            let row = match logits.row(index) {
+                Row::Logits(row) => row,
+                Row::Largest(token) => return Ok(Sampled { token, logprobs: None }),
+                Row::NotFinite => return Err(ModelError::Msg("the model produced no finite logit".into())),
+            };
             let params = requests.sampling(work.sequence);
             let (tokens, num_prompt) = (sequence.token_ids(), sequence.num_prompt_tokens());
             let sample = |allowed: Allowed<'_>| sampler::sample(row, params, tokens, num_prompt, allowed);
@@ -127,7 +136,7 @@ impl Runner {
             };
             Ok(Sampled { token, logprobs: logprobs::report(row, params, token) })
         };
-        sampling.par_iter().zip(logits.par_chunks_exact(self.model.shape().vocab_size)).map(sample).collect()
+        sampling.par_iter().enumerate().map(sample).collect()
     }
 
     fn step_input(

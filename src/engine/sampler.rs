@@ -40,6 +40,15 @@ pub fn sample(
     draw(&candidates(logits, params), unit_random(if again { !params.seed } else { params.seed }, position))
 }
 
+/// Whether these parameters ask for the largest logit, as the model gives it.
+pub fn is_plain_greedy(params: &SamplingParams) -> bool {
+    params.temperature <= 0.0 && !penalises(params) && params.logit_bias.is_empty()
+}
+
+fn penalises(params: &SamplingParams) -> bool {
+    params.repetition_penalty != 1.0 || params.frequency_penalty != 0.0 || params.presence_penalty != 0.0
+}
+
 /// Penalties and bias; `None` when there are none.
 fn adjust(
     logits: &[f32],
@@ -47,8 +56,7 @@ fn adjust(
     tokens: &[TokenId],
     num_prompt_tokens: usize,
 ) -> Option<Vec<f32>> {
-    let penalises =
-        params.repetition_penalty != 1.0 || params.frequency_penalty != 0.0 || params.presence_penalty != 0.0;
+    let penalises = penalises(params);
     if !penalises && params.logit_bias.is_empty() {
         return None;
     }

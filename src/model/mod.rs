@@ -25,6 +25,7 @@ mod shards;
 pub mod siglip;
 pub mod synth;
 pub mod tinyllava;
+pub mod trial;
 pub mod variant;
 pub mod weights;
 

@@ -14,6 +14,7 @@ pub struct Decodes {
     /// `[sequences, most blocks]` in u32, padded with 0.
     pub block_tables: Tensor,
     /// `[sequences]` in u32.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code, reason = "for the kernels of CUDA"))]
     pub lens: Tensor,
     /// The same on the host.
     pub context_lens: Vec<usize>,
