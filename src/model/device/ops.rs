@@ -2,7 +2,7 @@
 //!
 //! Called by the layers of this folder. Norms and softmax are taken in f32 whatever the type of their input.
 
-use candle_core::{D, DType};
+use candle_core::{D, DType, Device};
 
 use super::super::{Result, Tensor};
 
@@ -56,8 +56,17 @@ pub fn silu_mul(x: &Tensor) -> Result<Tensor> {
     gate.silu()? * up
 }
 
-/// Turns `x` `[rows, heads, dim]`: element `i` with element `i + dim / 2`, by `cos` and `sin` `[rows, dim / 2]` in f32.
+/// What [`rotate`] wants its cosines and sines in, for an `x` of type `dtype`.
+pub fn rotary_dtype(device: &Device, dtype: DType) -> DType {
+    if device.is_cuda() { dtype } else { DType::F32 }
+}
+
+/// Turns `x` `[rows, heads, dim]`: element `i` with element `i + dim / 2`, by `cos` and `sin` `[rows, dim / 2]`.
 pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return candle_nn::rotary_emb::rope_thd(&x.contiguous()?.unsqueeze(0)?, cos, sin)?.squeeze(0);
+    }
     let half = x.dim(D::Minus1)? / 2;
     let wide = x.to_dtype(DType::F32)?;
     let (low, high) = (wide.narrow(D::Minus1, 0, half)?, wide.narrow(D::Minus1, half, half)?);

@@ -34,7 +34,7 @@ pub struct Decoder {
     layers: Vec<Layer>,
     norm: RmsNorm,
     lm_head: Option<Linear>,
-    /// `[context, head_dim / 2]` each, in f32.
+    /// `[context, head_dim / 2]` each, as [`ops::rotate`] wants them.
     cos: Tensor,
     sin: Tensor,
 }
@@ -46,7 +46,10 @@ impl Decoder {
         let layers = model.pp("layers");
         let lm_head = (!config.tie_word_embeddings).then(|| Linear::load(&loader.pp("lm_head"), false));
         let (cos, sin) = rotary_tables(config.head_dim(), config.rope_theta, context);
-        let table = |values| Tensor::from_vec(values, (context, config.head_dim() / 2), loader.device);
+        let kind = ops::rotary_dtype(loader.device, loader.dtype);
+        let table = |values| {
+            Tensor::from_vec(values, (context, config.head_dim() / 2), loader.device)?.to_dtype(kind)
+        };
         Ok(Decoder {
             embed_tokens: Linear::load(&model.pp("embed_tokens"), false)?,
             layers: (0..config.num_hidden_layers)
