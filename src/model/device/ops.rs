@@ -20,6 +20,12 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
 
 /// `x + delta`, and the [`rms_norm`] of it.
 pub fn add_rms_norm(x: &Tensor, delta: &Tensor, weight: &Tensor, eps: f64) -> Result<(Tensor, Tensor)> {
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda()
+        && let Some(both) = super::cuda::fused::add_rms_norm(x, delta, weight, eps)?
+    {
+        return Ok(both);
+    }
     let sum = (x + delta)?;
     let normed = rms_norm(&sum, weight, eps)?;
     Ok((sum, normed))
@@ -51,6 +57,12 @@ pub fn softmax(x: &Tensor) -> Result<Tensor> {
 
 /// `[…, 2 width]`, gate then up, to `silu(gate) x up`.
 pub fn silu_mul(x: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda()
+        && let Some(y) = super::cuda::fused::silu_mul(x)?
+    {
+        return Ok(y);
+    }
     let width = x.dim(D::Minus1)? / 2;
     let (gate, up) = (x.narrow(D::Minus1, 0, width)?, x.narrow(D::Minus1, width, width)?);
     gate.silu()? * up

@@ -45,6 +45,12 @@ fn checked(dtype: DType, block_size: usize) -> Result<usize> {
     Ok(VECTOR_BYTES / dtype.size_in_bytes())
 }
 
+/// `x` `[rows, heads, dim]` as the kernels read it: rows may lie apart, the heads of a row may not.
+fn whole_rows(x: &Tensor) -> Result<Tensor> {
+    let dim = x.dim(2)?;
+    if x.stride()[1..] == [dim, 1] { Ok(x.clone()) } else { x.contiguous() }
+}
+
 impl PagedAttention for Kernels {
     fn new_layer(
         &self,
@@ -62,7 +68,7 @@ impl PagedAttention for Kernels {
     }
 
     fn write(&self, cache: &LayerCache, keys: &Tensor, values: &Tensor, step: &Step) -> Result<()> {
-        let (keys, values) = (keys.contiguous()?, values.contiguous()?);
+        let (keys, values) = (whole_rows(keys)?, whole_rows(values)?);
         reshape_and_cache(&keys, &values, None, None, &cache.keys, &cache.values, &step.slots)
     }
 
@@ -78,7 +84,7 @@ impl PagedAttention for Kernels {
     }
 
     fn decode(&self, queries: &Tensor, cache: &LayerCache, decodes: &Decodes) -> Result<Tensor> {
-        let queries = queries.contiguous()?;
+        let queries = whole_rows(queries)?;
         let scale = 1.0 / (queries.dim(2)? as f32).sqrt();
         let longest = decodes.context_lens.iter().copied().max().unwrap_or(0);
         paged_attention(
