@@ -20,7 +20,7 @@ use half::{bf16, f16};
 use super::super::super::{ModelError, Result, Tensor};
 
 const SOURCE: &str = include_str!("kernels/fused.cu");
-const MODULE: &str = "tinyllava_fused";
+const MODULE: &str = "fused_kernels";
 /// Threads of a block; whole warps, 32 at most.
 const THREADS: u32 = 256;
 
