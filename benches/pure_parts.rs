@@ -107,7 +107,9 @@ fn scheduling(c: &mut Criterion) {
     c.bench_function("scheduler: a step of 64 running sequences", |b| {
         let new = || {
             let mut scheduler = scheduler(64 * 1_000);
-            (0..64).for_each(|i| drop(scheduler.add(sequence(i * 1_000, 4_096))));
+            for i in 0..64 {
+                scheduler.add(sequence(i * 1_000, 4_096));
+            }
             step(&mut scheduler);
             scheduler
         };

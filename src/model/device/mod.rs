@@ -1,7 +1,7 @@
 //! The whole network a second time, as tensor operations of candle: what runs on a GPU.
 //!
 //! Made by `cli/start.rs` when a device is chosen, and by tests on a CPU, where the same operations run in f32 and f16
-//! and are held against the recorded numbers. Nothing here knows which device it is but [`attention`] and [`ops`], which
+//! and are held against the recorded numbers. Nothing here knows which device it is but `attention` and `ops`, which
 //! have faster ways on CUDA. Never keeps state between calls but the weights.
 
 mod attention;
