@@ -177,7 +177,11 @@ async fn stream(address: &str, mut read: impl FnMut(&[u8])) {
         );
         if let Some(at) = line.windows(CONTENT.len()).position(|window| window == CONTENT) {
             let text = &line[at + CONTENT.len()..];
-            read(&text[..text.iter().position(|&byte| byte == b'"').expect("a string ends")]);
+            let text = &text[..text.iter().position(|&byte| byte == b'"').expect("a string ends")];
+            // The first event only says whose turn it is.
+            if !text.is_empty() {
+                read(text);
+            }
         }
     }
 }
