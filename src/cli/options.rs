@@ -13,7 +13,7 @@ use crate::{
         checkpoint::ModelSpec,
         layers::{Bits, WeightFormat},
         variant::Variant,
-        weights::StoredDType,
+        weights::{StoredDType, Weights},
     },
 };
 
@@ -31,8 +31,8 @@ pub struct ModelOptions {
     /// What weights are kept as where they are not quantised; "auto": as they are stored. Arithmetic is then f32.
     #[arg(long, value_enum, default_value_t = DType::Auto)]
     pub dtype: DType,
-    /// Quantise the weights while loading: to 8 bits, or to 4 (the decoder's; the rest to 8). "auto": q8, or none when
-    /// --dtype says what to keep.
+    /// Quantise the weights while loading: to 8 bits, or to 4 (the decoder's; the rest to 8). "auto": as a quantised
+    /// checkpoint is, else q8, or none when --dtype says what to keep.
     #[arg(long, value_enum, default_value_t = Quant::Auto)]
     pub quant: Quant,
     /// Threads for the model [default: all cores].
@@ -77,7 +77,7 @@ fn variant_parser() -> impl TypedValueParser<Value = Variant> {
 
 impl ModelOptions {
     /// What matrices are kept as.
-    pub fn weight_format(&self) -> WeightFormat {
+    pub fn weight_format(&self, weights: &Weights) -> WeightFormat {
         let floats = match self.dtype {
             DType::Auto => WeightFormat::AsStored,
             DType::F32 => WeightFormat::Float(StoredDType::F32),
@@ -85,8 +85,10 @@ impl ModelOptions {
             DType::F16 => WeightFormat::Float(StoredDType::F16),
         };
         match self.quant {
-            // 8 bits: measured to answer nano's 500 questions word for word as floats do.
-            Quant::Auto if self.dtype == DType::Auto => WeightFormat::Quant(Bits::Eight),
+            // As they are stored; else 8 bits: measured to answer nano's 500 questions word for word as floats do.
+            Quant::Auto if self.dtype == DType::Auto => {
+                WeightFormat::Quant(weights.quantised().unwrap_or(Bits::Eight))
+            }
             Quant::Q8 => WeightFormat::Quant(Bits::Eight),
             Quant::Q4 => WeightFormat::Quant(Bits::Four),
             Quant::Auto | Quant::None => floats,

@@ -1,6 +1,6 @@
 //! From the command line to a loaded model: download, open, read the weights, start the engine.
 //!
-//! Called by `serve`, `ask` (in-process) and `trace`. Everything slow runs on the blocking pool.
+//! Called by `serve`, `ask` (in-process), `trace` and `quantize`. Everything slow runs on the blocking pool.
 
 use std::{
     path::Path,
@@ -58,7 +58,18 @@ pub async fn start(
     tap: Box<dyn Tap>,
 ) -> anyhow::Result<Started> {
     use_threads(options.threads);
-    if let ModelSpec::Hub(repo) = &options.model {
+    download(&options.model).await?;
+    let options = options.clone();
+    let load = move || load(&options, config, observer, tap);
+    tokio::task::spawn_blocking(load).await.context("loading the model panicked")?
+}
+
+/// Brings a repository of the hub onto this machine; anything else is there.
+///
+/// # Errors
+/// When it cannot be had.
+pub async fn download(model: &ModelSpec) -> anyhow::Result<()> {
+    if let ModelSpec::Hub(repo) = model {
         let bar = progress_bar(&format!("downloading {repo}"));
         let progress = |progress: HubProgress<'_>| {
             bar.set_length(progress.total_bytes);
@@ -67,9 +78,7 @@ pub async fn start(
         Hub::from_env()?.download(repo, &progress).await?;
         bar.finish_and_clear();
     }
-    let options = options.clone();
-    let load = move || load(&options, config, observer, tap);
-    tokio::task::spawn_blocking(load).await.context("loading the model panicked")?
+    Ok(())
 }
 
 fn load(
@@ -85,7 +94,8 @@ fn load(
     bar.set_length(checkpoint.weights.num_bytes());
     let on_read = bar.clone();
     checkpoint.weights.on_read(move |bytes| on_read.inc(bytes));
-    let model = TinyLlava::load(&checkpoint.weights, &checkpoint.config, options.weight_format())
+    let format = options.weight_format(&checkpoint.weights);
+    let model = TinyLlava::load(&checkpoint.weights, &checkpoint.config, format)
         .map_err(|error| anyhow!("cannot load {}: {error}", checkpoint.id))?;
     bar.finish_and_clear();
     let mut end_token_ids = checkpoint.generation.eos_token_ids.clone();
@@ -170,7 +180,8 @@ pub async fn ensure_ffmpeg(options: &ModelOptions, media: &MediaConfig) -> anyho
     Ok(media::check_tools(media)?)
 }
 
-fn progress_bar(message: &str) -> ProgressBar {
+/// On stderr, where that is a terminal.
+pub fn progress_bar(message: &str) -> ProgressBar {
     let style = ProgressStyle::with_template("{msg} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec}");
     ProgressBar::new(0)
         .with_style(style.expect("a constant template: this is a bug").progress_chars("=> "))

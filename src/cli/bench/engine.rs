@@ -83,17 +83,16 @@ pub async fn bench_engine(args: &EngineArgs) -> anyhow::Result<()> {
     let config =
         args.model.engine(EngineConfig { max_running_sequences: largest, ..EngineConfig::default() });
     let started = start(&args.model, config, Box::new(reports.clone()), Box::new(())).await?;
-    let model = Checkpoint::open(&args.model.model)?.config;
+    let checkpoint = Checkpoint::open(&args.model.model)?;
+    let (model, format) = (checkpoint.config, args.model.weight_format(&checkpoint.weights));
     let bench = Bench { args, started, reports, model };
     let mut rows = bench.encode_and_prefill().await?;
     for &batch in &args.batch {
         rows.push(bench.decode(batch.max(1)).await?);
     }
-    let machine = Machine {
-        ops: machine::product_ops_per_second(args.model.weight_format()),
-        bytes: machine::read_bytes_per_second(),
-    };
-    print(&rows, &machine, args.model.weight_format(), &mut std::io::stdout())?;
+    let machine =
+        Machine { ops: machine::product_ops_per_second(format), bytes: machine::read_bytes_per_second() };
+    print(&rows, &machine, format, &mut std::io::stdout())?;
     if let Some(path) = &args.json {
         let json = to_json(&rows, &machine);
         std::fs::write(path, format!("{json:#}\n"))

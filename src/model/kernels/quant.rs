@@ -179,7 +179,7 @@ impl QuantRows {
 mod tests {
     use proptest::prelude::*;
 
-    use super::*;
+    use super::{super::gemm::PackedMatrix, *};
 
     fn values(len: usize, seed: u32) -> Vec<f32> {
         let mut state = seed | 1;
@@ -210,45 +210,47 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(40))]
+            #![proptest_config(ProptestConfig::with_cases(40))]
 
-        #[test]
-        fn products_are_those_of_the_rounded_rows(m in 1..20usize, n in 1..90usize, k in 1..200usize, four: bool, seed: u32) {
-            let (w, x, bias) = (values(n * k, seed), values(m * k, !seed), values(n, seed ^ 5));
-            let matrix = packed(&w, n, k, if four { Bits::Four } else { Bits::Eight });
-            let mut rounded = vec![0.0; n * k];
-let parts = matrix.parts.iter();
-            let stored = parts.flat_map(|part| (0..part.num_outputs()).map(move |row| (part, row)));
-            rounded.chunks_mut(k).zip(stored).for_each(|(out, (part, row))| part.copy_row(row, out));
-            let rows = QuantRows::new(&x, k);
-            let groups = k.div_ceil(GROUP);
-            let got = matrix.multiply(&x, Some(&bias));
-            for row in 0..m {
-                let x = |i: usize| f64::from(rows.values[row * groups * GROUP + i]) * f64::from(rows.scales[row * groups + i / GROUP]);
-                for column in 0..n {
-                    let sum: f64 = (0..k).map(|i| x(i) * f64::from(rounded[column * k + i])).sum();
-                    let expected = sum + f64::from(bias[column]);
-                    prop_assert!((f64::from(got[row * n + column]) - expected).abs() < 2e-5, "{expected}");
+            #[test]
+            fn products_are_those_of_the_rounded_rows(m in 1..20usize, n in 1..90usize, k in 1..200usize, four: bool, seed: u32) {
+                let (w, x, bias) = (values(n * k, seed), values(m * k, !seed), values(n, seed ^ 5));
+                let matrix = packed(&w, n, k, if four { Bits::Four } else { Bits::Eight });
+                let mut rounded = vec![0.0; n * k];
+    let parts = matrix.parts.iter();
+                let stored = parts.flat_map(|part| (0..part.num_outputs()).map(move |row| (part, row)));
+                rounded.chunks_mut(k).zip(stored).for_each(|(out, (part, row))| part.copy_row(row, out));
+                let rows = QuantRows::new(&x, k);
+                let groups = k.div_ceil(GROUP);
+                let got = matrix.multiply(&x, Some(&bias));
+                for row in 0..m {
+                    let x = |i: usize| f64::from(rows.values[row * groups * GROUP + i]) * f64::from(rows.scales[row * groups + i / GROUP]);
+                    for column in 0..n {
+                        let sum: f64 = (0..k).map(|i| x(i) * f64::from(rounded[column * k + i])).sum();
+                        let expected = sum + f64::from(bias[column]);
+                        prop_assert!((f64::from(got[row * n + column]) - expected).abs() < 2e-5, "{expected}");
+                    }
+                }
+            }
+
+            #[test]
+            fn a_row_gives_the_same_bits_in_any_batch(m in 1..70usize, n in 1..300usize, k in 1..200usize, four: bool, seed: u32) {
+                let (w, x) = (values(n * k, seed), values(m * k, !seed));
+                let matrix = packed(&w, n, k, if four { Bits::Four } else { Bits::Eight });
+                let together = matrix.multiply(&x, None);
+                for (row, expected) in x.chunks(k).zip(together.chunks(n)) {
+                    prop_assert_eq!(&matrix.multiply(row, None)[..], expected);
                 }
             }
         }
-
-        #[test]
-        fn a_row_gives_the_same_bits_in_any_batch(m in 1..70usize, n in 1..300usize, k in 1..200usize, four: bool, seed: u32) {
-            let (w, x) = (values(n * k, seed), values(m * k, !seed));
-            let matrix = packed(&w, n, k, if four { Bits::Four } else { Bits::Eight });
-            let together = matrix.multiply(&x, None);
-            for (row, expected) in x.chunks(k).zip(together.chunks(n)) {
-                prop_assert_eq!(&matrix.multiply(row, None)[..], expected);
-            }
-        }
-    }
 
     #[test]
     fn products_stay_close_to_the_exact_ones() {
         let (m, n, k) = (9, 64, 1024);
         let (w, x) = (values(n * k, 1), values(m * k, 2));
-        let exact = super::super::gemm::PackedMatrix::pack(&w, n, k).multiply(&x, None);
+        let exact = PackedMatrix::pack::<f32>(n, k, |row, out| out.copy_from_slice(&w[row * k..][..k]))
+            .unwrap()
+            .multiply(&x, None);
         let off = |bits| distance(&packed(&w, n, k, bits).multiply(&x, None), &exact);
         assert!(off(Bits::Eight) < 0.01, "{}", off(Bits::Eight));
         assert!(off(Bits::Four) < 0.08, "{}", off(Bits::Four));
