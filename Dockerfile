@@ -2,7 +2,7 @@
 #
 #   docker build -t tinyllava-server .
 #
-# and NVIDIA's, which does not build yet: the binary has no `cuda` feature so far:
+# and NVIDIA's, which nobody has built yet (docs/gpu.md):
 #
 #   docker build -t tinyllava-server:cuda --build-arg FEATURES=cuda \
 #     --build-arg BUILD_IMAGE=docker.io/nvidia/cuda:12.8.1-devel-ubuntu24.04 \

@@ -1,5 +1,5 @@
 # `make demo` and `make test` do everything on a fresh Debian or Ubuntu with Rust.
-.PHONY: demo test test-clients test-deploy test-balancer test-image check build openapi serve clean
+.PHONY: demo test test-clients test-deploy test-balancer test-image check check-cuda bench-micro build build-cuda gpu-check openapi serve clean
 
 demo: ## Build, start the server on the embedded model, ask it about real videos
 	@scripts/demo.sh
@@ -26,8 +26,20 @@ check: ## What CI checks before the tests
 	cargo clippy --locked --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps
 
+check-cuda: ## Type check and clippy of the CUDA code, without a toolkit
+	@scripts/check-cuda.sh
+
+bench-micro: ## Criterion benches of what runs for every token beside the model's products
+	cargo bench --locked --bench pure_parts
+
 build: ## The release binary, target/release/tinyllava
 	cargo build --locked --release
+
+build-cuda: ## The release binary for GPUs, target/cuda/release/tinyllava; a toolkit is fetched if there is none
+	@scripts/build-cuda.sh
+
+gpu-check: ## On a machine with a GPU: right numbers, then times, of the binary that `make build-cuda` built
+	@scripts/gpu-check.sh
 
 openapi: ## Write openapi.yaml anew, from the types in src/http
 	cargo run --locked --quiet -- openapi > openapi.yaml.new && mv openapi.yaml.new openapi.yaml

@@ -7,6 +7,10 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 use axum::http::HeaderValue;
 use url::Url;
 
+/// Most threads that serve connections. They only pass tokens on: with as many as there are cores, they would take those
+/// from the model's.
+pub const MAX_ASYNC_THREADS: usize = 4;
+
 /// Settings of the HTTP server and of everything behind it but the model.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -184,13 +188,15 @@ pub struct EngineConfig {
     pub block_size: usize,
     /// Memory of the KV cache.
     pub kv_cache_bytes: usize,
+    /// Whether it keeps keys and values in 16 bits, not in 32.
+    pub kv_cache_in_16_bits: bool,
     /// Sequences in a step.
     pub max_running_sequences: usize,
     /// Sequences waiting for a place in a step (requests still fetching or decoding included).
     pub max_waiting_sequences: usize,
     /// Prompt tokens computed in one step.
     pub max_prefill_tokens: usize,
-    /// Frames encoded in one step.
+    /// Frames encoded in one step; 0: two of 384 x 384, or as many smaller ones as have the same pixels.
     pub max_encode_frames: usize,
     /// Videos whose encoded tokens are kept.
     pub max_cached_videos: usize,
@@ -198,6 +204,20 @@ pub struct EngineConfig {
     pub max_context_tokens: usize,
     /// Whether prompts share blocks.
     pub prefix_cache: bool,
+}
+
+/// Pixels encoded in one step unless the configuration says: two frames of the published model, and enough rows for
+/// the kernels where frames are small.
+const ENCODE_STEP_PIXELS: usize = 2 * 384 * 384;
+
+impl EngineConfig {
+    /// Frames of `image_size` x `image_size` pixels that are encoded in one step.
+    pub fn encode_frames_a_step(&self, image_size: usize) -> usize {
+        match self.max_encode_frames {
+            0 => (ENCODE_STEP_PIXELS / image_size.pow(2).max(1)).max(1),
+            frames => frames,
+        }
+    }
 }
 
 impl Default for Config {
@@ -322,13 +342,27 @@ impl Default for EngineConfig {
         EngineConfig {
             block_size: 16,
             kv_cache_bytes: 1 << 30,
+            kv_cache_in_16_bits: false,
             max_running_sequences: 64,
             max_waiting_sequences: 128,
             max_prefill_tokens: 512,
-            max_encode_frames: 2,
+            max_encode_frames: 0,
             max_cached_videos: 32,
             max_context_tokens: 0,
             prefix_cache: true,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn small_frames_are_encoded_more_at_a_time() {
+        let auto = EngineConfig::default();
+        let frames = [384, 112, 56, 512, 4096].map(|size| auto.encode_frames_a_step(size));
+        assert_eq!(frames, [2, 23, 94, 1, 1]);
+        assert_eq!(EngineConfig { max_encode_frames: 5, ..auto }.encode_frames_a_step(56), 5);
     }
 }

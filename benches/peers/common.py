@@ -50,14 +50,17 @@ def machine(threads):
     }
 
 
-def seconds(function, repeat, warm_up=1):
-    """Runs `function` `warm_up` times for nothing, then `repeat` times; the seconds of each of those."""
+def seconds(function, repeat, warm_up=1, finish=lambda: None):
+    """Runs `function` `warm_up` times for nothing, then `repeat` times; the seconds of each of those. `finish` waits for
+    what a device has yet to do."""
     for _ in range(warm_up):
         function()
+    finish()
     times = []
     for _ in range(repeat):
         start = time.perf_counter()
         function()
+        finish()
         times.append(time.perf_counter() - start)
     return times
 

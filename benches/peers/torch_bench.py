@@ -1,4 +1,4 @@
-"""Times the original's stack on CPU: encoding a video, prefilling a prompt, decode steps, whole requests one after the other.
+"""Times the original's stack on a CPU or a GPU: encoding a video, prefilling a prompt, decode steps, whole requests one after the other.
 
     taskset -c 0,1 python torch_bench.py --preset small --dtype float32 --json torch-small-f32.json
 
@@ -21,10 +21,11 @@ REQUESTS = {"small": 8, "mid": 2, "r1": 1}
 
 
 def parse():
-    parser = common.arguments("Times torch and transformers on CPU.")
+    parser = common.arguments("Times torch and transformers.")
     parser.add_argument("--preset", choices=REPEATS, default="small", help="sizes of a model of random weights")
     parser.add_argument("--model", metavar="FOLDER", help="a checkpoint in the published layout, instead of a preset")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--trim-tower", action="store_true", help="leave out the tower's last layer, which the original computes in vain")
     parser.add_argument("--prompt-tokens", type=common.at_least_one, help="prompt with the visual tokens [default: 63 more than those]")
     parser.add_argument("--decode-steps", type=common.at_least_one, default=32)
@@ -43,6 +44,7 @@ class Bench:
             self.model = TinyLlavaVideo.load(args.model, dtype, args.trim_tower)
         else:
             self.model = TinyLlavaVideo.random(preset(args.preset), dtype, args.trim_tower)
+        self.model.to(args.device)
         config = self.model.config
         self.size = self.model.vision_tower.config.image_size
         self.num_visual = config["num_queries"]
@@ -55,10 +57,16 @@ class Bench:
     def frames(self, seed):
         """A video of noise that no other seed has."""
         shape = (NUM_FRAMES, self.size, self.size, 3)
-        return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+        frames = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+        return frames.to(self.args.device)
+
+    def finish(self):
+        """Waits for a GPU, which works behind the program."""
+        if self.args.device.startswith("cuda"):
+            torch.cuda.synchronize(self.args.device)
 
     def times(self, function):
-        return common.seconds(function, self.args.repeat, self.args.warm_up)
+        return common.seconds(function, self.args.repeat, self.args.warm_up, self.finish)
 
     def encode_and_prefill(self):
         frames = self.frames(0)
@@ -80,9 +88,11 @@ class Bench:
             logits, cache = self.model.prefill(self.model.embed(self.prompt, visual))
             token = logits.argmax().view(1, 1)
             token = self.model.step(token, cache).argmax().view(1, 1)  # the first one is a warm-up
+            self.finish()
             start = time.perf_counter()
             for _ in range(self.args.decode_steps):
                 token = self.model.step(token, cache).argmax().view(1, 1)
+            self.finish()
             steps.append((time.perf_counter() - start) / self.args.decode_steps)
         return {"decode_step": common.milliseconds(steps) | {"tokens_per_s": round(1 / statistics.median(steps), 2)}}
 
@@ -93,6 +103,7 @@ class Bench:
             frames = self.frames(seed)
             start = time.perf_counter()
             visual = self.model.encode(frames)
+            self.finish()
             encoded = time.perf_counter()
             self.model.greedy(self.model.embed(self.prompt, visual), self.args.max_tokens)
             encode += encoded - start
@@ -124,6 +135,7 @@ def main():
         "machine": machine,
         "model": args.model or args.preset,
         "dtype": args.dtype,
+        "device": torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else "cpu",
         "trim_tower": args.trim_tower,
         "prompt_tokens": bench.num_prompt,
     }

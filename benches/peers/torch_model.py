@@ -93,7 +93,7 @@ class GroupResampler(nn.Module):
         else:
             latents = torch.cat([self.sum_up(chunk[None]) for chunk in chunks])
         latents = latents.flatten(0, 1)
-        return latents + position_table(*latents.shape).to(latents.dtype)
+        return latents + position_table(*latents.shape).to(latents)
 
     def sum_up(self, chunks):
         latents = self.latents.expand(len(chunks), -1, -1)
@@ -111,7 +111,7 @@ def position_table(length, dim):
 
 
 class TinyLlavaVideo(nn.Module):
-    """The whole model, on CPU; made by `random` or `load`."""
+    """The whole model; made by `random` or `load`, on CPU."""
 
     def __init__(self, config, trim_tower=False):
         """`trim_tower` leaves out the tower's last layer, which the original computes and never uses."""
@@ -202,7 +202,7 @@ class TinyLlavaVideo(nn.Module):
     def embed(self, token_ids, visual):
         """Puts the visual tokens where `IMAGE_TOKEN` stands; `[1, tokens, dim]`."""
         at = token_ids.index(IMAGE_TOKEN)
-        embed = lambda ids: self.language_model.get_input_embeddings()(torch.tensor(ids, dtype=torch.long))
+        embed = lambda ids: self.language_model.get_input_embeddings()(torch.tensor(ids, dtype=torch.long, device=visual.device))
         return torch.cat([embed(token_ids[:at]), visual, embed(token_ids[at + 1 :])])[None]
 
     def prefill(self, embeddings):

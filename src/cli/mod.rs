@@ -6,6 +6,7 @@ mod access;
 pub mod ask;
 pub mod bench;
 pub mod chat_client;
+pub mod check;
 pub mod doctor;
 pub mod health;
 mod kv_events;
@@ -16,6 +17,7 @@ pub mod serve;
 pub mod sse_client;
 mod start;
 pub mod synth;
+mod target;
 pub mod trace;
 
 use std::path::PathBuf;
@@ -23,6 +25,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use crate::{
+    config::MAX_ASYNC_THREADS,
     media::{FrameSampling, MediaLoader},
     telemetry::tracing as logs,
 };
@@ -51,6 +54,8 @@ enum Command {
     Trace(Box<trace::TraceArgs>),
     /// Check this machine for `serve` with the same flags, and say what to fix: exit code 0 or 1.
     Doctor(Box<doctor::DoctorArgs>),
+    /// Hold a device's numbers against the CPU kernels' and against recorded ones: exit code 0 or 1.
+    Check(Box<check::CheckArgs>),
     /// Ask a running server how it is: exit code 0 or 1, for health checks.
     Health(health::HealthArgs),
     /// Print the description of the HTTP API, as openapi.yaml has it.
@@ -91,7 +96,11 @@ enum BenchSubcommand {
 /// # Errors
 /// Whatever the command fails with.
 pub fn run(cli: Cli) -> anyhow::Result<()> {
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(cores.min(MAX_ASYNC_THREADS))
+        .enable_all()
+        .build()?;
     let outcome = run_on(&runtime, cli);
     // Whatever still runs on the blocking pool (a model being loaded) must not hold up the end.
     runtime.shutdown_background();
@@ -120,6 +129,10 @@ fn run_on(runtime: &tokio::runtime::Runtime, cli: Cli) -> anyhow::Result<()> {
         Command::Doctor(args) => {
             logs::init(logs::LogFormat::Pretty, "error");
             runtime.block_on(doctor::doctor(*args))
+        }
+        Command::Check(args) => {
+            logs::init(logs::LogFormat::Pretty, "warn");
+            check::check(&args)
         }
         Command::Health(args) => runtime.block_on(health::health(&args)),
         Command::Openapi => print_openapi(),

@@ -95,9 +95,9 @@ pub struct ServeArgs {
     /// Prompt tokens computed in one step: less is smoother for running streams, more starts new ones sooner.
     #[arg(long, value_name = "N", default_value_t = 512)]
     pub max_prefill_tokens: usize,
-    /// Frames encoded in one step.
-    #[arg(long, value_name = "N", default_value_t = 2)]
-    pub max_encode_frames: usize,
+    /// Frames encoded in one step [default: two of 384 x 384, more of smaller ones].
+    #[arg(long, value_name = "N")]
+    pub max_encode_frames: Option<usize>,
     /// Turn the prefix cache off.
     #[arg(long)]
     pub no_prefix_cache: bool,
@@ -151,7 +151,9 @@ impl ServeArgs {
             max_running_sequences: self.max_running.max(1),
             max_waiting_sequences: self.max_waiting,
             max_prefill_tokens: self.max_prefill_tokens.max(1),
-            max_encode_frames: self.max_encode_frames.max(1),
+            max_encode_frames: self
+                .max_encode_frames
+                .map_or(defaults.max_encode_frames, |frames| frames.max(1)),
             prefix_cache: !self.no_prefix_cache,
             ..defaults
         };

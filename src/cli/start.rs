@@ -11,15 +11,16 @@ use std::{
 use anyhow::{Context, anyhow};
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::options::ModelOptions;
+use super::{options::ModelOptions, target::Target};
 use crate::{
     config::{Config, EngineConfig, MediaConfig},
     engine::{self, EngineHandle, EngineOptions, StepObserver},
     http::{Guides, Loaded, ModelCard},
     media::{self, MediaLoader, ffmpeg},
     model::{
-        ModelShape, Tap,
+        self, ModelShape, Tap, VideoLanguageModel,
         checkpoint::{Checkpoint, GenerationConfig, ModelSpec, TokenizerFiles},
+        device::DeviceModel,
         hub::{Hub, HubProgress},
         tinyllava::{self, TinyLlava},
     },
@@ -37,9 +38,12 @@ pub struct Started {
     pub thinks: bool,
     /// Bytes of weights that one decode step reads.
     pub decode_bytes: usize,
+    /// The GPU it runs on, if it runs on one.
+    pub target: Option<Target>,
 }
 
-/// Sets the number of threads of the kernels. Only the first call counts.
+/// Sets the number of threads of the kernels; without it there are as many as affinity and the quota of the cgroup leave.
+/// Only the first call counts.
 pub fn use_threads(threads: Option<usize>) {
     if let Some(threads) = threads {
         // An error means that the pool runs already; then its size stays.
@@ -94,18 +98,23 @@ fn load(
     bar.set_length(checkpoint.weights.num_bytes());
     let on_read = bar.clone();
     checkpoint.weights.on_read(move |bytes| on_read.inc(bytes));
-    let format = options.weight_format(&checkpoint.weights);
-    let model = TinyLlava::load(&checkpoint.weights, &checkpoint.config, format)
+    let target = Target::of(options)?;
+    let (model, decode_bytes) = load_model(&checkpoint, options, target.as_ref())
         .map_err(|error| anyhow!("cannot load {}: {error}", checkpoint.id))?;
     bar.finish_and_clear();
+    let config = match &target {
+        Some(target) => target.engine(options, config)?,
+        None => config,
+    };
     let mut end_token_ids = checkpoint.generation.eos_token_ids.clone();
     end_token_ids.push(tokenizer.end_of_text());
     let engine_options =
         EngineOptions { config, num_token_ids: tokenizer.vocab_size(), end_token_ids, observer, tap };
-    let decode_bytes = model.decode_bytes();
-    let (engine, _thread) = engine::start(Box::new(model), engine_options)?;
+    let (engine, _thread) = engine::start(model, engine_options)?;
+    let device = target.as_ref().map_or_else(|| Ok("cpu".into()), Target::describe)?;
     tracing::info!(
         model = checkpoint.id,
+        device,
         variant = options.variant().map(tracing::field::display),
         parameters = checkpoint.config.num_parameters(),
         seconds = started.elapsed().as_secs_f64(),
@@ -115,7 +124,28 @@ fn load(
     );
     let shape = tinyllava::shape(&checkpoint.config);
     let (generation, thinks) = (checkpoint.generation, options.thinks());
-    Ok(Started { engine, tokenizer, shape, generation, thinks, decode_bytes })
+    Ok(Started { engine, tokenizer, shape, generation, thinks, decode_bytes, target })
+}
+
+/// The model on its device, and the bytes of weights that one decode step reads.
+fn load_model(
+    checkpoint: &Checkpoint,
+    options: &ModelOptions,
+    target: Option<&Target>,
+) -> model::Result<(Box<dyn VideoLanguageModel>, usize)> {
+    let (weights, config) = (&checkpoint.weights, &checkpoint.config);
+    Ok(match target {
+        None => {
+            let model = TinyLlava::load(weights, config, options.weight_format(weights))?;
+            let bytes = model.decode_bytes();
+            (Box::new(model), bytes)
+        }
+        Some(Target { device, dtype }) => {
+            let model = DeviceModel::load(weights, config, device, *dtype)?;
+            let bytes = model.decode_bytes();
+            (Box::new(model), bytes)
+        }
+    })
 }
 
 fn load_tokenizer(files: &TokenizerFiles) -> anyhow::Result<Tokenizer> {

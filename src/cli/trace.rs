@@ -92,10 +92,10 @@ struct SourceFrames {
 /// One sentence: an unreadable model, video or frames file, or one that does not fit.
 pub async fn trace(args: TraceArgs) -> anyhow::Result<()> {
     let recorder = Recorder::default();
-    let config = args.model.engine(EngineConfig { prefix_cache: false, ..EngineConfig::default() });
     // For comparing with the original: floats, unless asked otherwise.
     let quant = if args.model.quant == Quant::Auto { Quant::None } else { args.model.quant };
     let model = ModelOptions { quant, ..args.model.clone() };
+    let config = model.engine(EngineConfig { prefix_cache: false, ..EngineConfig::default() });
     let started = start(&model, config, Box::new(()), Box::new(recorder.clone())).await?;
     let size = started.shape.image_size;
     let source = match (&args.frames, &args.video) {

@@ -4,10 +4,15 @@
 
 use crate::scheduler::{SamplingParams, TokenId, TokenLogprobs};
 
+/// Whether `params` asks for any log probability.
+pub fn is_asked_for(params: &SamplingParams) -> bool {
+    params.top_logprobs.is_some() || !params.watched.is_empty()
+}
+
 /// Log probabilities of the `chosen` token and of those that `params` asks for; `None` when it asks for none.
 /// `logits` holds the ids that may be sampled, and no others.
 pub fn report(logits: &[f32], params: &SamplingParams, chosen: TokenId) -> Option<Box<TokenLogprobs>> {
-    if params.top_logprobs.is_none() && params.watched.is_empty() {
+    if !is_asked_for(params) {
         return None;
     }
     let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);

@@ -3,8 +3,11 @@
 //! Called by `http` (the handle) and `cli`. Speaks integers only: no text, JSON or HTTP.
 
 mod encoder_cache;
+mod failure;
 pub mod guidance;
 pub mod handle;
+mod limits;
+mod logits;
 pub mod logprobs;
 pub mod observer;
 pub mod runner;

@@ -4,20 +4,19 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use rayon::{
-    iter::{IndexedParallelIterator, IntoParallelRefIterator, ParallelIterator},
-    slice::ParallelSlice,
-};
+use candle_core::Device;
+use rayon::iter::{IndexedParallelIterator, IntoParallelRefIterator, ParallelIterator};
 
 use super::{
     encoder_cache::EncoderCache,
     guidance::{Allowed, Guide},
     handle::VideoInput,
+    logits::{Logits, Row},
     logprobs, sampler,
 };
 use crate::{
     model::{
-        self, KvCache, ModelError, Result, SequenceInput, StepInput, Tap, VideoLanguageModel, VisualRows,
+        self, KvPool, ModelError, Result, SequenceInput, StepInput, Tap, VideoLanguageModel, VisualRows,
     },
     scheduler::{
         self, ComputeWork, EncodeWork, SamplingParams, Scheduler, SequenceId, TokenId, TokenLogprobs,
@@ -48,7 +47,7 @@ pub struct Sampled {
 /// Model, cache and encoded videos.
 pub struct Runner {
     model: Box<dyn VideoLanguageModel>,
-    cache: KvCache,
+    pool: KvPool,
     encoder: EncoderCache,
     /// Ids the tokenizer knows: `[0, n)`.
     num_token_ids: usize,
@@ -65,12 +64,12 @@ impl Runner {
     /// `num_token_ids`: ids the tokenizer knows; higher ones are never sampled. `tap` sees intermediate tensors.
     pub fn new(
         model: Box<dyn VideoLanguageModel>,
-        cache: KvCache,
+        pool: KvPool,
         num_token_ids: usize,
         tap: Box<dyn Tap>,
     ) -> Self {
         let num_token_ids = num_token_ids.min(model.shape().vocab_size);
-        Runner { model, cache, encoder: EncoderCache::default(), num_token_ids, tap }
+        Runner { model, pool, encoder: EncoderCache::default(), num_token_ids, tap }
     }
 
     /// Forgets a video's encoded tokens.
@@ -100,20 +99,30 @@ impl Runner {
         requests: &dyn Requests,
     ) -> Result<Vec<Sampled>> {
         let input = self.step_input(works, scheduler, requests)?;
-        let logits = self.model.forward(&input, &mut self.cache, self.tap.as_mut())?;
+        let logits = self.model.forward(&input, &mut self.pool, self.tap.as_mut())?;
         if input.logit_rows.is_empty() {
             return Ok(Vec::new());
         }
-        self.tap.tensor("logits_last", None, &logits);
-        let logits = logits.flatten_all()?.to_vec1::<f32>()?;
+        if self.tap.is_watching() {
+            self.tap.tensor("logits_last", None, &logits.to_device(&Device::Cpu)?);
+        }
         let sampling: Vec<&ComputeWork> = works.iter().filter(|work| work.samples).collect();
-        let sample = |(work, row): (&&ComputeWork, &[f32])| {
+        let largest_only = |work: &&ComputeWork| {
+            let params = requests.sampling(work.sequence);
+            sampler::is_plain_greedy(params)
+                && !logprobs::is_asked_for(params)
+                && requests.guide(work.sequence).is_none()
+        };
+        let largest_only: Vec<bool> = sampling.iter().map(largest_only).collect();
+        let logits = Logits::fetch(&logits, self.num_token_ids, &largest_only)?;
+        let sample = |(index, work): (usize, &&ComputeWork)| {
             let sequence =
                 scheduler.sequence(work.sequence).expect("a planned sequence is unknown: this is a bug");
-            let row = &row[..self.num_token_ids];
-            if !row.iter().any(|logit| logit.is_finite()) {
-                return Err(ModelError::Msg("the model produced no finite logit".into()));
-            }
+            let row = match logits.row(index) {
+                Row::Logits(row) => row,
+                Row::Largest(token) => return Ok(Sampled { token, logprobs: None }),
+                Row::NotFinite => return Err(ModelError::Msg("the model produced no finite logit".into())),
+            };
             let params = requests.sampling(work.sequence);
             let (tokens, num_prompt) = (sequence.token_ids(), sequence.num_prompt_tokens());
             let sample = |allowed: Allowed<'_>| sampler::sample(row, params, tokens, num_prompt, allowed);
@@ -127,7 +136,7 @@ impl Runner {
             };
             Ok(Sampled { token, logprobs: logprobs::report(row, params, token) })
         };
-        sampling.par_iter().zip(logits.par_chunks_exact(self.model.shape().vocab_size)).map(sample).collect()
+        sampling.par_iter().enumerate().map(sample).collect()
     }
 
     fn step_input(
@@ -136,7 +145,7 @@ impl Runner {
         scheduler: &Scheduler,
         requests: &dyn Requests,
     ) -> Result<StepInput> {
-        let block_size = self.cache.block_size;
+        let block_size = self.pool.block_size();
         let mut input = StepInput::default();
         for work in works {
             let sequence =

@@ -4,7 +4,6 @@
 
 use std::{
     collections::HashMap,
-    panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, Mutex, PoisonError},
     thread::JoinHandle,
     time::Instant,
@@ -13,14 +12,16 @@ use std::{
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 
 use super::{
+    failure::{Failure, guarded, on_kernel_threads},
     guidance::Guide,
     handle::{EngineHandle, EngineLimits, EngineStatus, PromptTimes, Submission, TokenEvent, VideoInput},
+    limits::engine_limits,
     observer::{StepObserver, StepReport},
     runner::{Requests, Runner, Sampled},
 };
 use crate::{
     config::EngineConfig,
-    model::{KvCache, Tap, VideoLanguageModel},
+    model::{KvDType, KvPool, Tap, VideoLanguageModel},
     scheduler::{
         ComputeWork, EncodeWork, SamplingParams, Scheduler, SchedulerLimits, SequenceId, SequenceSpec,
         SequenceUpdate, StepPlan, StopReason, TokenId, VisualSpan,
@@ -61,7 +62,7 @@ impl EngineThread {
 /// Starts the engine thread on `model`.
 ///
 /// # Errors
-/// When the cache cannot hold a single block, or the thread cannot be started.
+/// When there is no memory for the cache or it cannot hold a single block, or the thread cannot be started.
 pub fn start(
     model: Box<dyn VideoLanguageModel>,
     options: EngineOptions,
@@ -70,42 +71,19 @@ pub fn start(
     if limits.num_blocks == 0 {
         return Err(std::io::Error::other("the KV cache is too small for one block; give it more memory"));
     }
+    let kept = KvDType::new(options.config.kv_cache_in_16_bits);
+    let pool = model.new_pool(kept, limits.num_blocks, limits.block_size).map_err(|error| {
+        std::io::Error::other(format!("no memory for the KV cache; give it less: {error}"))
+    })?;
     let (submissions, inbox) = mpsc::channel(limits.max_sequences);
     let (status_sender, status) = watch::channel(EngineStatus::Ready);
     let places = Arc::new(Semaphore::new(limits.max_sequences));
     let handle = EngineHandle { places, submissions, status, limits };
     let thread = std::thread::Builder::new().name("engine".into()).spawn(move || {
         let _failed_at_the_end = FailOnDrop(status_sender);
-        Worker::new(model, options, limits).run(inbox);
+        Worker::new(model, pool, options, limits).run(inbox);
     })?;
     Ok((handle, EngineThread(Some(thread))))
-}
-
-fn engine_limits(model: &dyn VideoLanguageModel, config: &EngineConfig) -> EngineLimits {
-    let shape = model.shape();
-    let block_bytes = KvCache::block_bytes(shape, config.block_size);
-    let asked = if config.max_context_tokens == 0 { shape.context } else { config.max_context_tokens };
-    // More than every running sequence can hold is never used.
-    let context = asked.min(shape.context).max(1);
-    let most_useful = (config.max_running_sequences * 2) * context.div_ceil(config.block_size);
-    let num_blocks = (config.kv_cache_bytes / block_bytes).min(most_useful);
-    let fits = num_blocks * config.block_size;
-    if fits < context {
-        tracing::warn!(
-            context,
-            fits,
-            "the KV cache holds less than the context; requests are limited to what fits"
-        );
-    }
-    EngineLimits {
-        context: context.min(fits),
-        num_blocks,
-        block_size: config.block_size,
-        max_sequences: config.max_running_sequences + config.max_waiting_sequences,
-        visual_tokens: shape.visual_tokens,
-        max_videos: config.max_cached_videos,
-        image_size: shape.image_size,
-    }
 }
 
 /// Tells the handles that the thread is gone, however it ended.
@@ -144,36 +122,30 @@ impl Requests for RequestTable {
     }
 }
 
-/// Runs a piece of a step among the kernels' threads: from outside, each kernel would wake them and sleep until they are done.
-fn on_kernel_threads<T: Send>(run: impl FnOnce() -> crate::model::Result<T> + Send) -> Result<T, String> {
-    guarded(|| rayon::scope(|_| run()))
-}
-
-/// Runs something; a panic in it is an error like any other.
-fn guarded<T>(run: impl FnOnce() -> crate::model::Result<T>) -> Result<T, String> {
-    match catch_unwind(AssertUnwindSafe(run)) {
-        Ok(outcome) => outcome.map_err(|error| error.to_string()),
-        Err(_) => Err("a step panicked".into()),
-    }
-}
-
 struct Worker {
     scheduler: Scheduler,
     runner: Runner,
     requests: RequestTable,
     observer: Box<dyn StepObserver>,
     num_blocks: usize,
+    /// Why the device can no longer be used.
+    lost_device: Option<String>,
 }
 
 impl Worker {
-    fn new(model: Box<dyn VideoLanguageModel>, options: EngineOptions, limits: EngineLimits) -> Self {
+    fn new(
+        model: Box<dyn VideoLanguageModel>,
+        pool: KvPool,
+        options: EngineOptions,
+        limits: EngineLimits,
+    ) -> Self {
         let config = &options.config;
         let mut scheduler = Scheduler::new(SchedulerLimits {
             block_size: config.block_size,
             num_blocks: limits.num_blocks,
             max_running_sequences: config.max_running_sequences,
             max_prefill_tokens: config.max_prefill_tokens,
-            max_encode_frames: config.max_encode_frames,
+            max_encode_frames: config.encode_frames_a_step(model.shape().image_size),
             max_cached_videos: config.max_cached_videos,
             prefix_cache: config.prefix_cache,
             end_token_ids: options.end_token_ids,
@@ -181,10 +153,14 @@ impl Worker {
         if let Some(seed) = options.observer.cache_event_seed() {
             scheduler.log_cache_events(seed);
         }
-        let cache = KvCache::new(model.shape(), limits.num_blocks, limits.block_size);
-        let runner = Runner::new(model, cache, options.num_token_ids, options.tap);
-        let requests = RequestTable(HashMap::new());
-        Worker { scheduler, runner, requests, observer: options.observer, num_blocks: limits.num_blocks }
+        Worker {
+            scheduler,
+            runner: Runner::new(model, pool, options.num_token_ids, options.tap),
+            requests: RequestTable(HashMap::new()),
+            observer: options.observer,
+            num_blocks: limits.num_blocks,
+            lost_device: None,
+        }
     }
 
     fn run(&mut self, mut inbox: mpsc::Receiver<Vec<Submission>>) {
@@ -201,6 +177,9 @@ impl Worker {
             }
             self.drop_cancelled();
             self.step();
+            if let Some(cause) = self.lost_device.take() {
+                return self.give_up(&cause);
+            }
         }
     }
 
@@ -290,7 +269,7 @@ impl Worker {
         let part = StepPlan { encode: vec![work], ..StepPlan::default() };
         match outcome {
             Ok(()) => self.deliver(&part, Vec::new()),
-            Err(error) => self.fail(&part, &error),
+            Err(failure) => self.fail(&part, failure),
         }
     }
 
@@ -298,14 +277,14 @@ impl Worker {
     /// writes to the cache depends on nothing but its plan and may be written twice.
     fn compute(&mut self, mut works: Vec<ComputeWork>) {
         works.retain(|work| self.scheduler.sequence(work.sequence).is_some());
-        if works.is_empty() {
+        if works.is_empty() || self.lost_device.is_some() {
             return;
         }
         let outcome = on_kernel_threads(|| self.runner.compute(&works, &self.scheduler, &self.requests));
         match outcome {
             Ok(sampled) => self.deliver(&StepPlan { compute: works, ..StepPlan::default() }, sampled),
-            Err(error) if works.len() == 1 => {
-                self.fail(&StepPlan { compute: works, ..StepPlan::default() }, &error)
+            Err(failure) if works.len() == 1 || failure.is_fatal => {
+                self.fail(&StepPlan { compute: works, ..StepPlan::default() }, failure)
             }
             Err(_) => works.into_iter().for_each(|work| self.compute(vec![work])),
         }
@@ -357,19 +336,37 @@ impl Worker {
         match (guide, update.token) {
             (Some(guide), Some(token)) => {
                 let guide = guide.get_mut().unwrap_or_else(PoisonError::into_inner);
-                guarded(|| Ok(guide.advance(token)))
+                guarded(|| Ok(guide.advance(token))).map_err(|failure| failure.cause)
             }
             _ => Ok(false),
         }
     }
 
-    fn fail(&mut self, plan: &StepPlan, error: &str) {
+    fn fail(&mut self, plan: &StepPlan, failure: Failure) {
+        if failure.is_fatal {
+            // Once: what follows a device's failure is only its echo.
+            self.lost_device.get_or_insert(failure.cause);
+            return;
+        }
         let failed = self.scheduler.fail(plan);
-        tracing::error!(error, sequences = failed.len(), "a step failed");
+        tracing::error!(error = failure.cause, sequences = failed.len(), "a step failed");
         for id in failed {
-            self.send(id, TokenEvent::Failed(error.to_string()));
+            self.send(id, TokenEvent::Failed(failure.cause.clone()));
             self.requests.0.remove(&id);
         }
+    }
+
+    /// Tells every sequence that the device has failed. The thread ends after it, and with it the process.
+    fn give_up(&mut self, cause: &str) {
+        tracing::error!(
+            error = cause,
+            sequences = self.requests.0.len(),
+            "the device has failed; the engine stops"
+        );
+        for request in self.requests.0.values() {
+            let _ = request.events.try_send(TokenEvent::Failed(format!("the device has failed: {cause}")));
+        }
+        self.requests.0.clear();
     }
 
     /// The channel has room for all a sequence can produce, so a failure means that the client has gone.

@@ -171,7 +171,10 @@ impl Decoder<'_> {
             further.push(place);
         }
         let at_once = further.len() + 1;
-        let mut parts = stream::iter(segments).map(|segment| self.decode_segment(segment)).buffered(at_once);
+        // Segments run side by side: frame threads within one would only add work.
+        let threads = if segments.len() == 1 { self.tools.threads } else { 1 };
+        let parts = stream::iter(segments).map(|segment| self.decode_segment(segment, threads));
+        let mut parts = parts.buffered(at_once);
         let mut frames = Vec::new();
         while let Some(part) = parts.next().await {
             // Returning drops the passes still running, and so kills them.
@@ -181,11 +184,14 @@ impl Decoder<'_> {
         Ok(Some(frames))
     }
 
-    async fn decode_segment(&self, segment: Segment) -> Result<Option<Vec<Vec<u8>>>, MediaError> {
+    async fn decode_segment(
+        &self,
+        segment: Segment,
+        threads: usize,
+    ) -> Result<Option<Vec<Vec<u8>>>, MediaError> {
         let pass = Pass {
             seek_seconds: segment.seek_seconds,
-            // Segments run side by side; within one, frame threads would only add latency.
-            threads: 1,
+            threads,
             select: segment.wanted.iter().map(|pts| format!("eq(pts,{pts})")).collect(),
             max_decoded: segment.max_decoded,
             stop_early: true,

@@ -8,8 +8,8 @@ use std::{ops::Range, sync::Arc, time::Duration};
 use candle_core::Device;
 
 use super::{
-    FrameBatch, KvCache, ModelError, ModelShape, Result, StepInput, Tap, Tensor, VISUAL_TOKEN,
-    VideoLanguageModel,
+    FrameBatch, KvCache, KvPool, ModelError, ModelShape, Result, StepInput, Tap, Tensor, VISUAL_TOKEN,
+    VideoLanguageModel, kv_cache::KvDType,
 };
 
 /// End token of the byte tokenizer.
@@ -30,6 +30,8 @@ pub struct FakeModel {
     pub step_delay: Duration,
     /// A step whose rows hold this token fails.
     pub poison: Option<u32>,
+    /// A step whose rows hold this token loses the device.
+    pub device_poison: Option<u32>,
 }
 
 impl std::fmt::Debug for FakeModel {
@@ -53,7 +55,15 @@ impl FakeModel {
             head_dim: 4,
         };
         let prompt_end = prompt_end.bytes().map(u32::from).collect();
-        FakeModel { shape, reply, prompt_end, slots: Vec::new(), step_delay: Duration::ZERO, poison: None }
+        FakeModel {
+            shape,
+            reply,
+            prompt_end,
+            slots: Vec::new(),
+            step_delay: Duration::ZERO,
+            poison: None,
+            device_poison: None,
+        }
     }
 
     /// Always the same reply, to prompts of the chat template.
@@ -76,6 +86,14 @@ impl VideoLanguageModel for FakeModel {
         &self.shape
     }
 
+    fn block_bytes(&self, kept: KvDType, block_size: usize) -> usize {
+        KvCache::block_bytes(&self.shape, kept, block_size)
+    }
+
+    fn new_pool(&self, kept: KvDType, num_blocks: usize, block_size: usize) -> Result<KvPool> {
+        Ok(KvPool::Host(KvCache::new(&self.shape, kept, num_blocks, block_size)))
+    }
+
     fn encode_frames(&mut self, frames: &FrameBatch, range: Range<usize>, _: &mut dyn Tap) -> Result<Tensor> {
         std::thread::sleep(self.step_delay);
         // One feature a frame: its mean.
@@ -93,12 +111,16 @@ impl VideoLanguageModel for FakeModel {
         features.mean_all()?.broadcast_as((self.shape.visual_tokens, self.shape.hidden_size))?.contiguous()
     }
 
-    fn forward(&mut self, input: &StepInput, cache: &mut KvCache, _: &mut dyn Tap) -> Result<Tensor> {
+    fn forward(&mut self, input: &StepInput, pool: &mut KvPool, _: &mut dyn Tap) -> Result<Tensor> {
         std::thread::sleep(self.step_delay);
+        let block_size = pool.block_size();
         if self.poison.is_some_and(|poison| input.token_ids.contains(&poison)) {
             return Err(ModelError::Msg("a poisoned token".into()));
         }
-        self.slots.resize(cache.num_blocks * cache.block_size, None);
+        if self.device_poison.is_some_and(|poison| input.token_ids.contains(&poison)) {
+            return Err(ModelError::Cuda("an illegal memory access".into()));
+        }
+        self.slots.resize(pool.num_blocks() * block_size, None);
         for (row, &slot) in input.slot_mapping.iter().enumerate() {
             self.slots[slot] = Some((input.token_ids[row], input.positions[row]));
         }
@@ -116,8 +138,7 @@ impl VideoLanguageModel for FakeModel {
             let table = &input.block_tables[sequence.blocks.clone()];
             let tokens: Vec<u32> = (0..sequence.context_len)
                 .map(|position| {
-                    let slot = table[position / cache.block_size] as usize * cache.block_size
-                        + position % cache.block_size;
+                    let slot = table[position / block_size] as usize * block_size + position % block_size;
                     let (token, at) = self.slots[slot].expect("a slot was never written");
                     assert_eq!(at as usize, position, "a slot holds another position");
                     token

@@ -7,15 +7,18 @@ pub mod checkpoint;
 mod checkpoint_writer;
 pub mod config;
 mod cost;
+pub mod device;
 pub mod embedded;
 pub mod fake;
 mod folders;
 pub mod hub;
 mod kernels;
 pub mod kv_cache;
+pub mod kv_pool;
 pub mod layers;
 pub mod layout;
 pub mod machine;
+pub mod placement;
 pub mod presets;
 pub mod quantised;
 pub mod qwen2;
@@ -25,13 +28,15 @@ pub mod siglip;
 mod stored;
 pub mod synth;
 pub mod tinyllava;
+pub mod trial;
 pub mod variant;
 pub mod weights;
 
 use std::{ops::Range, sync::Arc};
 
 pub use candle_core::{Error as ModelError, Result, Tensor};
-pub use kv_cache::KvCache;
+pub use kv_cache::{KvCache, KvDType};
+pub use kv_pool::KvPool;
 
 /// The id that stands for one visual token in [`StepInput::token_ids`]; the scheduler's own.
 pub const VISUAL_TOKEN: u32 = u32::MAX;
@@ -146,6 +151,16 @@ pub trait VideoLanguageModel: Send {
     /// Its sizes.
     fn shape(&self) -> &ModelShape;
 
+    /// Bytes one block of its cache takes over all layers. What is `kept` is the choice of the CPU kernels only: on a
+    /// device keys and values are what the model computes in.
+    fn block_bytes(&self, kept: KvDType, block_size: usize) -> usize;
+
+    /// An empty cache, where and as the model reads it.
+    ///
+    /// # Errors
+    /// When there is no memory for it.
+    fn new_pool(&self, kept: KvDType, num_blocks: usize, block_size: usize) -> Result<KvPool>;
+
     /// Runs the vision tower over some frames of a video.
     /// Returns features `[num_frames x patches, vision_hidden]`.
     fn encode_frames(
@@ -158,7 +173,7 @@ pub trait VideoLanguageModel: Send {
     /// Runs the connector over the features of a whole video. Returns `[visual_tokens, hidden_size]`.
     fn connect(&mut self, features: &Tensor, tap: &mut dyn Tap) -> Result<Tensor>;
 
-    /// Runs the decoder: writes keys and values of all rows into `cache`, attends, and returns the logits of
+    /// Runs the decoder: writes keys and values of all rows into `pool`, attends, and returns the logits of
     /// `input.logit_rows`, `[logit_rows.len(), vocab_size]` in f32.
-    fn forward(&mut self, input: &StepInput, cache: &mut KvCache, tap: &mut dyn Tap) -> Result<Tensor>;
+    fn forward(&mut self, input: &StepInput, pool: &mut KvPool, tap: &mut dyn Tap) -> Result<Tensor>;
 }

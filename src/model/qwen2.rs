@@ -141,6 +141,19 @@ impl Layer {
     }
 }
 
+/// Cosine and sine of every position, `[context, head_dim / 2]` each.
+pub fn rotary_tables(head_dim: usize, theta: f64, context: usize) -> (Vec<f32>, Vec<f32>) {
+    let half = head_dim / 2;
+    let exponent = |i: usize| (2 * i) as f32 / head_dim as f32;
+    let inverse: Vec<f32> = (0..half).map(|i| 1.0 / (theta.powf(f64::from(exponent(i))) as f32)).collect();
+    let angles =
+        || (0..context).flat_map(|position| inverse.iter().map(move |inverse| position as f32 * inverse));
+    // Through f64: the accuracy of f32 functions differs between platforms.
+    let cos = angles().map(|angle| f64::from(angle).cos() as f32).collect();
+    let sin = angles().map(|angle| f64::from(angle).sin() as f32).collect();
+    (cos, sin)
+}
+
 /// Rotary positions by halves: element `i` turns with element `i + dim / 2`.
 #[derive(Debug)]
 struct Rotary {
@@ -152,15 +165,7 @@ struct Rotary {
 
 impl Rotary {
     fn new(head_dim: usize, theta: f64, context: usize) -> Self {
-        let half = head_dim / 2;
-        let exponent = |i: usize| (2 * i) as f32 / head_dim as f32;
-        let inverse: Vec<f32> =
-            (0..half).map(|i| 1.0 / (theta.powf(f64::from(exponent(i))) as f32)).collect();
-        let angles =
-            || (0..context).flat_map(|position| inverse.iter().map(move |inverse| position as f32 * inverse));
-        // Through f64: the accuracy of f32 functions differs between platforms.
-        let cos = angles().map(|angle| f64::from(angle).cos() as f32).collect();
-        let sin = angles().map(|angle| f64::from(angle).sin() as f32).collect();
+        let (cos, sin) = rotary_tables(head_dim, theta, context);
         Rotary { cos, sin, head_dim }
     }
 

@@ -14,7 +14,8 @@ use super::{
     layout::RESAMPLER_INNER,
 };
 
-const LAYER_NORM_EPS: f64 = 1e-5;
+/// Of every norm of the connector.
+pub const LAYER_NORM_EPS: f64 = 1e-5;
 /// 8 heads of 64, whatever the model's width.
 const HEADS: Heads = Heads { num_heads: 8, num_kv_heads: 8, head_dim: RESAMPLER_INNER / 8 };
 
@@ -104,7 +105,7 @@ impl Resampler {
 }
 
 /// Features of chunk `index` when `total` are split into `groups`: the first ones get one more.
-fn chunk_len(total: usize, groups: usize, index: usize) -> usize {
+pub fn chunk_len(total: usize, groups: usize, index: usize) -> usize {
     total / groups + usize::from(index < total % groups)
 }
 
@@ -171,7 +172,7 @@ impl Layer {
 }
 
 /// Sinusoidal positions `[num_positions, dim]`, rounded to f16 as the original stores them.
-fn position_table(num_positions: usize, dim: usize) -> Vec<f32> {
+pub fn position_table(num_positions: usize, dim: usize) -> Vec<f32> {
     let step = (-(10_000f64.ln()) / dim as f64) as f32;
     let frequencies: Vec<f32> =
         (0..dim.div_ceil(2)).map(|k| f64::from((2 * k) as f32 * step).exp() as f32).collect();

@@ -31,8 +31,16 @@ pub struct VisionTower {
     /// `[patches, hidden]`
     position_embedding: Vec<f32>,
     layers: Vec<Layer>,
-    /// The pixel value of each byte: rescaled in f64, then normalised in f32.
+    /// The pixel value of each byte.
     pixel_values: [f32; 256],
+}
+
+/// The pixel value of each byte: rescaled in f64, then normalised in f32.
+pub fn byte_values() -> [f32; 256] {
+    std::array::from_fn(|byte| {
+        let rescaled = (byte as f64 * 0.003_921_568_627_450_98) as f32;
+        (rescaled - 0.5) / 0.5
+    })
 }
 
 impl VisionTower {
@@ -45,10 +53,7 @@ impl VisionTower {
             patch_embedding: Linear::load(&embeddings.pp("patch_embedding"), true)?,
             position_embedding: embeddings.pp("position_embedding").vector("weight")?,
             layers: (0..num_layers).map(|i| Layer::load(&layers.pp(i), config)).collect::<Result<_>>()?,
-            pixel_values: std::array::from_fn(|byte| {
-                let rescaled = (byte as f64 * 0.003_921_568_627_450_98) as f32;
-                (rescaled - 0.5) / 0.5
-            }),
+            pixel_values: byte_values(),
             config: config.clone(),
         })
     }

@@ -1,9 +1,10 @@
 //! TinyLLaVA-Video: tower, connector and decoder as one model the engine can run.
 
 use super::{
-    FrameBatch, KvCache, ModelError, ModelShape, Result, StepInput, Tap, Tensor, VideoLanguageModel,
+    FrameBatch, KvCache, KvPool, ModelError, ModelShape, Result, StepInput, Tap, Tensor, VideoLanguageModel,
     config::ModelConfig,
     kernels::attention::TILE,
+    kv_cache::KvDType,
     layers::{Loader, WeightFormat},
     qwen2::Decoder,
     resampler::Resampler,
@@ -69,6 +70,14 @@ impl VideoLanguageModel for TinyLlava {
         &self.shape
     }
 
+    fn block_bytes(&self, kept: KvDType, block_size: usize) -> usize {
+        KvCache::block_bytes(&self.shape, kept, block_size)
+    }
+
+    fn new_pool(&self, kept: KvDType, num_blocks: usize, block_size: usize) -> Result<KvPool> {
+        Ok(KvPool::Host(KvCache::new(&self.shape, kept, num_blocks, block_size)))
+    }
+
     fn encode_frames(
         &mut self,
         frames: &FrameBatch,
@@ -82,7 +91,7 @@ impl VideoLanguageModel for TinyLlava {
         self.connector.forward(features, tap)
     }
 
-    fn forward(&mut self, input: &StepInput, cache: &mut KvCache, tap: &mut dyn Tap) -> Result<Tensor> {
-        self.language_model.forward(input, cache, tap)
+    fn forward(&mut self, input: &StepInput, pool: &mut KvPool, tap: &mut dyn Tap) -> Result<Tensor> {
+        self.language_model.forward(input, pool.host_mut()?, tap)
     }
 }

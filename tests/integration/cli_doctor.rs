@@ -98,7 +98,7 @@ fn too_little_memory_for_full_caches_is_a_warning_and_so_is_a_small_cache() {
     assert!(level == "warning" && fix.contains("--kv-cache-mib"), "{fix}");
     let output = doctor(&["--model", "synth:r1", "--kv-cache-mib", "64"]).output().unwrap();
     let (level, found, fix) = finding(&output, "kv cache");
-    assert!(level == "warning" && fix.contains("--kv-cache-mib 216"), "{found}; {fix}");
+    assert!(level == "warning" && fix.contains("--kv-cache-mib 108"), "{found}; {fix}");
 }
 
 #[test]

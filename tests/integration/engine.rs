@@ -12,8 +12,8 @@ use proptest::{
 use tinyllava::{
     config::EngineConfig,
     engine::{
-        EngineHandle, EngineOptions, EngineThread, NewSequence, StepObserver, StepReport, TokenEvent,
-        VideoInput,
+        EngineHandle, EngineOptions, EngineStatus, EngineThread, NewSequence, StepObserver, StepReport,
+        TokenEvent, VideoInput,
     },
     model::{
         FrameBatch, VISUAL_TOKEN,
@@ -141,6 +141,22 @@ async fn a_failing_sequence_fails_alone() {
     assert_eq!(bad, (String::new(), Err("a poisoned token".into())));
     assert_eq!((late.0.len(), late.1), (40, Ok(StopReason::EndOfSequence)));
     until_idle(&report).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_device_fails_everything_once_and_stops_the_engine() {
+    let mut model = FakeModel::saying(&"x".repeat(400));
+    model.device_poison = Some(u32::from(b'#'));
+    model.step_delay = Duration::from_millis(2);
+    let (handle, thread, _) = start(model, EngineConfig::default());
+    let (good, bad) = tokio::join!(reply(&handle, text("good", 400)), reply(&handle, text("b#d", 60)));
+    for (_, end) in [good, bad] {
+        assert_eq!(end, Err("the device has failed: an illegal memory access".into()));
+    }
+    handle.stopped().await;
+    assert_eq!(handle.status(), EngineStatus::Failed);
+    assert_eq!(handle.reserve().unwrap_err().to_string(), "the engine has stopped");
+    thread.join();
 }
 
 #[tokio::test]

@@ -2,8 +2,9 @@
 
 use proptest::prelude::*;
 use tinyllava::model::{
-    KvCache, SequenceInput, StepInput, Tensor, VideoLanguageModel,
+    KvPool, SequenceInput, StepInput, Tensor, VideoLanguageModel,
     config::ModelConfig,
+    kv_cache::KvDType,
     layers::{Bits, WeightFormat},
     tinyllava::TinyLlava,
     weights::{StoredDType, Weights},
@@ -22,15 +23,16 @@ struct Part {
 }
 
 /// Runs the parts in one step; returns the logits of each part's last row.
-fn step(model: &mut TinyLlava, cache: &mut KvCache, parts: &[Part]) -> Vec<Vec<f32>> {
+fn step(model: &mut TinyLlava, pool: &mut KvPool, parts: &[Part]) -> Vec<Vec<f32>> {
     let mut input = StepInput::default();
+    let block_size = pool.block_size();
     for part in parts {
         let (first_row, first_block) = (input.token_ids.len(), input.block_tables.len());
         input.token_ids.extend(&part.tokens);
         for position in part.start..part.start + part.tokens.len() {
             input.positions.push(position as u32);
-            let block = part.blocks[position / cache.block_size] as usize;
-            input.slot_mapping.push(block * cache.block_size + position % cache.block_size);
+            let block = part.blocks[position / block_size] as usize;
+            input.slot_mapping.push(block * block_size + position % block_size);
         }
         input.block_tables.extend(&part.blocks);
         let rows = first_row..input.token_ids.len();
@@ -42,7 +44,7 @@ fn step(model: &mut TinyLlava, cache: &mut KvCache, parts: &[Part]) -> Vec<Vec<f
             blocks: first_block..input.block_tables.len(),
         });
     }
-    let logits: Tensor = model.forward(&input, cache, &mut ()).unwrap();
+    let logits: Tensor = model.forward(&input, pool, &mut ()).unwrap();
     logits.to_vec2::<f32>().unwrap()
 }
 
@@ -90,11 +92,12 @@ proptest! {
         others in prop::collection::vec(1..60usize, 0..5),
         block_size in prop_oneof![Just(16usize), Just(32)],
         format in prop::sample::select(FORMATS.to_vec()),
+        kept in prop_oneof![Just(KvDType::F32), Just(KvDType::F16)],
     ) {
         let (heads, group, layers, seed) = shape;
         let (mut model, config) = model(heads, group, layers, seed, format);
         let tokens: Vec<u32> = (0..len).map(|i| (i * 31 + seed as usize % 97) as u32 % config.text.vocab_size as u32).collect();
-        let new_cache = |model: &TinyLlava| KvCache::new(model.shape(), NUM_BLOCKS * 2, block_size);
+        let new_cache = |model: &TinyLlava| model.new_pool(kept, NUM_BLOCKS * 2, block_size).unwrap();
         let blocks = block_table(len, block_size, seed as u32);
 
         let mut cache = new_cache(&model);

@@ -11,6 +11,7 @@ mod cli_commands;
 mod cli_doctor;
 mod deploy_metrics;
 mod deployment;
+mod device;
 mod engine;
 mod golden;
 mod guided_output;

@@ -7,9 +7,10 @@ use std::{
 
 use tempfile::TempDir;
 use tinyllava::model::{
-    FrameBatch, KvCache, SequenceInput, StepInput, VISUAL_TOKEN, VideoLanguageModel, VisualRows,
+    FrameBatch, SequenceInput, StepInput, VISUAL_TOKEN, VideoLanguageModel, VisualRows,
     checkpoint::{Checkpoint, ModelSpec},
     config::ModelConfig,
+    kv_cache::KvDType,
     layers::{Bits, WeightFormat},
     quantised::write_quantised,
     synth::write_checkpoint,
@@ -45,8 +46,8 @@ fn everything(checkpoint: &Checkpoint, format: WeightFormat) -> Vec<u32> {
         visuals: vec![VisualRows { rows, embeddings: embeddings.clone() }],
         logit_rows: (0..len).collect(),
     };
-    let mut cache = KvCache::new(&shape, num_blocks, block_size);
-    let logits = model.forward(&input, &mut cache, &mut ()).unwrap();
+    let mut pool = model.new_pool(KvDType::F32, num_blocks, block_size).unwrap();
+    let logits = model.forward(&input, &mut pool, &mut ()).unwrap();
     let all = [features, embeddings, logits].map(|x| x.flatten_all().unwrap().to_vec1::<f32>().unwrap());
     all.concat().into_iter().map(f32::to_bits).collect()
 }

@@ -7,6 +7,7 @@ use std::{
     io::Write,
     path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
+    time::Instant,
 };
 
 use anyhow::{Context, bail};
@@ -16,11 +17,13 @@ use crate::{
     cli::{
         options::ModelOptions,
         start::{Started, start},
+        target::Target,
     },
     config::EngineConfig,
     engine::{EngineHandle, NewSequence, StepObserver, StepReport, TokenEvent, TokenStream, VideoInput},
     model::{
-        FrameBatch, ModelShape, checkpoint::Checkpoint, config::ModelConfig, layers::WeightFormat, machine,
+        FrameBatch, ModelShape, checkpoint::Checkpoint, config::ModelConfig, device, layers::WeightFormat,
+        machine,
     },
     scheduler::{SamplingParams, TokenId, VISUAL_TOKEN},
 };
@@ -39,6 +42,12 @@ pub struct EngineArgs {
     /// Tokens each of them generates.
     #[arg(long, value_name = "N", default_value_t = 32)]
     decode_steps: usize,
+    /// Whole requests at once, each with a video of its own: encode, prefill and --max-tokens.
+    #[arg(long, value_name = "N,…", value_delimiter = ',')]
+    requests: Vec<usize>,
+    /// Tokens each of those generates.
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    max_tokens: usize,
     /// How often everything is repeated; medians are reported.
     #[arg(long, value_name = "N", default_value_t = 5)]
     repeat: usize,
@@ -79,7 +88,7 @@ struct Row {
 /// When the model cannot be loaded or a step fails.
 pub async fn bench_engine(args: &EngineArgs) -> anyhow::Result<()> {
     let reports = Reports::default();
-    let largest = args.batch.iter().copied().max().unwrap_or(1).max(1);
+    let largest = args.batch.iter().chain(&args.requests).copied().max().unwrap_or(1).max(1);
     let config =
         args.model.engine(EngineConfig { max_running_sequences: largest, ..EngineConfig::default() });
     let started = start(&args.model, config, Box::new(reports.clone()), Box::new(())).await?;
@@ -90,9 +99,11 @@ pub async fn bench_engine(args: &EngineArgs) -> anyhow::Result<()> {
     for &batch in &args.batch {
         rows.push(bench.decode(batch.max(1)).await?);
     }
-    let machine =
-        Machine { ops: machine::product_ops_per_second(format), bytes: machine::read_bytes_per_second() };
-    print(&rows, &machine, format, &mut std::io::stdout())?;
+    for &requests in &args.requests {
+        rows.push(bench.requests(requests.max(1)).await?);
+    }
+    let machine = Machine::measured(format, bench.started.target.as_ref())?;
+    print(&rows, &machine, &mut std::io::stdout())?;
     if let Some(path) = &args.json {
         let json = to_json(&rows, &machine);
         std::fs::write(path, format!("{json:#}\n"))
@@ -101,9 +112,34 @@ pub async fn bench_engine(args: &EngineArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Side of the matrices whose product a device is measured by, and bytes of its copy.
+const DEVICE_PRODUCT_SIDE: usize = 8192;
+const DEVICE_COPY_BYTES: usize = 1 << 30;
+
 struct Machine {
+    /// What was measured.
+    what: String,
     ops: f64,
     bytes: f64,
+}
+
+impl Machine {
+    fn measured(format: WeightFormat, target: Option<&Target>) -> anyhow::Result<Self> {
+        if let Some(target) = target {
+            let Target { device, dtype } = target;
+            return Ok(Machine {
+                what: format!("{}: product", target.describe()?),
+                ops: device::machine::product_ops_per_second(device, *dtype, DEVICE_PRODUCT_SIDE)?,
+                bytes: device::machine::copy_bytes_per_second(device, DEVICE_COPY_BYTES)?,
+            });
+        }
+        let threads = rayon::current_num_threads();
+        Ok(Machine {
+            what: format!("this machine, {threads} threads, weights {format:?}: product"),
+            ops: machine::product_ops_per_second(format),
+            bytes: machine::read_bytes_per_second(),
+        })
+    }
 }
 
 struct Bench<'a> {
@@ -196,6 +232,33 @@ impl Bench<'_> {
             bytes: self.started.decode_bytes as f64,
         })
     }
+
+    /// What `num` clients get who come at once with videos that nobody asked about before, frames in hand.
+    async fn requests(&self, num: usize) -> anyhow::Result<Row> {
+        let mut times = Vec::new();
+        for repeat in 0..self.args.repeat {
+            // Seeds that no other part uses.
+            let seeds = (0..num).map(|i| ((1 + repeat) << 32 | num << 16 | i) as u64);
+            let sequences: Vec<_> = seeds.map(|seed| self.sequence(seed, self.args.max_tokens)).collect();
+            let started = Instant::now();
+            let streams = sequences.into_iter().map(|sequence| submit(&self.started.engine, sequence));
+            finish(streams.collect::<Result<_, _>>()?).await?;
+            times.push(started.elapsed().as_secs_f64());
+        }
+        self.reports.take();
+        let seconds = median(times);
+        let tokens = num * self.args.max_tokens;
+        Ok(Row {
+            what: format!("{num} whole requests"),
+            seconds,
+            tokens_per_second: Some(tokens as f64 / seconds),
+            ops: num as f64
+                * (self.model.encode_ops(self.shape().num_frames)
+                    + self.model.prefill_ops(self.num_prompt_tokens())
+                    + self.args.max_tokens as f64 * self.model.decode_ops(1, self.num_prompt_tokens())),
+            bytes: 0.0,
+        })
+    }
 }
 
 fn submit(engine: &EngineHandle, sequence: NewSequence) -> anyhow::Result<TokenStream> {
@@ -221,7 +284,7 @@ fn median(mut values: Vec<f64>) -> f64 {
     values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
-fn print(rows: &[Row], machine: &Machine, format: WeightFormat, out: &mut impl Write) -> anyhow::Result<()> {
+fn print(rows: &[Row], machine: &Machine, out: &mut impl Write) -> anyhow::Result<()> {
     writeln!(
         out,
         "{:<18} {:>10} {:>10} {:>9} {:>6} {:>7} {:>6}",
@@ -249,8 +312,8 @@ fn print(rows: &[Row], machine: &Machine, format: WeightFormat, out: &mut impl W
     }
     writeln!(
         out,
-        "this machine, {} threads, weights {format:?}: product {:.1} GFLOP/s, memory read {:.1} GB/s",
-        rayon::current_num_threads(),
+        "{} {:.1} GFLOP/s, memory {:.1} GB/s",
+        machine.what,
         machine.ops / 1e9,
         machine.bytes / 1e9
     )?;
@@ -270,6 +333,7 @@ fn to_json(rows: &[Row], machine: &Machine) -> serde_json::Value {
     json!({
         "rows": rows.iter().map(row).collect::<Vec<_>>(),
         "machine": {
+            "what": machine.what,
             "threads": rayon::current_num_threads(),
             "gflops": machine.ops / 1e9,
             "gbytes_per_second": machine.bytes / 1e9,

@@ -6,14 +6,16 @@ use std::path::Path;
 
 use super::{Finding, memory};
 use crate::{
-    cli::options::ModelOptions,
+    cli::{options::ModelOptions, target::Target},
     config::Config,
     model::{
         KvCache, ModelShape,
         checkpoint::{Checkpoint, CheckpointError, ModelSpec},
         hub::{HubConfig, HubError},
+        kv_cache::KvDType,
         layers::Bits,
-        tinyllava,
+        placement, tinyllava,
+        weights::Weights,
     },
 };
 
@@ -46,6 +48,18 @@ pub fn check(options: &ModelOptions, config: &Config) -> Vec<Finding> {
         checkpoint.id,
         checkpoint.config.num_parameters() as f64 / 1e6,
     );
+    let target = match Target::of(options) {
+        Ok(None) => None,
+        Ok(Some(target)) => Some(target),
+        Err(error) => {
+            let fix = "give --device cpu, or the flags the message names";
+            return vec![Finding::ok("model", found), Finding::problem("device", error.to_string(), fix)];
+        }
+    };
+    if let Some(target) = target {
+        let bytes = parameters(weights) * target.dtype.size_in_bytes() as u64;
+        return vec![Finding::ok("model", found), on_device(&target, options, bytes)];
+    }
     let weights_bytes = weights.kept_bytes(format);
     let mut findings = vec![Finding::ok("model", found)];
     findings.push(kv_cache(&shape, config));
@@ -58,6 +72,24 @@ pub fn check(options: &ModelOptions, config: &Config) -> Vec<Finding> {
     findings
 }
 
+/// Whether the weights and something more fit a GPU.
+fn on_device(target: &Target, options: &ModelOptions, weights_bytes: u64) -> Finding {
+    let described = target.describe().unwrap_or_else(|error| error.to_string());
+    match placement::cache_bytes(&target.device, options.gpu_memory_utilization) {
+        Ok(Some(room)) if (room as u64) <= weights_bytes => {
+            let found = format!("{described}: {} MiB for {} MiB of weights", room >> 20, weights_bytes >> 20);
+            let fix = "the model does not fit: free the GPU, or raise --gpu-memory-utilization, or take a larger one";
+            Finding::problem("device", found, fix)
+        }
+        Ok(_) => Finding::ok("device", format!("{described}, {} MiB of weights", weights_bytes >> 20)),
+        Err(error) => Finding::problem("device", error.to_string(), "see what nvidia-smi says"),
+    }
+}
+
+fn parameters(weights: &Weights) -> u64 {
+    weights.num_bytes() / weights.dtype().num_bytes() as u64
+}
+
 fn fix_of(model: &ModelSpec) -> &'static str {
     match model {
         ModelSpec::Hub(_) => "delete its folder under HF_HOME and download it again",
@@ -68,10 +100,15 @@ fn fix_of(model: &ModelSpec) -> &'static str {
 /// The engine takes no more blocks than all its sequences can fill.
 fn kv_bytes(shape: &ModelShape, config: &Config) -> u64 {
     let engine = &config.engine;
-    let block_bytes = KvCache::block_bytes(shape, engine.block_size) as u64;
+    let block_bytes = block_bytes(shape, config) as u64;
     let most_useful =
         engine.max_running_sequences as u64 * 2 * context(shape, config).div_ceil(engine.block_size as u64);
     (engine.kv_cache_bytes as u64).min(most_useful.saturating_mul(block_bytes))
+}
+
+fn block_bytes(shape: &ModelShape, config: &Config) -> usize {
+    let dtype = KvDType::new(config.engine.kv_cache_in_16_bits);
+    KvCache::block_bytes(shape, dtype, config.engine.block_size)
 }
 
 fn context(shape: &ModelShape, config: &Config) -> u64 {
@@ -86,7 +123,7 @@ fn encoder_cache_bytes(shape: &ModelShape, config: &Config) -> u64 {
 
 fn kv_cache(shape: &ModelShape, config: &Config) -> Finding {
     let block = config.engine.block_size;
-    let token_bytes = KvCache::block_bytes(shape, block) / block;
+    let token_bytes = block_bytes(shape, config) / block;
     let tokens = config.engine.kv_cache_bytes / (token_bytes * block) * block;
     let context = context(shape, config);
     let found = format!("{tokens} tokens of {token_bytes} bytes; one request may take {context}");
@@ -137,9 +174,10 @@ mod tests {
     };
 
     #[test]
-    fn a_token_of_the_published_model_takes_72_kib_of_cache() {
+    fn a_token_of_the_published_model_takes_36_kib_of_cache_in_16_bits() {
         let shape = tinyllava::shape(&ModelConfig::preset(Preset::R1));
-        assert_eq!(KvCache::block_bytes(&shape, 16) / 16, 2 * 36_864);
+        assert_eq!(KvCache::block_bytes(&shape, KvDType::F16, 16) / 16, 36_864);
+        assert_eq!(KvCache::block_bytes(&shape, KvDType::F32, 16) / 16, 2 * 36_864);
     }
 
     #[test]

@@ -3,6 +3,9 @@
 //! Streaming softmax: the score matrix is never written whole. A query's arithmetic runs over its keys in ascending
 //! order with fixed boundaries, so its result does not depend on which other queries are computed beside it.
 
+use std::ops::Range;
+
+use half::f16;
 use pulp::{Arch, Simd, WithSimd};
 
 use super::activation::exp;
@@ -17,39 +20,147 @@ const ROUND: usize = TILE * TILES_A_ROUND;
 /// Lanes of the reductions.
 const LANES: usize = 16;
 
+/// What keys and values are stored as; arithmetic is always f32.
+pub trait Element: Copy + Send + Sync {
+    /// Rounds to what is stored.
+    fn narrow(x: f32) -> Self;
+
+    /// As many vectors as [`TILE`] elements fill.
+    fn widen<S: Simd, const VECTORS: usize>(stored: &[Self]) -> [S::f32s; VECTORS];
+}
+
+impl Element for f32 {
+    #[inline(always)]
+    fn narrow(x: f32) -> Self {
+        x
+    }
+
+    #[inline(always)]
+    fn widen<S: Simd, const VECTORS: usize>(stored: &[f32]) -> [S::f32s; VECTORS] {
+        let (vectors, _) = S::as_simd_f32s(stored);
+        std::array::from_fn(|v| vectors[v])
+    }
+}
+
+/// The bits of an f16. A plain integer, because memory for those comes zeroed from the kernel, untouched.
+impl Element for u16 {
+    #[inline(always)]
+    fn narrow(x: f32) -> Self {
+        // What is too large stays finite.
+        let largest = f16::MAX.to_f32();
+        f16::from_f32(x.clamp(-largest, largest)).to_bits()
+    }
+
+    #[inline(always)]
+    fn widen<S: Simd, const VECTORS: usize>(stored: &[u16]) -> [S::f32s; VECTORS] {
+        // Exponent and fraction in their new places are an f32 that is too small by 2^112; no bit is lost.
+        const GROW: f32 = f32::from_bits((127 + 112) << 23);
+        let stored = &stored[..TILE];
+        let wide: [f32; TILE] = std::array::from_fn(|lane| {
+            let bits = i32::from(stored[lane] as i16) << 13;
+            f32::from_bits(bits as u32 & 0x8fff_e000) * GROW
+        });
+        let (vectors, _) = S::as_simd_f32s(&wide);
+        std::array::from_fn(|v| vectors[v])
+    }
+}
+
 /// Where keys and values lie.
 pub trait KeyValueTiles: Sync {
+    /// What they are stored as.
+    type Element: Element;
+
     /// Keys of a tile and the distance of its rows: element `(i, token)` of `[head_dim, 16]` is at `i * stride + token`.
-    fn keys(&self, tile: usize) -> (&[f32], usize);
+    fn keys(&self, tile: usize) -> (&[Self::Element], usize);
     /// Values of a tile, `[16, padded head_dim]`.
-    fn values(&self, tile: usize) -> &[f32];
+    fn values(&self, tile: usize) -> &[Self::Element];
     /// Width of a row of values, a multiple of 16.
     fn value_width(&self) -> usize;
 }
 
 /// Up to [`QUERY_ROWS`] queries against the same keys.
-pub struct Queries<'a, 'o, T> {
+#[derive(Debug)]
+pub struct Queries<'a, T> {
     /// Each `[head_dim]`.
     pub queries: &'a [&'a [f32]],
     /// How many keys each of them sees, at least 1.
     pub visible: &'a [usize],
     pub tiles: &'a T,
     pub scale: f32,
-    /// Each `[head_dim]`, written.
-    pub out: &'a mut [&'o mut [f32]],
 }
 
-/// `out[r] = softmax(scale * q[r] K^T) V` over the first `visible[r]` keys.
-pub fn attend<T: KeyValueTiles>(work: Queries<'_, '_, T>) {
-    debug_assert!(work.visible.iter().all(|&visible| visible > 0));
-    Arch::new().dispatch(work);
+impl<T: KeyValueTiles> Queries<'_, T> {
+    /// Keys that any of them sees.
+    pub fn num_keys(&self) -> usize {
+        self.visible.iter().copied().max().unwrap_or(0)
+    }
+
+    /// Attends to the visible ones of `keys`, which begin with a tile.
+    pub fn gather(&self, keys: Range<usize>) -> Gathered {
+        debug_assert!(keys.start.is_multiple_of(TILE) && self.visible.iter().all(|&visible| visible > 0));
+        Arch::new().dispatch(Gather { queries: self, keys })
+    }
 }
 
-impl<T: KeyValueTiles> WithSimd for Queries<'_, '_, T> {
-    type Output = ();
+/// What some queries have of a range of keys: a softmax that can go on.
+#[derive(Debug)]
+pub struct Gathered {
+    /// Largest score of each query.
+    largest: [f32; QUERY_ROWS],
+    /// Sum of its `e^(score - largest)`.
+    total: [f32; QUERY_ROWS],
+    /// Values with those weights, `[rows, width]`.
+    sums: Vec<f32>,
+    width: usize,
+}
+
+impl Gathered {
+    fn new(num_rows: usize, width: usize) -> Self {
+        // The least number, not infinity: the difference of two infinities is none.
+        let largest = [f32::MIN; QUERY_ROWS];
+        Gathered { largest, total: [0.0; QUERY_ROWS], sums: vec![0.0; num_rows * width], width }
+    }
+
+    /// Together with the keys behind these.
+    pub fn and(mut self, behind: Gathered) -> Gathered {
+        let rows = self.sums.chunks_exact_mut(self.width).zip(behind.sums.chunks_exact(self.width));
+        for (row, (sums, more)) in rows.enumerate() {
+            if behind.total[row] == 0.0 {
+                // It sees none of them: not even the sign of a zero may change.
+                continue;
+            }
+            let largest = self.largest[row].max(behind.largest[row]);
+            let (keep, take) = (exp(self.largest[row] - largest), exp(behind.largest[row] - largest));
+            for (sum, more) in sums.iter_mut().zip(more) {
+                *sum = *sum * keep + more * take;
+            }
+            self.total[row] = self.total[row] * keep + behind.total[row] * take;
+            self.largest[row] = largest;
+        }
+        self
+    }
+
+    /// The mean values, `[head_dim]` for each query.
+    pub fn write(&self, out: &mut [&mut [f32]]) {
+        for ((out, sums), total) in out.iter_mut().zip(self.sums.chunks_exact(self.width)).zip(self.total) {
+            let scale = 1.0 / total;
+            for (out, sum) in out.iter_mut().zip(sums) {
+                *out = sum * scale;
+            }
+        }
+    }
+}
+
+struct Gather<'a, 'q, T> {
+    queries: &'a Queries<'q, T>,
+    keys: Range<usize>,
+}
+
+impl<T: KeyValueTiles> WithSimd for Gather<'_, '_, T> {
+    type Output = Gathered;
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
+    fn with_simd<S: Simd>(self, simd: S) -> Gathered {
         match TILE / S::F32_LANES {
             1 => self.by_rows::<S, 1>(simd),
             2 => self.by_rows::<S, 2>(simd),
@@ -59,10 +170,10 @@ impl<T: KeyValueTiles> WithSimd for Queries<'_, '_, T> {
     }
 }
 
-impl<T: KeyValueTiles> Queries<'_, '_, T> {
+impl<T: KeyValueTiles> Gather<'_, '_, T> {
     #[inline(always)]
-    fn by_rows<S: Simd, const VECTORS: usize>(self, simd: S) {
-        match self.queries.len() {
+    fn by_rows<S: Simd, const VECTORS: usize>(self, simd: S) -> Gathered {
+        match self.queries.queries.len() {
             1 => self.run::<S, VECTORS, 1>(simd),
             2 => self.run::<S, VECTORS, 2>(simd),
             3 => self.run::<S, VECTORS, 3>(simd),
@@ -73,46 +184,38 @@ impl<T: KeyValueTiles> Queries<'_, '_, T> {
     }
 
     #[inline(always)]
-    fn run<S: Simd, const VECTORS: usize, const ROWS: usize>(self, simd: S) {
-        let head_dim = self.queries[0].len();
+    fn run<S: Simd, const VECTORS: usize, const ROWS: usize>(self, simd: S) -> Gathered {
+        let Queries { queries: rows, visible, tiles, .. } = self.queries;
         // Transposed, so that one pointer reaches all rows.
-        let mut queries = vec![[0.0; ROWS]; head_dim];
+        let mut queries = vec![[0.0; ROWS]; rows[0].len()];
         for (i, values) in queries.iter_mut().enumerate() {
-            *values = std::array::from_fn(|row| self.queries[row][i]);
+            *values = std::array::from_fn(|row| rows[row][i]);
         }
-        let num_keys = self.visible.iter().copied().max().unwrap_or(0);
-        let width = self.tiles.value_width();
-        let mut sums = vec![0.0f32; ROWS * width];
-        let (mut largest, mut total) = ([f32::NEG_INFINITY; ROWS], [0.0f32; ROWS]);
-        let mut start = 0;
-        while start < num_keys {
-            let end = num_keys.min(start + ROUND);
+        let width = tiles.value_width();
+        let mut gathered = Gathered::new(ROWS, width);
+        let Gathered { largest, total, sums, .. } = &mut gathered;
+        for start in self.keys.clone().step_by(ROUND) {
+            let end = self.keys.end.min(start + ROUND);
             let mut weights = [[f32::NEG_INFINITY; ROUND]; ROWS];
             for tile in start / TILE..end.div_ceil(TILE) {
                 let offset = tile * TILE - start;
                 self.scores::<S, VECTORS, ROWS>(simd, &queries, tile, offset, &mut weights);
             }
             for row in 0..ROWS {
-                let seen = self.visible[row].saturating_sub(start).min(ROUND);
+                let seen = visible[row].saturating_sub(start).min(ROUND);
                 weights[row][seen..].fill(f32::NEG_INFINITY);
                 let before = largest[row];
                 largest[row] = maximum(&weights[row]).max(before);
                 total[row] =
                     total[row] * exp(before - largest[row]) + exponentials(&mut weights[row], largest[row]);
-                if before != largest[row] && start > 0 {
+                if before != largest[row] && start > self.keys.start {
                     let shrink = exp(before - largest[row]);
                     sums[row * width..][..width].iter_mut().for_each(|x| *x *= shrink);
                 }
             }
-            self.add_values::<S, VECTORS, ROWS>(simd, start..end, &weights, &mut sums);
-            start = end;
+            self.add_values::<S, VECTORS, ROWS>(simd, start..end, &weights, sums);
         }
-        for row in 0..ROWS {
-            let scale = 1.0 / total[row];
-            for (out, sum) in self.out[row].iter_mut().zip(&sums[row * width..]) {
-                *out = sum * scale;
-            }
-        }
+        gathered
     }
 
     /// Scaled scores of one tile.
@@ -125,10 +228,10 @@ impl<T: KeyValueTiles> Queries<'_, '_, T> {
         offset: usize,
         weights: &mut [[f32; ROUND]; ROWS],
     ) {
-        let (keys, stride) = self.tiles.keys(tile);
+        let (keys, stride) = self.queries.tiles.keys(tile);
         let mut sums = [[simd.splat_f32s(0.0); VECTORS]; ROWS];
         for (i, queries) in queries.iter().enumerate() {
-            let (keys, _) = S::as_simd_f32s(&keys[i * stride..][..TILE]);
+            let keys = T::Element::widen::<S, VECTORS>(&keys[i * stride..][..TILE]);
             for row in 0..ROWS {
                 let query = simd.splat_f32s(queries[row]);
                 for v in 0..VECTORS {
@@ -136,7 +239,7 @@ impl<T: KeyValueTiles> Queries<'_, '_, T> {
                 }
             }
         }
-        let scale = simd.splat_f32s(self.scale);
+        let scale = simd.splat_f32s(self.queries.scale);
         for row in 0..ROWS {
             let (out, _) = S::as_mut_simd_f32s(&mut weights[row][offset..offset + TILE]);
             for v in 0..VECTORS {
@@ -150,11 +253,11 @@ impl<T: KeyValueTiles> Queries<'_, '_, T> {
     fn add_values<S: Simd, const VECTORS: usize, const ROWS: usize>(
         &self,
         simd: S,
-        range: std::ops::Range<usize>,
+        range: Range<usize>,
         weights: &[[f32; ROUND]; ROWS],
         sums: &mut [f32],
     ) {
-        let width = self.tiles.value_width();
+        let width = self.queries.tiles.value_width();
         for column in (0..width).step_by(TILE) {
             let mut acc = [[simd.splat_f32s(0.0); VECTORS]; ROWS];
             for row in 0..ROWS {
@@ -162,11 +265,11 @@ impl<T: KeyValueTiles> Queries<'_, '_, T> {
                 acc[row].copy_from_slice(from);
             }
             for tile in range.start / TILE..range.end.div_ceil(TILE) {
-                let values = self.tiles.values(tile);
+                let values = self.queries.tiles.values(tile);
                 let offset = tile * TILE - range.start;
                 // Keys behind the last one may hold anything, even NaN: never touch them.
                 for token in 0..TILE.min(range.end - tile * TILE) {
-                    let (values, _) = S::as_simd_f32s(&values[token * width + column..][..TILE]);
+                    let values = T::Element::widen::<S, VECTORS>(&values[token * width + column..][..TILE]);
                     for row in 0..ROWS {
                         let weight = simd.splat_f32s(weights[row][offset + token]);
                         for v in 0..VECTORS {
@@ -248,6 +351,8 @@ impl PackedKeyValues {
 }
 
 impl KeyValueTiles for PackedKeyValues {
+    type Element = f32;
+
     #[inline(always)]
     fn keys(&self, tile: usize) -> (&[f32], usize) {
         let len = self.head_dim * TILE;
@@ -290,8 +395,47 @@ mod tests {
     fn run(queries: &[&[f32]], visible: &[usize], tiles: &PackedKeyValues, scale: f32) -> Vec<Vec<f32>> {
         let mut out = vec![vec![f32::NAN; queries[0].len()]; queries.len()];
         let mut rows: Vec<&mut [f32]> = out.iter_mut().map(Vec::as_mut_slice).collect();
-        attend(Queries { queries, visible, tiles, scale, out: &mut rows });
+        let queries = Queries { queries, visible, tiles, scale };
+        queries.gather(0..queries.num_keys()).write(&mut rows);
         out
+    }
+
+    struct Widened<'a>(&'a [u16]);
+
+    impl WithSimd for Widened<'_> {
+        type Output = Vec<f32>;
+
+        fn with_simd<S: Simd>(self, _: S) -> Vec<f32> {
+            let tiles = self.0.chunks_exact(TILE);
+            match TILE / S::F32_LANES {
+                1 => tiles
+                    .flat_map(|tile| pulp::bytemuck::cast_slice(&u16::widen::<S, 1>(tile)).to_vec())
+                    .collect(),
+                2 => tiles
+                    .flat_map(|tile| pulp::bytemuck::cast_slice(&u16::widen::<S, 2>(tile)).to_vec())
+                    .collect(),
+                4 => tiles
+                    .flat_map(|tile| pulp::bytemuck::cast_slice(&u16::widen::<S, 4>(tile)).to_vec())
+                    .collect(),
+                _ => tiles
+                    .flat_map(|tile| pulp::bytemuck::cast_slice(&u16::widen::<S, 16>(tile)).to_vec())
+                    .collect(),
+            }
+        }
+    }
+
+    #[test]
+    fn every_finite_number_of_16_bits_is_widened_exactly() {
+        let all: Vec<u16> = (0..=u16::MAX).collect();
+        let wide = Arch::new().dispatch(Widened(&all));
+        assert_eq!(wide.len(), all.len());
+        for (bits, wide) in all.into_iter().zip(wide) {
+            let expected = f16::from_bits(bits);
+            assert!(
+                !expected.is_finite() || wide.to_bits() == expected.to_f32().to_bits(),
+                "{bits:#x}: {wide}"
+            );
+        }
     }
 
     proptest! {

@@ -270,7 +270,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::{
-        super::attention::{PackedKeyValues, Queries, attend},
+        super::attention::{PackedKeyValues, Queries},
         *,
     };
 
@@ -296,7 +296,8 @@ mod tests {
                 let mut out = vec![vec![f32::NAN; dim]; rows.len()];
                 let mut rows_out: Vec<&mut [f32]> = out.iter_mut().map(Vec::as_mut_slice).collect();
                 let tiles = &PackedKeyValues::pack(num_keys, dim, token);
-                attend(Queries { queries: &rows, visible: &vec![num_keys; rows.len()], tiles, scale, out: &mut rows_out });
+                let queries = Queries { queries: &rows, visible: &vec![num_keys; rows.len()], tiles, scale };
+                queries.gather(0..num_keys).write(&mut rows_out);
                 out
             };
             let packed = Bf16KeyValues::pack(num_keys, dim, token);

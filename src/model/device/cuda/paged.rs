@@ -1,0 +1,105 @@
+//! Paged attention by the kernels of `mistralrs-paged-attn`.
+//!
+//! They end the process, or compute nothing, where they are called with what they do not know: every condition is
+//! checked before, by [`Kernels::fit`] when a model is loaded and by `checked` at each cache. Their `copy_blocks`
+//! and `swap_blocks` are never used.
+
+use candle_core::{DType, Device};
+use mistralrs_paged_attn::{paged_attention, reshape_and_cache};
+
+use super::super::{
+    super::{ModelShape, Result, Tensor},
+    attention::{LayerCache, PagedAttention},
+    step::{Decodes, Step},
+};
+
+/// Widths of a head the kernels were compiled for.
+const HEAD_DIMS: [usize; 8] = [64, 80, 96, 112, 128, 192, 256, 512];
+/// Blocks they were compiled for; with others they compute nothing.
+const BLOCK_SIZES: [usize; 3] = [8, 16, 32];
+/// Bytes of a cache element's vector: keys of one head lie in pieces of as many.
+const VECTOR_BYTES: usize = 16;
+/// Longest context: the scores of a sequence stand in 48 KiB of shared memory, next to little else.
+const MAX_CONTEXT: usize = 8192;
+/// Softcapping that does nothing.
+const NO_CAP: f32 = 1.0;
+
+/// Keys `[blocks, kv_heads, head_dim / x, block_size, x]`, values `[blocks, kv_heads, head_dim, block_size]`.
+#[derive(Debug)]
+pub struct Kernels;
+
+impl Kernels {
+    /// Whether the kernels know a model of these sizes.
+    pub fn fit(shape: &ModelShape) -> bool {
+        HEAD_DIMS.contains(&shape.head_dim) && shape.context <= MAX_CONTEXT
+    }
+}
+
+fn checked(dtype: DType, block_size: usize) -> Result<usize> {
+    if !BLOCK_SIZES.contains(&block_size) {
+        candle_core::bail!("blocks of {block_size} tokens are not supported on a GPU: use 8, 16 or 32");
+    }
+    if !matches!(dtype, DType::F32 | DType::F16 | DType::BF16) {
+        candle_core::bail!("a cache in {dtype:?} is not supported on a GPU: use f32, f16 or bf16");
+    }
+    Ok(VECTOR_BYTES / dtype.size_in_bytes())
+}
+
+/// `x` `[rows, heads, dim]` as the kernels read it: rows may lie apart, the heads of a row may not.
+fn whole_rows(x: &Tensor) -> Result<Tensor> {
+    let dim = x.dim(2)?;
+    if x.stride()[1..] == [dim, 1] { Ok(x.clone()) } else { x.contiguous() }
+}
+
+impl PagedAttention for Kernels {
+    fn new_layer(
+        &self,
+        shape: &ModelShape,
+        num_blocks: usize,
+        block_size: usize,
+        (dtype, device): (DType, &Device),
+    ) -> Result<LayerCache> {
+        let x = checked(dtype, block_size)?;
+        let (heads, dim) = (shape.num_kv_heads, shape.head_dim);
+        Ok(LayerCache {
+            keys: Tensor::zeros((num_blocks, heads, dim / x, block_size, x), dtype, device)?,
+            values: Tensor::zeros((num_blocks, heads, dim, block_size), dtype, device)?,
+        })
+    }
+
+    fn write(&self, cache: &LayerCache, keys: &Tensor, values: &Tensor, step: &Step) -> Result<()> {
+        let (keys, values) = (whole_rows(keys)?, whole_rows(values)?);
+        reshape_and_cache(&keys, &values, None, None, &cache.keys, &cache.values, &step.slots)
+    }
+
+    fn read(&self, cache: &LayerCache, blocks: &Tensor, context_len: usize) -> Result<(Tensor, Tensor)> {
+        let (_, heads, dim, block_size) = cache.values.dims4()?;
+        let keys = cache.keys.index_select(blocks, 0)?.permute((0, 3, 1, 2, 4))?;
+        let values = cache.values.index_select(blocks, 0)?.permute((0, 3, 1, 2))?;
+        let side = |x: Tensor| {
+            let slots = blocks.dim(0)? * block_size;
+            x.contiguous()?.reshape((slots, heads, dim))?.narrow(0, 0, context_len)
+        };
+        Ok((side(keys)?, side(values)?))
+    }
+
+    fn decode(&self, queries: &Tensor, cache: &LayerCache, decodes: &Decodes) -> Result<Tensor> {
+        let queries = whole_rows(queries)?;
+        let scale = 1.0 / (queries.dim(2)? as f32).sqrt();
+        let longest = decodes.context_lens.iter().copied().max().unwrap_or(0);
+        paged_attention(
+            &queries,
+            None,
+            None,
+            &cache.keys,
+            &cache.values,
+            &decodes.block_tables.contiguous()?,
+            &decodes.lens,
+            None,
+            longest,
+            scale,
+            NO_CAP,
+            None,
+        )
+    }
+}

@@ -1,0 +1,151 @@
+//! The building blocks of the networks on a device, each with its `load` from a checkpoint.
+//!
+//! Called by the networks of this folder.
+
+use candle_core::{DType, Device};
+
+use super::{
+    super::{
+        ModelError, Result, Tap, Tensor,
+        weights::{StoredDType, Weights},
+    },
+    ops,
+};
+
+/// A place in a checkpoint, and where its tensors go: `loader.pp("layers").pp(3)` stands for those below `layers.3.`.
+#[derive(Debug, Clone)]
+pub struct Loader<'a> {
+    weights: &'a Weights,
+    path: String,
+    pub device: &'a Device,
+    pub dtype: DType,
+}
+
+impl<'a> Loader<'a> {
+    /// The root of a checkpoint.
+    pub fn new(weights: &'a Weights, device: &'a Device, dtype: DType) -> Self {
+        Loader { weights, path: String::new(), device, dtype }
+    }
+
+    /// One level down.
+    pub fn pp(&self, name: impl std::fmt::Display) -> Self {
+        let path = if self.path.is_empty() { name.to_string() } else { format!("{}.{name}", self.path) };
+        Loader { path, ..self.clone() }
+    }
+
+    /// A tensor as it is stored, moved to the device and converted there.
+    pub fn tensor(&self, name: &str) -> Result<Tensor> {
+        let stored = self.weights.get(&self.pp(name).path).map_err(ModelError::wrap)?;
+        let dtype = match stored.dtype {
+            StoredDType::F32 => DType::F32,
+            StoredDType::F16 => DType::F16,
+            StoredDType::Bf16 => DType::BF16,
+        };
+        Tensor::from_raw_buffer(&stored.data, dtype, &stored.shape, self.device)?.to_dtype(self.dtype)
+    }
+}
+
+/// Shows a tensor to `tap`, in f32 and in host memory.
+pub fn show(tap: &mut dyn Tap, name: &'static str, index: Option<usize>, x: &Tensor) -> Result<()> {
+    if tap.is_watching() {
+        tap.tensor(name, index, &x.to_dtype(DType::F32)?.to_device(&Device::Cpu)?);
+    }
+    Ok(())
+}
+
+/// `y = x W^T + b`.
+#[derive(Debug)]
+pub struct Linear {
+    /// `[out, in]`
+    weight: Tensor,
+    bias: Option<Tensor>,
+}
+
+impl Linear {
+    /// `weight` and, where the layer has one, `bias`. Trailing dimensions (a convolution's) count as one.
+    pub fn load(loader: &Loader<'_>, has_bias: bool) -> Result<Self> {
+        Linear::load_stacked(std::slice::from_ref(loader), has_bias)
+    }
+
+    /// Several layers of the same input as one; their outputs stand beside each other.
+    pub fn load_stacked(loaders: &[Loader<'_>], has_bias: bool) -> Result<Self> {
+        let stacked = |name: &str| match loaders {
+            [one] => one.tensor(name),
+            several => {
+                let parts = several.iter().map(|place| place.tensor(name)).collect::<Result<Vec<_>>>()?;
+                Tensor::cat(&parts, 0)
+            }
+        };
+        let weight = stacked("weight")?.flatten_from(1)?;
+        Ok(Linear { weight, bias: has_bias.then(|| stacked("bias")).transpose()? })
+    }
+
+    /// `[…, in]` to `[…, out]`.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let (mut dims, width) = (x.dims().to_vec(), self.weight.dim(0)?);
+        // One product over all rows, not one a batch.
+        let rows = x.flatten_to(dims.len() - 2)?;
+        let y = rows.contiguous()?.matmul(&self.weight.t()?)?;
+        dims.pop();
+        dims.push(width);
+        let y = match &self.bias {
+            Some(bias) => y.broadcast_add(bias)?,
+            None => y,
+        };
+        y.reshape(dims)
+    }
+
+    /// The rows `ids` of the weight: the embeddings of tokens.
+    pub fn rows(&self, ids: &Tensor) -> Result<Tensor> {
+        self.weight.index_select(ids, 0)
+    }
+
+    /// Elements of the weight.
+    pub fn num_elements(&self) -> usize {
+        self.weight.elem_count()
+    }
+}
+
+/// LayerNorm with weight and bias.
+#[derive(Debug)]
+pub struct LayerNorm {
+    weight: Tensor,
+    bias: Tensor,
+    eps: f64,
+}
+
+impl LayerNorm {
+    /// `weight` and `bias`.
+    pub fn load(loader: &Loader<'_>, eps: f64) -> Result<Self> {
+        Ok(LayerNorm { weight: loader.tensor("weight")?, bias: loader.tensor("bias")?, eps })
+    }
+
+    /// Over the last dimension.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        ops::layer_norm(x, &self.weight, &self.bias, self.eps)
+    }
+}
+
+/// RMSNorm with weight.
+#[derive(Debug)]
+pub struct RmsNorm {
+    weight: Tensor,
+    eps: f64,
+}
+
+impl RmsNorm {
+    /// `weight`.
+    pub fn load(loader: &Loader<'_>, eps: f64) -> Result<Self> {
+        Ok(RmsNorm { weight: loader.tensor("weight")?, eps })
+    }
+
+    /// Over the last dimension.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        ops::rms_norm(x, &self.weight, self.eps)
+    }
+
+    /// `x + delta`, and its norm.
+    pub fn add_forward(&self, x: &Tensor, delta: &Tensor) -> Result<(Tensor, Tensor)> {
+        ops::add_rms_norm(x, delta, &self.weight, self.eps)
+    }
+}

@@ -1,0 +1,125 @@
+//! The whole network a second time, as tensor operations of candle: what runs on a GPU.
+//!
+//! Made by `cli/start.rs` when a device is chosen, and by tests on a CPU, where the same operations run in f32 and f16
+//! and are held against the recorded numbers. Nothing here knows which device it is but `attention` and `ops`, which
+//! have faster ways on CUDA. Never keeps state between calls but the weights.
+
+mod attention;
+#[cfg(feature = "cuda")]
+pub mod cuda;
+mod layers;
+pub mod machine;
+mod ops;
+mod qwen2;
+mod resampler;
+mod siglip;
+mod step;
+
+use candle_core::{DType, Device};
+
+use super::{
+    FrameBatch, KvDType, KvPool, ModelError, ModelShape, Result, StepInput, Tap, Tensor, VideoLanguageModel,
+    config::ModelConfig, tinyllava, weights::Weights,
+};
+use attention::{LayerCache, PagedAttention};
+use layers::Loader;
+
+/// Keys and values of all layers, in device memory.
+#[derive(Debug, Clone)]
+pub struct DeviceCache {
+    layers: Vec<LayerCache>,
+    pub block_size: usize,
+    pub num_blocks: usize,
+}
+
+/// Tower, connector and decoder on one device, computing in one type.
+#[derive(Debug)]
+pub struct DeviceModel {
+    shape: ModelShape,
+    vision_tower: siglip::VisionTower,
+    connector: resampler::Resampler,
+    language_model: qwen2::Decoder,
+    attention: Box<dyn PagedAttention>,
+    device: Device,
+    dtype: DType,
+}
+
+impl DeviceModel {
+    /// Reads all weights straight to `device`, to be kept and computed with as `dtype`.
+    ///
+    /// # Errors
+    /// When a tensor cannot be read, or the device has no room for it.
+    pub fn load(weights: &Weights, config: &ModelConfig, device: &Device, dtype: DType) -> Result<Self> {
+        let loader = Loader::new(weights, device, dtype);
+        let vision = loader.pp("vision_tower._vision_tower.vision_model");
+        let shape = tinyllava::shape(config);
+        Ok(DeviceModel {
+            vision_tower: siglip::VisionTower::load(&vision, &config.vision)?,
+            connector: resampler::Resampler::load(&loader.pp("connector._connector"), &config.connector)?,
+            language_model: qwen2::Decoder::load(&loader.pp("language_model"), &config.text, config.context)?,
+            attention: attention::choose(device, &shape),
+            shape,
+            device: device.clone(),
+            dtype,
+        })
+    }
+
+    /// Bytes of weights that one decode step reads, however many sequences it holds.
+    pub fn decode_bytes(&self) -> usize {
+        self.language_model.num_elements() * self.dtype.size_in_bytes()
+    }
+}
+
+/// Whether `error` is the device's and not a request's: after it nothing that runs there can be trusted.
+pub fn is_device_failure(error: &ModelError) -> bool {
+    match error {
+        ModelError::Cuda(_) => true,
+        ModelError::Context { inner, .. }
+        | ModelError::WithPath { inner, .. }
+        | ModelError::WithBacktrace { inner, .. } => is_device_failure(inner),
+        _ => false,
+    }
+}
+
+impl VideoLanguageModel for DeviceModel {
+    fn shape(&self) -> &ModelShape {
+        &self.shape
+    }
+
+    fn block_bytes(&self, _: KvDType, block_size: usize) -> usize {
+        let shape = &self.shape;
+        let elements = shape.num_layers * shape.num_kv_heads * shape.head_dim * block_size;
+        2 * elements * self.dtype.size_in_bytes()
+    }
+
+    fn new_pool(&self, _: KvDType, num_blocks: usize, block_size: usize) -> Result<KvPool> {
+        let layer =
+            |_| self.attention.new_layer(&self.shape, num_blocks, block_size, (self.dtype, &self.device));
+        let layers = (0..self.shape.num_layers).map(layer).collect::<Result<_>>()?;
+        Ok(KvPool::Device(DeviceCache { layers, block_size, num_blocks }))
+    }
+
+    fn encode_frames(
+        &mut self,
+        frames: &FrameBatch,
+        range: std::ops::Range<usize>,
+        tap: &mut dyn Tap,
+    ) -> Result<Tensor> {
+        let features = self.vision_tower.forward(frames, range, tap)?;
+        // Otherwise its time and its errors would be the next work's, which belongs to another sequence.
+        self.device.synchronize()?;
+        Ok(features)
+    }
+
+    fn connect(&mut self, features: &Tensor, tap: &mut dyn Tap) -> Result<Tensor> {
+        let visual_tokens = self.connector.forward(features, tap)?;
+        self.device.synchronize()?;
+        Ok(visual_tokens)
+    }
+
+    fn forward(&mut self, input: &StepInput, pool: &mut KvPool, tap: &mut dyn Tap) -> Result<Tensor> {
+        let cache = pool.device_mut()?;
+        let step = step::Step::new(input, cache.block_size, &self.device)?;
+        self.language_model.forward(input, &step, (self.attention.as_ref(), cache), tap)
+    }
+}

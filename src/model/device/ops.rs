@@ -1,0 +1,89 @@
+//! Operations that are one kernel on CUDA and several tensor operations elsewhere. Both must agree.
+//!
+//! Called by the layers of this folder. Norms and softmax are taken in f32 whatever the type of their input.
+
+use candle_core::{D, DType, Device};
+
+use super::super::{Result, Tensor};
+
+/// `x / rms(x) x weight` over the last dimension.
+pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return candle_nn::ops::rms_norm(&x.contiguous()?, weight, eps as f32);
+    }
+    let wide = x.to_dtype(DType::F32)?;
+    let mean = wide.sqr()?.mean_keepdim(D::Minus1)?;
+    let normed = wide.broadcast_div(&(mean + eps)?.sqrt()?)?;
+    normed.broadcast_mul(&weight.to_dtype(DType::F32)?)?.to_dtype(x.dtype())
+}
+
+/// `x + delta`, and the [`rms_norm`] of it.
+pub fn add_rms_norm(x: &Tensor, delta: &Tensor, weight: &Tensor, eps: f64) -> Result<(Tensor, Tensor)> {
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda()
+        && let Some(both) = super::cuda::fused::add_rms_norm(x, delta, weight, eps)?
+    {
+        return Ok(both);
+    }
+    let sum = (x + delta)?;
+    let normed = rms_norm(&sum, weight, eps)?;
+    Ok((sum, normed))
+}
+
+/// `(x - mean) / deviation x weight + bias` over the last dimension.
+pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return candle_nn::ops::layer_norm(&x.contiguous()?, weight, bias, eps as f32);
+    }
+    let wide = x.to_dtype(DType::F32)?;
+    let centred = wide.broadcast_sub(&wide.mean_keepdim(D::Minus1)?)?;
+    let variance = centred.sqr()?.mean_keepdim(D::Minus1)?;
+    let normed = centred.broadcast_div(&(variance + eps)?.sqrt()?)?;
+    let scaled = normed.broadcast_mul(&weight.to_dtype(DType::F32)?)?;
+    scaled.broadcast_add(&bias.to_dtype(DType::F32)?)?.to_dtype(x.dtype())
+}
+
+/// Over the last dimension.
+pub fn softmax(x: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return candle_nn::ops::softmax_last_dim(&x.contiguous()?);
+    }
+    let powers = x.broadcast_sub(&x.max_keepdim(D::Minus1)?)?.exp()?;
+    powers.broadcast_div(&powers.sum_keepdim(D::Minus1)?)
+}
+
+/// `[…, 2 width]`, gate then up, to `silu(gate) x up`.
+pub fn silu_mul(x: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda()
+        && let Some(y) = super::cuda::fused::silu_mul(x)?
+    {
+        return Ok(y);
+    }
+    let width = x.dim(D::Minus1)? / 2;
+    let (gate, up) = (x.narrow(D::Minus1, 0, width)?, x.narrow(D::Minus1, width, width)?);
+    gate.silu()? * up
+}
+
+/// What [`rotate`] wants its cosines and sines in, for an `x` of type `dtype`.
+pub fn rotary_dtype(device: &Device, dtype: DType) -> DType {
+    if device.is_cuda() { dtype } else { DType::F32 }
+}
+
+/// Turns `x` `[rows, heads, dim]`: element `i` with element `i + dim / 2`, by `cos` and `sin` `[rows, dim / 2]`.
+pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return candle_nn::rotary_emb::rope_thd(&x.contiguous()?.unsqueeze(0)?, cos, sin)?.squeeze(0);
+    }
+    let half = x.dim(D::Minus1)? / 2;
+    let wide = x.to_dtype(DType::F32)?;
+    let (low, high) = (wide.narrow(D::Minus1, 0, half)?, wide.narrow(D::Minus1, half, half)?);
+    let (cos, sin) = (cos.unsqueeze(1)?, sin.unsqueeze(1)?);
+    let turned_low = (low.broadcast_mul(&cos)? - high.broadcast_mul(&sin)?)?;
+    let turned_high = (high.broadcast_mul(&cos)? + low.broadcast_mul(&sin)?)?;
+    Tensor::cat(&[turned_low, turned_high], D::Minus1)?.to_dtype(x.dtype())
+}

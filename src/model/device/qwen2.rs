@@ -1,0 +1,165 @@
+//! The Qwen2 decoder on a device, over a paged cache there.
+//!
+//! Called by [`super`]. See [`super::super::qwen2`] for what it is.
+
+use candle_core::{DType, Device};
+
+use super::{
+    super::{Result, StepInput, Tap, Tensor, config::Qwen2Config, qwen2::rotary_tables},
+    DeviceCache,
+    attention::{PagedAttention, attend_step},
+    layers::{Linear, Loader, RmsNorm, show},
+    ops,
+    step::Step,
+};
+
+#[derive(Debug)]
+struct Layer {
+    input_layernorm: RmsNorm,
+    /// `[q | k | v]`
+    qkv_proj: Linear,
+    o_proj: Linear,
+    post_attention_layernorm: RmsNorm,
+    /// `[gate | up]`
+    gate_up_proj: Linear,
+    down_proj: Linear,
+}
+
+/// The language model with its head.
+#[derive(Debug)]
+pub struct Decoder {
+    config: Qwen2Config,
+    /// Embeddings, and the head as well where both are tied.
+    embed_tokens: Linear,
+    layers: Vec<Layer>,
+    norm: RmsNorm,
+    lm_head: Option<Linear>,
+    /// `[context, head_dim / 2]` each, as [`ops::rotate`] wants them.
+    cos: Tensor,
+    sin: Tensor,
+}
+
+impl Decoder {
+    /// From `language_model`; positions up to `context`.
+    pub fn load(loader: &Loader<'_>, config: &Qwen2Config, context: usize) -> Result<Self> {
+        let model = loader.pp("model");
+        let layers = model.pp("layers");
+        let lm_head = (!config.tie_word_embeddings).then(|| Linear::load(&loader.pp("lm_head"), false));
+        let (cos, sin) = rotary_tables(config.head_dim(), config.rope_theta, context);
+        let kind = ops::rotary_dtype(loader.device, loader.dtype);
+        let table = |values| {
+            Tensor::from_vec(values, (context, config.head_dim() / 2), loader.device)?.to_dtype(kind)
+        };
+        Ok(Decoder {
+            embed_tokens: Linear::load(&model.pp("embed_tokens"), false)?,
+            layers: (0..config.num_hidden_layers)
+                .map(|i| Layer::load(&layers.pp(i), config))
+                .collect::<Result<_>>()?,
+            norm: RmsNorm::load(&model.pp("norm"), config.rms_norm_eps)?,
+            lm_head: lm_head.transpose()?,
+            cos: table(cos)?,
+            sin: table(sin)?,
+            config: config.clone(),
+        })
+    }
+
+    /// Writes the step to the cache; returns the logits of its `logit_rows`, `[logit_rows, vocab]` in f32.
+    pub fn forward(
+        &self,
+        input: &StepInput,
+        step: &Step,
+        (paged, cache): (&dyn PagedAttention, &DeviceCache),
+        tap: &mut dyn Tap,
+    ) -> Result<Tensor> {
+        let mut x = self.embed(input, step)?;
+        show(tap, "inputs_embeds", None, &x)?;
+        let turn = (self.cos.index_select(&step.positions, 0)?, self.sin.index_select(&step.positions, 0)?);
+        // What the layer before has yet to add: sums are taken together with the norm that follows.
+        let mut delta: Option<Tensor> = None;
+        for (index, layer) in self.layers.iter().enumerate() {
+            let normed;
+            (x, normed) = match &delta {
+                None => (x.clone(), layer.input_layernorm.forward(&x)?),
+                Some(delta) => layer.input_layernorm.add_forward(&x, delta)?,
+            };
+            show(tap, "llm_hidden", Some(index), &x)?;
+            let over = |q: &Tensor, k: &Tensor, v: &Tensor| {
+                attend_step(paged, &cache.layers[index], (q, k, v), step)
+            };
+            let attended = self.attend(layer, &normed, &turn, over)?;
+            let normed;
+            (x, normed) = layer.post_attention_layernorm.add_forward(&x, &attended)?;
+            let inner = ops::silu_mul(&layer.gate_up_proj.forward(&normed)?)?;
+            delta = Some(layer.down_proj.forward(&inner)?);
+        }
+        if let Some(delta) = delta {
+            x = (x + delta)?;
+        }
+        self.logits(&x, step, tap)
+    }
+
+    /// Elements of all matrices a step reads.
+    pub fn num_elements(&self) -> usize {
+        let layer = |layer: &Layer| {
+            let matrices = [&layer.qkv_proj, &layer.o_proj, &layer.gate_up_proj, &layer.down_proj];
+            matrices.map(Linear::num_elements).iter().sum::<usize>()
+        };
+        let head = self.lm_head.as_ref().unwrap_or(&self.embed_tokens);
+        head.num_elements() + self.layers.iter().map(layer).sum::<usize>()
+    }
+
+    /// `[rows, hidden]`: embeddings of the tokens, and the visual ones where they stand.
+    fn embed(&self, input: &StepInput, step: &Step) -> Result<Tensor> {
+        let embedded = self.embed_tokens.rows(&step.token_ids)?;
+        for visual in &input.visuals {
+            embedded.slice_set(&visual.embeddings.contiguous()?, 0, visual.rows.start)?;
+        }
+        Ok(embedded)
+    }
+
+    /// `[rows, hidden]` of normed rows; `over` attends with turned queries and keys, `[rows, heads, head_dim]`.
+    fn attend(
+        &self,
+        layer: &Layer,
+        normed: &Tensor,
+        (cos, sin): &(Tensor, Tensor),
+        over: impl FnOnce(&Tensor, &Tensor, &Tensor) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        let (num_heads, num_kv_heads) = (self.config.num_attention_heads, self.config.num_key_value_heads);
+        let qkv = layer.qkv_proj.forward(normed)?;
+        let qkv = qkv.reshape((qkv.dim(0)?, num_heads + 2 * num_kv_heads, self.config.head_dim()))?;
+        // Queries and keys turn together.
+        let turned = ops::rotate(&qkv.narrow(1, 0, num_heads + num_kv_heads)?, cos, sin)?;
+        let queries = turned.narrow(1, 0, num_heads)?;
+        let keys = turned.narrow(1, num_heads, num_kv_heads)?;
+        let values = qkv.narrow(1, num_heads + num_kv_heads, num_kv_heads)?;
+        layer.o_proj.forward(&over(&queries, &keys, &values)?.flatten_from(1)?)
+    }
+
+    /// The last norm and the head, for the wanted rows only.
+    fn logits(&self, x: &Tensor, step: &Step, tap: &mut dyn Tap) -> Result<Tensor> {
+        if step.logit_rows.dim(0)? == 0 {
+            return Tensor::zeros((0, self.config.vocab_size), DType::F32, &Device::Cpu);
+        }
+        let normed = self.norm.forward(&x.index_select(&step.logit_rows, 0)?)?;
+        show(tap, "llm_last_hidden", None, &normed)?;
+        let head = self.lm_head.as_ref().unwrap_or(&self.embed_tokens);
+        head.forward(&normed)?.to_dtype(DType::F32)
+    }
+}
+
+impl Layer {
+    fn load(loader: &Loader<'_>, config: &Qwen2Config) -> Result<Self> {
+        let (attention, mlp) = (loader.pp("self_attn"), loader.pp("mlp"));
+        let norm = |name: &str| RmsNorm::load(&loader.pp(name), config.rms_norm_eps);
+        let qkv = ["q_proj", "k_proj", "v_proj"].map(|name| attention.pp(name));
+        Ok(Layer {
+            input_layernorm: norm("input_layernorm")?,
+            qkv_proj: Linear::load_stacked(&qkv, true)?,
+            o_proj: Linear::load(&attention.pp("o_proj"), false)?,
+            post_attention_layernorm: norm("post_attention_layernorm")?,
+            gate_up_proj: Linear::load_stacked(&["gate_proj", "up_proj"].map(|name| mlp.pp(name)), false)?,
+            down_proj: Linear::load(&mlp.pp("down_proj"), false)?,
+        })
+    }
+}
