@@ -12,6 +12,7 @@ pub mod health;
 mod kv_events;
 mod observing;
 mod options;
+pub mod quantize;
 pub mod serve;
 pub mod sse_client;
 mod start;
@@ -47,6 +48,8 @@ enum Command {
     Bench(Box<BenchCommand>),
     /// Write a random checkpoint of a given size in the published layout.
     Synth(synth::SynthArgs),
+    /// Write a quantised checkpoint, which then starts at once.
+    Quantize(quantize::QuantizeArgs),
     /// Write the tensors the model computes for one request.
     Trace(Box<trace::TraceArgs>),
     /// Check this machine for `serve` with the same flags, and say what to fix: exit code 0 or 1.
@@ -119,6 +122,10 @@ fn run_on(runtime: &tokio::runtime::Runtime, cli: Cli) -> anyhow::Result<()> {
             runtime.block_on(bench_command(*command))
         }
         Command::Synth(args) => synth::run(&args),
+        Command::Quantize(args) => {
+            logs::init(logs::LogFormat::Pretty, "warn");
+            runtime.block_on(quantize::quantize(args))
+        }
         Command::Doctor(args) => {
             logs::init(logs::LogFormat::Pretty, "error");
             runtime.block_on(doctor::doctor(*args))

@@ -14,7 +14,7 @@ use crate::{
         layers::{Bits, WeightFormat},
         placement::Placement,
         variant::Variant,
-        weights::StoredDType,
+        weights::{StoredDType, Weights},
     },
 };
 
@@ -36,8 +36,8 @@ pub struct ModelOptions {
     /// GPU also what is computed in; "auto": bf16, or f16 before compute capability 8.
     #[arg(long, value_enum, default_value_t = DType::Auto)]
     pub dtype: DType,
-    /// Quantise the weights while loading: to 8 bits, or to 4 (the decoder's; the rest to 8). "auto": q8, or none when
-    /// --dtype says what to keep or the model runs on a GPU.
+    /// Quantise the weights while loading: to 8 bits, or to 4 (the decoder's; the rest to 8). "auto": as a quantised
+    /// checkpoint is, else q8, or none when --dtype says what to keep or the model runs on a GPU.
     #[arg(long, value_enum, default_value_t = Quant::Auto)]
     pub quant: Quant,
     /// Threads for the model [default: the cores this process may use, by affinity and CPU quota].
@@ -104,7 +104,7 @@ fn variant_parser() -> impl TypedValueParser<Value = Variant> {
 
 impl ModelOptions {
     /// What matrices are kept as.
-    pub fn weight_format(&self) -> WeightFormat {
+    pub fn weight_format(&self, weights: &Weights) -> WeightFormat {
         let floats = match self.dtype {
             DType::Auto => WeightFormat::AsStored,
             DType::F32 => WeightFormat::Float(StoredDType::F32),
@@ -112,11 +112,22 @@ impl ModelOptions {
             DType::F16 => WeightFormat::Float(StoredDType::F16),
         };
         match self.quant {
-            // 8 bits: measured to answer nano's 500 questions word for word as floats do.
-            Quant::Auto if self.dtype == DType::Auto => WeightFormat::Quant(Bits::Eight),
+            // As they are stored; else 8 bits: measured to answer nano's 500 questions word for word as floats do.
+            Quant::Auto if self.dtype == DType::Auto => {
+                WeightFormat::Quant(weights.quantised().unwrap_or(Bits::Eight))
+            }
             Quant::Q8 => WeightFormat::Quant(Bits::Eight),
             Quant::Q4 => WeightFormat::Quant(Bits::Four),
             Quant::Auto | Quant::None => floats,
+        }
+    }
+
+    /// Whether matrices are quantised, to however many bits.
+    pub fn quantises(&self) -> bool {
+        match self.quant {
+            Quant::Auto => self.dtype == DType::Auto,
+            Quant::None => false,
+            Quant::Q8 | Quant::Q4 => true,
         }
     }
 
@@ -136,7 +147,7 @@ impl ModelOptions {
             kv_cache_bytes: self.kv_cache_mib.unwrap_or(DEFAULT_KV_CACHE_MIB) << 20,
             kv_cache_in_16_bits: match self.kv_cache_dtype {
                 // Measured to change none of nano's 500 replies.
-                KvCacheDType::Auto => matches!(self.weight_format(), WeightFormat::Quant(_)),
+                KvCacheDType::Auto => self.quantises(),
                 KvCacheDType::F32 => false,
                 KvCacheDType::F16 => true,
             },

@@ -1,6 +1,6 @@
 //! From the command line to a loaded model: download, open, read the weights, start the engine.
 //!
-//! Called by `serve`, `ask` (in-process) and `trace`. Everything slow runs on the blocking pool.
+//! Called by `serve`, `ask` (in-process), `trace` and `quantize`. Everything slow runs on the blocking pool.
 
 use std::{
     path::Path,
@@ -62,7 +62,18 @@ pub async fn start(
     tap: Box<dyn Tap>,
 ) -> anyhow::Result<Started> {
     use_threads(options.threads);
-    if let ModelSpec::Hub(repo) = &options.model {
+    download(&options.model).await?;
+    let options = options.clone();
+    let load = move || load(&options, config, observer, tap);
+    tokio::task::spawn_blocking(load).await.context("loading the model panicked")?
+}
+
+/// Brings a repository of the hub onto this machine; anything else is there.
+///
+/// # Errors
+/// When it cannot be had.
+pub async fn download(model: &ModelSpec) -> anyhow::Result<()> {
+    if let ModelSpec::Hub(repo) = model {
         let bar = progress_bar(&format!("downloading {repo}"));
         let progress = |progress: HubProgress<'_>| {
             bar.set_length(progress.total_bytes);
@@ -71,9 +82,7 @@ pub async fn start(
         Hub::from_env()?.download(repo, &progress).await?;
         bar.finish_and_clear();
     }
-    let options = options.clone();
-    let load = move || load(&options, config, observer, tap);
-    tokio::task::spawn_blocking(load).await.context("loading the model panicked")?
+    Ok(())
 }
 
 fn load(
@@ -127,7 +136,7 @@ fn load_model(
     let (weights, config) = (&checkpoint.weights, &checkpoint.config);
     Ok(match target {
         None => {
-            let model = TinyLlava::load(weights, config, options.weight_format())?;
+            let model = TinyLlava::load(weights, config, options.weight_format(weights))?;
             let bytes = model.decode_bytes();
             (Box::new(model), bytes)
         }
@@ -201,7 +210,8 @@ pub async fn ensure_ffmpeg(options: &ModelOptions, media: &MediaConfig) -> anyho
     Ok(media::check_tools(media)?)
 }
 
-fn progress_bar(message: &str) -> ProgressBar {
+/// On stderr, where that is a terminal.
+pub fn progress_bar(message: &str) -> ProgressBar {
     let style = ProgressStyle::with_template("{msg} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec}");
     ProgressBar::new(0)
         .with_style(style.expect("a constant template: this is a bug").progress_chars("=> "))

@@ -18,6 +18,7 @@ use super::{
     embedded,
     hub::{Hub, HubError, Repo},
     presets::{Preset, UnknownPreset},
+    synth,
     weights::{Weights, WeightsError},
 };
 
@@ -200,6 +201,8 @@ pub struct Checkpoint {
     /// Its name for people and clients.
     pub id: String,
     pub config: ModelConfig,
+    /// What `config` was read from; of the three-folder layout with the sections of all folders.
+    pub config_json: Value,
     pub weights: Weights,
     pub generation: GenerationConfig,
     pub tokenizer: TokenizerFiles,
@@ -233,12 +236,15 @@ impl Checkpoint {
             ModelSpec::Nano => {
                 let config = ModelConfig::preset(Preset::Nano);
                 let weights = Weights::from_static(embedded::WEIGHTS, &config)?;
-                Ok(Self::with_embedded_tokenizer(spec, config, weights))
+                let json = serde_json::from_str(embedded::CONFIG);
+                let json = json.expect("the embedded config is valid: this is a bug");
+                Ok(Self::with_embedded_tokenizer(spec, config, json, weights))
             }
             ModelSpec::Synthetic { preset, seed } => {
                 let config = ModelConfig::preset(*preset);
                 let weights = Weights::synthetic(&config, *seed);
-                Ok(Self::with_embedded_tokenizer(spec, config, weights))
+                let json = synth::config_json(&config);
+                Ok(Self::with_embedded_tokenizer(spec, config, json, weights))
             }
             ModelSpec::Directory(dir) => Self::open_directory(spec.to_string(), dir),
             ModelSpec::Hub(repo) => {
@@ -249,10 +255,16 @@ impl Checkpoint {
         }
     }
 
-    fn with_embedded_tokenizer(spec: &ModelSpec, config: ModelConfig, weights: Weights) -> Self {
+    fn with_embedded_tokenizer(
+        spec: &ModelSpec,
+        config: ModelConfig,
+        config_json: Value,
+        weights: Weights,
+    ) -> Self {
         Checkpoint {
             id: spec.to_string(),
             config,
+            config_json,
             weights,
             generation: GenerationConfig::embedded(),
             tokenizer: TokenizerFiles::Embedded,
@@ -280,7 +292,8 @@ impl Checkpoint {
             return Err(CheckpointError::NoTokenizer(dir.into()));
         }
         let weights = Weights::open(dir, &config)?;
-        Ok(Checkpoint { id, config, weights, generation, tokenizer: TokenizerFiles::Directory(dir.into()) })
+        let tokenizer = TokenizerFiles::Directory(dir.into());
+        Ok(Checkpoint { id, config, config_json: root, weights, generation, tokenizer })
     }
 }
 

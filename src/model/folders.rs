@@ -14,7 +14,8 @@ use half::{bf16, f16};
 
 use super::{
     layout::{CONNECTOR_PREFIX, TEXT_PREFIX, TensorSpec, VISION_PREFIX},
-    weights::{Entry, Found, StoredDType, WeightsError},
+    stored::StoredDType,
+    weights::{Encoding, Entry, Found, WeightsError},
 };
 
 /// The pickles, relative to the checkpoint.
@@ -69,7 +70,7 @@ impl Folders {
     }
 
     /// The bytes of one tensor, copied: a pickle's tensors are members of an archive.
-    pub fn read(&self, name: &str, entry: &Entry) -> Result<Vec<u8>, WeightsError> {
+    pub fn read(&self, name: &str, entry: &Entry, dtype: StoredDType) -> Result<Vec<u8>, WeightsError> {
         let part = &self.parts[entry.file];
         let bare = name.strip_prefix(part.prefix).expect("checked when the part was read: this is a bug");
         let (_, aliases) = PARTS[entry.file];
@@ -82,7 +83,7 @@ impl Folders {
         let key = key.ok_or_else(|| WeightsError::Unknown { tensor: name.into() })?;
         let tensor = part.pickle.get(&key).map_err(|e| failed(e.to_string()))?;
         let tensor = tensor.ok_or_else(|| WeightsError::Unknown { tensor: name.into() })?;
-        little_endian(&tensor, entry.dtype).map_err(|e| failed(e.to_string()))
+        little_endian(&tensor, dtype).map_err(|e| failed(e.to_string()))
     }
 }
 
@@ -127,15 +128,15 @@ fn describe(
         let reason = format!("tensor {name} is stored with gaps");
         return Err(WeightsError::Pickle { file: file_name.into(), reason });
     }
-    let dtype = match info.dtype {
-        DType::F32 => Ok(StoredDType::F32),
-        DType::F16 => Ok(StoredDType::F16),
-        DType::BF16 => Ok(StoredDType::Bf16),
+    let encoding = match info.dtype {
+        DType::F32 => Ok(Encoding::Floats(StoredDType::F32)),
+        DType::F16 => Ok(Encoding::Floats(StoredDType::F16)),
+        DType::BF16 => Ok(Encoding::Floats(StoredDType::Bf16)),
         other => Err(other.as_str().to_uppercase()),
     };
     let shape = info.layout.dims().to_vec();
     let range = 0..info.layout.shape().elem_count();
-    Ok(Found { name, file_name: file_name.into(), shape, dtype, file, range })
+    Ok(Found { name, file_name: file_name.into(), shape, encoding, file, range })
 }
 
 fn little_endian(tensor: &Tensor, dtype: StoredDType) -> candle_core::Result<Vec<u8>> {

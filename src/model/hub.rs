@@ -30,7 +30,7 @@ const READ_TIMEOUT: Duration = Duration::from_secs(60);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Files a checkpoint may have beside its weights.
-const SMALL_FILES: [&str; 10] = [
+pub(super) const SMALL_FILES: [&str; 10] = [
     "config.json",
     "generation_config.json",
     "tokenizer.json",

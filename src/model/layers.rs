@@ -8,11 +8,12 @@ use half::{bf16, f16};
 
 use super::{
     ModelError, Result, Tap, Tensor,
-    kernels::{activation, gemm::PackedMatrix, matrix::Matrix, quant::QuantMatrix},
-    weights::{StoredDType, StoredTensor, Weights},
+    kernels::{activation, gemm::PackedMatrix, matrix::Matrix, panels::QuantPanels, quant::QuantMatrix},
+    quantised::quantise,
+    weights::{Rows, StoredDType, StoredTensor, Weights, WeightsError},
 };
 
-pub use super::kernels::quant::Bits;
+pub use super::kernels::panels::Bits;
 
 /// What the matrices of a network are kept as. Vectors (norms, biases) are always f32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -24,16 +25,6 @@ pub enum WeightFormat {
     Float(StoredDType),
     /// Quantised when they are read.
     Quant(Bits),
-}
-
-impl WeightFormat {
-    /// For what suffers from 4 bits: the tower, the connector and the head.
-    pub fn at_least_8_bits(self) -> Self {
-        match self {
-            WeightFormat::Quant(Bits::Four) => WeightFormat::Quant(Bits::Eight),
-            other => other,
-        }
-    }
 }
 
 /// A place in a checkpoint: `loader.pp("layers").pp(3)` stands for the tensors below `layers.3.`.
@@ -56,59 +47,92 @@ impl<'a> Loader<'a> {
         Loader { path, ..self.clone() }
     }
 
-    /// The same place, its matrices kept in at least 8 bits.
-    pub fn at_least_8_bits(&self) -> Self {
-        Loader { format: self.format.at_least_8_bits(), ..self.clone() }
-    }
-
-    fn stored(&self, name: &str) -> Result<StoredTensor<'a>> {
-        self.weights.get(&self.pp(name).path).map_err(ModelError::wrap)
+    /// Whether there is a tensor of this name here.
+    pub fn contains(&self, name: &str) -> bool {
+        self.weights.contains(&self.pp(name).path)
     }
 
     /// A small tensor as f32, row-major.
     pub fn vector(&self, name: &str) -> Result<Vec<f32>> {
-        Ok(self.stored(name)?.to_f32())
+        let path = self.pp(name).path;
+        let values = self.weights.get(&path).map_err(ModelError::wrap)?.to_f32();
+        match values.iter().position(|x| !x.is_finite()) {
+            None => Ok(values),
+            Some(row) => Err(ModelError::wrap(WeightsError::NotFinite { tensor: path, row })),
+        }
+    }
+
+    /// The tensor `weight` as rows to be looked up. `is_checked`: its values are read elsewhere, as a matrix; those of a
+    /// quantised checkpoint were when it was written.
+    pub fn table(&self, is_checked: bool) -> Result<Rows> {
+        let path = self.pp("weight").path;
+        let rows = self.weights.rows(&path).map_err(ModelError::wrap)?;
+        if let Rows::Stored(tensor) = &rows
+            && !(is_checked || self.weights.quantised().is_some())
+            && let Some(at) = tensor.first_not_finite()
+        {
+            let row = at / tensor.shape[1..].iter().product::<usize>();
+            return Err(ModelError::wrap(WeightsError::NotFinite { tensor: path, row }));
+        }
+        self.weights.release(&path);
+        Ok(rows)
     }
 
     /// The matrices `weight` of `places` as one, below each other. All have the same number of inputs; trailing dimensions
     /// (a convolution's) count as one.
     fn matrix(places: &[Loader<'a>]) -> Result<Matrix> {
-        let parts: Vec<StoredTensor<'a>> =
-            places.iter().map(|place| place.stored("weight")).collect::<Result<_>>()?;
+        match places[0].format {
+            WeightFormat::Quant(bits) => {
+                let parts = places.iter().map(|place| place.panels(bits)).collect::<Result<_>>()?;
+                Ok(Matrix::Quant(QuantMatrix::stack(parts)))
+            }
+            WeightFormat::Float(dtype) => Loader::floats(places, Some(dtype)),
+            WeightFormat::AsStored => Loader::floats(places, None),
+        }
+    }
+
+    /// The matrix `weight`, mapped if it is stored quantised, else made.
+    fn panels(&self, asked: Bits) -> Result<QuantPanels> {
+        let path = self.pp("weight").path;
+        if let Some(stored) = self.weights.panels(&path).map_err(ModelError::wrap)? {
+            return Ok(stored);
+        }
+        quantise(self.weights, &path, asked).map_err(ModelError::wrap)
+    }
+
+    fn floats(places: &[Loader<'a>], dtype: Option<StoredDType>) -> Result<Matrix> {
+        let paths: Vec<String> = places.iter().map(|place| place.pp("weight").path).collect();
+        let weights = places[0].weights;
+        let parts = paths.iter().map(|path| weights.get(path)).map(|part| part.map_err(ModelError::wrap));
+        let parts = parts.collect::<Result<Vec<_>>>()?;
         let k = parts[0].shape[1..].iter().product();
         let n = parts.iter().map(|part| part.shape[0]).sum();
-        let dtype = match places[0].format {
-            WeightFormat::Quant(bits) => {
-                return Ok(Matrix::Quant(QuantMatrix::pack(n, k, bits, |row, out| {
-                    copy_row(&parts, row, out)
-                })));
-            }
-            WeightFormat::Float(dtype) => dtype,
-            WeightFormat::AsStored => parts[0].dtype,
+        let read = |row: usize, out: &mut [f32]| {
+            let (part, row) = find_row(&parts, row);
+            parts[part].copy_f32(row * k, out);
         };
-        Ok(Matrix::Float(match dtype {
-            StoredDType::F32 => PackedMatrix::pack::<f32>(&stacked(&parts, |part| part.to_f32()), n, k),
-            StoredDType::Bf16 => PackedMatrix::pack::<bf16>(&stacked(&parts, |part| part.to_bf16()), n, k),
-            StoredDType::F16 => PackedMatrix::pack::<f16>(&stacked(&parts, |part| part.to_f16()), n, k),
-        }))
+        let packed = match dtype.unwrap_or(parts[0].dtype) {
+            StoredDType::F32 => PackedMatrix::pack::<f32>(n, k, read),
+            StoredDType::Bf16 => PackedMatrix::pack::<bf16>(n, k, read),
+            StoredDType::F16 => PackedMatrix::pack::<f16>(n, k, read),
+        };
+        paths.iter().for_each(|path| weights.release(path));
+        packed.map(Matrix::Float).map_err(|row| {
+            let (part, row) = find_row(&parts, row);
+            ModelError::wrap(WeightsError::NotFinite { tensor: paths[part].clone(), row })
+        })
     }
 }
 
-fn stacked<T: Clone>(parts: &[StoredTensor<'_>], convert: impl Fn(&StoredTensor<'_>) -> Vec<T>) -> Vec<T> {
-    match parts {
-        [one] => convert(one),
-        several => several.iter().map(convert).collect::<Vec<_>>().concat(),
-    }
-}
-
-/// Row `row` of matrices that stand below each other.
-fn copy_row(parts: &[StoredTensor<'_>], mut row: usize, out: &mut [f32]) {
-    for part in parts {
+/// Which of several matrices that stand below each other has row `row`, and which of its own that is.
+fn find_row(parts: &[StoredTensor], mut row: usize) -> (usize, usize) {
+    for (index, part) in parts.iter().enumerate() {
         match row.checked_sub(part.shape[0]) {
-            None => return part.copy_f32(row * out.len(), out),
+            None => return (index, row),
             Some(below) => row = below,
         }
     }
+    panic!("a row beyond the matrix: this is a bug")
 }
 
 /// The elements of a contiguous f32 tensor in host memory.

@@ -7,7 +7,7 @@ use std::{hint::black_box, time::Instant};
 use rayon::prelude::*;
 
 use super::{
-    kernels::{gemm::PackedMatrix, matrix::Matrix, quant::QuantMatrix},
+    kernels::{gemm::PackedMatrix, matrix::Matrix, panels::QuantPanels, quant::QuantMatrix},
     layers::WeightFormat,
     weights::StoredDType,
 };
@@ -24,16 +24,21 @@ const REPEATS: usize = 5;
 pub fn product_ops_per_second(format: WeightFormat) -> f64 {
     let weights: Vec<f32> = (0..SIDE * SIDE).map(|i| (i % 251) as f32 / 251.0 - 0.5).collect();
     let x = &weights[..ROWS * SIDE];
+    let part = |row: usize, start: usize, out: &mut [f32]| {
+        out.copy_from_slice(&weights[row * SIDE + start..][..out.len()]);
+    };
+    let row = |row: usize, out: &mut [f32]| part(row, 0, out);
+    let finite = "these weights are finite: this is a bug";
     let matrix = match format {
-        WeightFormat::Quant(bits) => Matrix::Quant(QuantMatrix::pack(SIDE, SIDE, bits, |row, out| {
-            out.copy_from_slice(&weights[row * SIDE..][..SIDE]);
-        })),
-        WeightFormat::Float(StoredDType::F32) => Matrix::Float(PackedMatrix::pack(&weights, SIDE, SIDE)),
-        // Either half type is widened to f32 on the way.
-        _ => {
-            let weights: Vec<half::bf16> = weights.iter().map(|&x| half::bf16::from_f32(x)).collect();
-            Matrix::Float(PackedMatrix::pack(&weights, SIDE, SIDE))
+        WeightFormat::Quant(bits) => {
+            let panels = QuantPanels::pack(SIDE, SIDE, bits, part).expect(finite);
+            Matrix::Quant(QuantMatrix::stack(vec![panels]))
         }
+        WeightFormat::Float(StoredDType::F32) => {
+            Matrix::Float(PackedMatrix::pack::<f32>(SIDE, SIDE, row).expect(finite))
+        }
+        // Either half type is widened to f32 on the way.
+        _ => Matrix::Float(PackedMatrix::pack::<half::bf16>(SIDE, SIDE, row).expect(finite)),
     };
     2.0 * (ROWS * SIDE * SIDE) as f64 / best(|| drop(black_box(matrix.multiply(x, None))))
 }

@@ -4,6 +4,7 @@
 
 pub mod attention;
 pub mod checkpoint;
+mod checkpoint_writer;
 pub mod config;
 mod cost;
 pub mod device;
@@ -19,10 +20,12 @@ pub mod layout;
 pub mod machine;
 pub mod placement;
 pub mod presets;
+pub mod quantised;
 pub mod qwen2;
 pub mod resampler;
 mod shards;
 pub mod siglip;
+mod stored;
 pub mod synth;
 pub mod tinyllava;
 pub mod trial;

@@ -9,6 +9,7 @@ use super::{
     config::Qwen2Config,
     kernels::activation::silu_mul,
     layers::{Linear, Loader, RmsNorm, rows, show, with_slice},
+    weights::Rows,
 };
 
 #[derive(Debug)]
@@ -27,11 +28,11 @@ struct Layer {
 #[derive(Debug)]
 pub struct Decoder {
     config: Qwen2Config,
-    /// Embeddings, and the head as well where both are tied.
-    embed_tokens: Linear,
+    embed_tokens: Rows,
     layers: Vec<Layer>,
     norm: RmsNorm,
-    lm_head: Option<Linear>,
+    /// Made of the embeddings where both are tied.
+    lm_head: Linear,
     rotary: Rotary,
 }
 
@@ -40,15 +41,15 @@ impl Decoder {
     pub fn load(loader: &Loader<'_>, config: &Qwen2Config, context: usize) -> Result<Self> {
         let model = loader.pp("model");
         let layers = model.pp("layers");
-        let table = |place: Loader<'_>| Linear::load(&place.at_least_8_bits(), false);
-        let lm_head = (!config.tie_word_embeddings).then(|| table(loader.pp("lm_head"))).transpose()?;
+        let (own_head, embeddings) = (loader.pp("lm_head"), model.pp("embed_tokens"));
+        let is_tied = !own_head.contains("weight");
         Ok(Decoder {
-            embed_tokens: table(model.pp("embed_tokens"))?,
+            lm_head: Linear::load(if is_tied { &embeddings } else { &own_head }, false)?,
+            embed_tokens: embeddings.table(config.tie_word_embeddings)?,
             layers: (0..config.num_hidden_layers)
                 .map(|i| Layer::load(&layers.pp(i), config))
                 .collect::<Result<_>>()?,
             norm: RmsNorm::load(&model.pp("norm"), config.rms_norm_eps)?,
-            lm_head,
             rotary: Rotary::new(config.head_dim(), config.rope_theta, context),
             config: config.clone(),
         })
@@ -83,8 +84,7 @@ impl Decoder {
             let matrices = [&layer.qkv_proj, &layer.o_proj, &layer.gate_up_proj, &layer.down_proj];
             matrices.map(|linear| linear.weight().num_bytes()).iter().sum::<usize>()
         };
-        let head = self.lm_head.as_ref().unwrap_or(&self.embed_tokens);
-        head.weight().num_bytes() + self.layers.iter().map(layer).sum::<usize>()
+        self.lm_head.weight().num_bytes() + self.layers.iter().map(layer).sum::<usize>()
     }
 
     fn heads(&self) -> Heads {
@@ -101,7 +101,7 @@ impl Decoder {
         let mut embedded = vec![0.0; input.token_ids.len() * hidden];
         for (row, &id) in embedded.chunks_mut(hidden).zip(&input.token_ids) {
             if id != VISUAL_TOKEN {
-                self.embed_tokens.weight().copy_row(id as usize, row);
+                self.embed_tokens.copy_row(id as usize, row);
             }
         }
         for visual in &input.visuals {
@@ -117,8 +117,7 @@ impl Decoder {
         let picked: Vec<f32> = wanted.iter().flat_map(|&row| &x[row * hidden..][..hidden]).copied().collect();
         let normed = self.norm.forward(&picked);
         show(tap, "llm_last_hidden", None, &normed, hidden)?;
-        let head = self.lm_head.as_ref().unwrap_or(&self.embed_tokens);
-        rows(head.forward(&normed), self.config.vocab_size)
+        rows(self.lm_head.forward(&normed), self.config.vocab_size)
     }
 }
 

@@ -5,48 +5,63 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    fs::File,
     path::Path,
+    sync::Arc,
 };
 
-use memmap2::Mmap;
+use bytes::Bytes;
+#[cfg(target_os = "linux")]
+use memmap2::Advice;
+use memmap2::{Mmap, UncheckedAdvice};
 use safetensors::{
     Dtype, SafeTensors,
     tensor::{Metadata, SafeTensorError, TensorInfo},
 };
 use serde::Deserialize;
 
-use super::weights::{Entry, Found, StoredDType, WeightsError};
+use super::{
+    kernels::panels::{Bits, VERSION},
+    stored::StoredDType,
+    weights::{Encoding, Entry, Found, WeightsError},
+};
 
 /// The single-file name.
 pub const SINGLE_FILE: &str = "model.safetensors";
 /// The index of the sharded layout.
 pub const INDEX_FILE: &str = "model.safetensors.index.json";
 
+/// What `format` in the metadata of a quantised file says; an ordinary one says "pt".
+pub const PANELS_FORMAT: &str = "tinyllava-panels";
+
 /// Length of the number a safetensors file starts with: the bytes of its header.
 const PREFIX_BYTES: usize = 8;
 /// An index is some 100 bytes a tensor.
 const MAX_INDEX_BYTES: u64 = 16 << 20;
 
-enum Bytes {
-    Mapped(Mmap),
-    Static(&'static [u8]),
-}
-
-impl Bytes {
-    fn as_slice(&self) -> &[u8] {
-        match self {
-            Bytes::Mapped(map) => map,
-            Bytes::Static(bytes) => bytes,
-        }
-    }
+/// A file whose bytes live as long as anybody has a part of them.
+struct File {
+    name: String,
+    bytes: Bytes,
+    /// `None`: part of the binary.
+    map: Option<Arc<Mmap>>,
 }
 
 /// The files of a checkpoint.
 pub(super) struct Shards {
-    files: Vec<Bytes>,
+    files: Vec<File>,
     /// The file that lists all tensors: the index, or the only file.
     pub home: String,
+    /// `Some`: written by `tinyllava quantize`.
+    pub quantised: Option<Bits>,
+}
+
+/// A map that several own.
+struct Shared(Arc<Mmap>);
+
+impl AsRef<[u8]> for Shared {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
+    }
 }
 
 #[derive(Deserialize)]
@@ -60,30 +75,30 @@ impl Shards {
         let (single, index) = (dir.join(SINGLE_FILE), dir.join(INDEX_FILE));
         if single.is_file() {
             let home = single.display().to_string();
-            let bytes = map_file(&single)?;
-            let found = read_header(&home, bytes.as_slice(), 0)?;
-            return Ok(Some((Shards { files: vec![bytes], home }, found)));
+            let file = map_file(&single)?;
+            let (found, quantised) = read_header(&file, 0)?;
+            return Ok(Some((Shards { files: vec![file], home, quantised }, found)));
         }
         if !index.is_file() {
             return Ok(None);
         }
         let home = index.display().to_string();
         let weight_map = read_index(&index)?;
-        let mut shards = Shards { files: Vec::new(), home };
+        let mut shards = Shards { files: Vec::new(), home, quantised: None };
         let mut found = Vec::new();
         for shard in weight_map.values().collect::<std::collections::BTreeSet<_>>() {
-            let path = dir.join(shard);
-            let bytes = map_file(&path)?;
-            let file_name = path.display().to_string();
-            let tensors = read_header(&file_name, bytes.as_slice(), shards.files.len())?;
-            shards.files.push(bytes);
+            let file = map_file(&dir.join(shard))?;
+            let (tensors, quantised) = read_header(&file, shards.files.len())?;
             for tensor in tensors {
                 // A tensor in two files, or in one the index does not send us to, is nobody's.
                 if weight_map.get(&tensor.name) != Some(shard) {
-                    return Err(WeightsError::Extra { file: file_name, tensor: tensor.name });
+                    return Err(WeightsError::Extra { file: file.name, tensor: tensor.name });
                 }
                 found.push(tensor);
             }
+            // Where files differ, some tensor is not what the others ask for.
+            shards.quantised = shards.quantised.or(quantised);
+            shards.files.push(file);
         }
         shards.check_index(dir, &weight_map, &found)?;
         Ok(Some((shards, found)))
@@ -91,13 +106,40 @@ impl Shards {
 
     /// One file that is part of the binary.
     pub fn from_static(file_name: &str, bytes: &'static [u8]) -> Result<(Self, Vec<Found>), WeightsError> {
-        let found = read_header(file_name, bytes, 0)?;
-        Ok((Shards { files: vec![Bytes::Static(bytes)], home: file_name.into() }, found))
+        let file = File { name: file_name.into(), bytes: Bytes::from_static(bytes), map: None };
+        let (found, quantised) = read_header(&file, 0)?;
+        Ok((Shards { files: vec![file], home: file_name.into(), quantised }, found))
     }
 
-    /// The bytes of one tensor.
-    pub fn bytes(&self, entry: &Entry) -> &[u8] {
-        &self.files[entry.file].as_slice()[entry.range.clone()]
+    /// The bytes of one tensor, not copied.
+    pub fn bytes(&self, entry: &Entry) -> Bytes {
+        self.files[entry.file].bytes.slice(entry.range.clone())
+    }
+
+    /// Reads a tensor from the disk now, so that its first use does not wait for it.
+    pub fn read_ahead(&self, entry: &Entry) -> Result<(), WeightsError> {
+        let file = &self.files[entry.file];
+        let Some(map) = &file.map else { return Ok(()) };
+        #[cfg(target_os = "linux")]
+        match map.advise_range(Advice::PopulateRead, entry.range.start, entry.range.len()) {
+            // A kernel before 5.14: pages come when they are used.
+            Err(error) if error.kind() == std::io::ErrorKind::InvalidInput => {}
+            Err(source) => return Err(WeightsError::Io { file: file.name.clone(), source }),
+            Ok(()) => {}
+        }
+        Ok(())
+    }
+
+    /// Says that nobody will read a tensor soon: its pages are the system's again, and counted here no more.
+    pub fn release(&self, entry: &Entry) {
+        if let Some(map) = &self.files[entry.file].map {
+            // SAFETY: the map is read-only and of a file: a page that is read again comes from the file again.
+            #[allow(unsafe_code)]
+            // It is advice: where it is not taken, pages stay until memory is short.
+            let _ = unsafe {
+                map.unchecked_advise_range(UncheckedAdvice::DontNeed, entry.range.start, entry.range.len())
+            };
+        }
     }
 
     /// Every tensor of the index must be in the shard it names.
@@ -147,41 +189,63 @@ fn read_index(path: &Path) -> Result<BTreeMap<String, String>, WeightsError> {
     Ok(index.weight_map)
 }
 
-fn map_file(path: &Path) -> Result<Bytes, WeightsError> {
+fn map_file(path: &Path) -> Result<File, WeightsError> {
+    let name = path.display().to_string();
     let io_error = |source| WeightsError::Io { file: path.display().to_string(), source };
-    let file = File::open(path).map_err(io_error)?;
+    let file = std::fs::File::open(path).map_err(io_error)?;
     // SAFETY: the map is read-only and private to this process. The one way to break it is another process that
     // shortens the file while it is mapped, which faults on access; a checkpoint that is being served is not to be
     // written to (the hub cache replaces files by renaming, which leaves the map whole).
     #[allow(unsafe_code)]
-    let map = unsafe { Mmap::map(&file) }.map_err(io_error)?;
-    Ok(Bytes::Mapped(map))
+    let map = Arc::new(unsafe { Mmap::map(&file) }.map_err(io_error)?);
+    Ok(File { name, bytes: Bytes::from_owner(Shared(Arc::clone(&map))), map: Some(map) })
 }
 
-/// What a file's header says, after the format's own checks: sizes fit shapes, no gap, no overlap, nothing left over.
-fn read_header(file_name: &str, bytes: &[u8], file: usize) -> Result<Vec<Found>, WeightsError> {
-    let (header_bytes, metadata) =
-        SafeTensors::read_metadata(bytes).map_err(|error| header_error(file_name, bytes, &error))?;
+/// What a file's header says, after the format's own checks: sizes fit shapes, no gap, no overlap, nothing left over; and
+/// what its tensors are quantised to, if they are.
+fn read_header(file: &File, index: usize) -> Result<(Vec<Found>, Option<Bits>), WeightsError> {
+    let (header_bytes, metadata) = SafeTensors::read_metadata(&file.bytes)
+        .map_err(|error| header_error(&file.name, &file.bytes, &error))?;
+    let quantised = quantisation(&file.name, metadata.metadata().as_ref())?;
     let data_start = PREFIX_BYTES + header_bytes;
     let found = metadata.tensors().into_iter().map(|(name, info)| Found {
         name,
-        file_name: file_name.into(),
+        file_name: file.name.clone(),
         shape: info.shape.clone(),
-        dtype: stored_dtype(info),
-        file,
+        encoding: encoding(info, quantised.is_some()),
+        file: index,
         range: data_start + info.data_offsets.0..data_start + info.data_offsets.1,
     });
     let mut found: Vec<_> = found.collect();
     // The library's order is that of a hash map; errors must not depend on it.
     found.sort_by(|a, b| a.name.cmp(&b.name));
-    Ok(found)
+    Ok((found, quantised))
 }
 
-fn stored_dtype(info: &TensorInfo) -> Result<StoredDType, String> {
+/// What a file written by `tinyllava quantize` is quantised to.
+fn quantisation(
+    file: &str,
+    metadata: Option<&HashMap<String, String>>,
+) -> Result<Option<Bits>, WeightsError> {
+    let field = |name: &str| metadata.and_then(|metadata| metadata.get(name)).map(String::as_str);
+    if field("format") != Some(PANELS_FORMAT) {
+        return Ok(None);
+    }
+    let (version, quant) = (field("version").unwrap_or("none"), field("quant").unwrap_or("nothing"));
+    if version != VERSION.to_string() {
+        return Err(WeightsError::Version { file: file.into(), found: version.into() });
+    }
+    let bits = [Bits::Eight, Bits::Four].into_iter().find(|bits| bits.name() == quant);
+    let reason = || format!("it says to be quantised to {quant:?}");
+    bits.map(Some).ok_or_else(|| WeightsError::Header { file: file.into(), reason: reason() })
+}
+
+fn encoding(info: &TensorInfo, quantised: bool) -> Result<Encoding, String> {
     match info.dtype {
-        Dtype::F32 => Ok(StoredDType::F32),
-        Dtype::F16 => Ok(StoredDType::F16),
-        Dtype::BF16 => Ok(StoredDType::Bf16),
+        Dtype::F32 => Ok(Encoding::Floats(StoredDType::F32)),
+        Dtype::F16 => Ok(Encoding::Floats(StoredDType::F16)),
+        Dtype::BF16 => Ok(Encoding::Floats(StoredDType::Bf16)),
+        Dtype::U8 if quantised => Ok(Encoding::Panels),
         other => Err(format!("{other:?}")),
     }
 }

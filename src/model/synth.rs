@@ -3,28 +3,21 @@
 //! Called by `cli/synth.rs` and by the loader of `synth:` models. Every element is a function of (seed, tensor name,
 //! position), so any part can be made alone, in any order, on any thread.
 
-use std::{
-    collections::BTreeMap,
-    fs::{self, File},
-    io::{self, Write},
-    path::{Path, PathBuf},
-};
+use std::path::Path;
 
 use half::bf16;
 use rayon::prelude::*;
-use serde_json::{Map, Value, json};
-use thiserror::Error;
+use serde_json::{Value, json};
 
+pub use super::checkpoint_writer::WriteError;
 use super::{
     checkpoint::GenerationConfig,
+    checkpoint_writer::{CheckpointWriter, MAX_SHARD_BYTES, Planned, pretty, split},
     config::ModelConfig,
     embedded,
     layout::TensorSpec,
-    shards::{INDEX_FILE, SINGLE_FILE},
 };
 
-/// Largest shard; a checkpoint up to this size is one file. The published one is split so.
-pub const MAX_SHARD_BYTES: u64 = 5_000_000_000;
 /// Bytes made, then written, at a time: what a checkpoint of any size needs of memory.
 const CHUNK_BYTES: usize = 16 << 20;
 
@@ -37,7 +30,7 @@ const SUM_MEAN: i32 = 131_070;
 
 /// The random numbers of one tensor.
 #[derive(Debug, Clone, Copy)]
-struct Noise {
+pub struct Noise {
     key: u64,
     mean: f32,
     deviation: f32,
@@ -46,7 +39,7 @@ struct Noise {
 impl Noise {
     /// Scales that keep activations near one in every layer: norms about 1, biases small, and matrices by the
     /// square root of the elements each output sums over.
-    fn of(seed: u64, name: &str, shape: &[usize]) -> Self {
+    pub(super) fn of(seed: u64, name: &str, shape: &[usize]) -> Self {
         let (mean, deviation) = match shape {
             [_] if name.ends_with("bias") => (0.0, 0.02),
             [_] => (1.0, 0.05),
@@ -61,7 +54,7 @@ impl Noise {
 
     /// Writes elements `first..` as little-endian bf16. Integer arithmetic up to the last multiplication, so that
     /// every machine makes the same bytes.
-    fn fill(&self, first: usize, out: &mut [u8]) {
+    pub(super) fn fill(&self, first: usize, out: &mut [u8]) {
         let scale = self.deviation / SUM_DEVIATION;
         for (position, bytes) in (first as u64..).zip(out.as_chunks_mut::<2>().0) {
             let bits = mix(self.key.wrapping_add(position.wrapping_mul(0x9e37_79b9_7f4a_7c15)));
@@ -94,17 +87,6 @@ pub(super) fn tensor_bytes(seed: u64, name: &str, shape: &[usize]) -> Vec<u8> {
     bytes
 }
 
-/// Why a checkpoint could not be written.
-#[derive(Debug, Error)]
-pub enum SynthError {
-    #[error("{} is not empty: choose a directory that does not exist yet", .0.display())]
-    NotEmpty(PathBuf),
-    #[error("the disk of {} is full: the checkpoint needs {needed_bytes} bytes", path.display())]
-    Full { path: PathBuf, needed_bytes: u64 },
-    #[error("{} cannot be written: {source}", path.display())]
-    Io { path: PathBuf, source: io::Error },
-}
-
 /// Bytes of all tensors of a synthetic checkpoint, the unused ones included.
 pub fn num_bytes(config: &ModelConfig) -> u64 {
     2 * config.num_parameters()
@@ -118,7 +100,7 @@ pub fn write_checkpoint(
     seed: u64,
     out: &Path,
     on_written: &mut dyn FnMut(u64),
-) -> Result<(), SynthError> {
+) -> Result<(), WriteError> {
     write_split(config, seed, out, MAX_SHARD_BYTES, on_written)
 }
 
@@ -128,145 +110,47 @@ fn write_split(
     out: &Path,
     max_shard_bytes: u64,
     on_written: &mut dyn FnMut(u64),
-) -> Result<(), SynthError> {
-    let failed = |path: &Path| {
-        let path = path.to_owned();
-        move |source: io::Error| match source.kind() {
-            io::ErrorKind::StorageFull => SynthError::Full { path, needed_bytes: num_bytes(config) },
-            _ => SynthError::Io { path, source },
+) -> Result<(), WriteError> {
+    let writer = CheckpointWriter::new(out, num_bytes(config))?;
+    let mut chunk = vec![0; CHUNK_BYTES];
+    writer.weights(&shards(config, max_shard_bytes), &json!({"format": "pt"}), |tensor, sink| {
+        let noise = Noise::of(seed, &tensor.name, &tensor.shape);
+        let num_bytes = tensor.num_bytes as usize;
+        for start in (0..num_bytes).step_by(CHUNK_BYTES) {
+            let part = &mut chunk[..CHUNK_BYTES.min(num_bytes - start)];
+            noise.fill_parallel(start / 2, part);
+            sink.write(part)?;
+            on_written(part.len() as u64);
         }
+        Ok::<_, WriteError>(())
+    })?;
+    for (name, bytes) in embedded::TOKENIZER_FILES {
+        writer.small(name, bytes)?;
+    }
+    writer.small("generation_config.json", embedded::GENERATION_CONFIG.as_bytes())?;
+    writer.small("config.json", pretty(&config_json(config)).as_bytes())?;
+    writer.finish()
+}
+
+/// The `config.json` of a synthetic checkpoint: replies end as the embedded tokenizer says.
+pub(super) fn config_json(config: &ModelConfig) -> Value {
+    config.to_json(GenerationConfig::embedded().eos_token_ids[0])
+}
+
+fn shards(config: &ModelConfig, max_shard_bytes: u64) -> Vec<Vec<Planned>> {
+    let planned = |spec: TensorSpec| {
+        let num_bytes = 2 * spec.num_elements() as u64;
+        Planned { name: spec.name, dtype: "BF16", shape: spec.shape, num_bytes }
     };
-    let existed = out.exists();
-    fs::create_dir_all(out).map_err(failed(out))?;
-    if fs::read_dir(out).map_err(failed(out))?.next().is_some() {
-        return Err(SynthError::NotEmpty(out.to_owned()));
-    }
-    let mut writer = Writer { out, seed, written: Vec::new(), on_written };
-    let done = writer.weights(config, max_shard_bytes).and_then(|()| writer.small_files(config));
-    done.map_err(|source| {
-        let path = writer.written.last().cloned().unwrap_or_else(|| out.to_owned());
-        for file in &writer.written {
-            // The first error is the one to tell.
-            let _ = fs::remove_file(file);
-        }
-        if !existed {
-            let _ = fs::remove_dir(out);
-        }
-        failed(&path)(source)
-    })
-}
-
-struct Writer<'a> {
-    out: &'a Path,
-    seed: u64,
-    written: Vec<PathBuf>,
-    on_written: &'a mut dyn FnMut(u64),
-}
-
-impl Writer<'_> {
-    fn create(&mut self, name: &str) -> io::Result<File> {
-        self.written.push(self.out.join(name));
-        File::create_new(self.out.join(name))
-    }
-
-    fn small(&mut self, name: &str, bytes: &[u8]) -> io::Result<()> {
-        self.create(name)?.write_all(bytes)
-    }
-
-    fn weights(&mut self, config: &ModelConfig, max_shard_bytes: u64) -> io::Result<()> {
-        let shards = split(config.tensors(), max_shard_bytes);
-        if let [only] = shards.as_slice() {
-            return self.shard(SINGLE_FILE, only);
-        }
-        let mut weight_map = BTreeMap::new();
-        for (number, tensors) in shards.iter().enumerate() {
-            let name = format!("model-{:05}-of-{:05}.safetensors", number + 1, shards.len());
-            self.shard(&name, tensors)?;
-            weight_map.extend(tensors.iter().map(|tensor| (tensor.name.clone(), name.clone())));
-        }
-        let index = json!({"metadata": {"total_size": num_bytes(config)}, "weight_map": weight_map});
-        self.small(INDEX_FILE, pretty(&index).as_bytes())
-    }
-
-    /// One safetensors file: the header first, since all sizes are known, then tensor by tensor.
-    fn shard(&mut self, name: &str, tensors: &[TensorSpec]) -> io::Result<()> {
-        let mut file = self.create(name)?;
-        file.write_all(&header(tensors))?;
-        let mut chunk = vec![0; CHUNK_BYTES];
-        for tensor in tensors {
-            let noise = Noise::of(self.seed, &tensor.name, &tensor.shape);
-            let num_bytes = tensor_num_bytes(tensor);
-            for start in (0..num_bytes).step_by(CHUNK_BYTES) {
-                let part = &mut chunk[..CHUNK_BYTES.min(num_bytes - start)];
-                noise.fill_parallel(start / 2, part);
-                file.write_all(part)?;
-                (self.on_written)(part.len() as u64);
-            }
-        }
-        Ok(())
-    }
-
-    /// `config.json` comes last: a directory that has one is complete.
-    fn small_files(&mut self, config: &ModelConfig) -> io::Result<()> {
-        for (name, bytes) in embedded::TOKENIZER_FILES {
-            self.small(name, bytes)?;
-        }
-        self.small("generation_config.json", embedded::GENERATION_CONFIG.as_bytes())?;
-        let eos = GenerationConfig::embedded().eos_token_ids[0];
-        self.small("config.json", pretty(&config.to_json(eos)).as_bytes())
-    }
-}
-
-fn pretty(value: &Value) -> String {
-    format!("{value:#}\n")
-}
-
-fn tensor_num_bytes(tensor: &TensorSpec) -> usize {
-    2 * tensor.num_elements()
-}
-
-/// Fills one shard after the other in the order of the layout; within a shard tensors are sorted by name, as the
-/// format's own writer does.
-fn split(tensors: Vec<TensorSpec>, max_shard_bytes: u64) -> Vec<Vec<TensorSpec>> {
-    let mut shards: Vec<Vec<TensorSpec>> = vec![Vec::new()];
-    let mut filled = 0;
-    for tensor in tensors {
-        let bytes = tensor_num_bytes(&tensor) as u64;
-        if filled + bytes > max_shard_bytes && filled > 0 {
-            shards.push(Vec::new());
-            filled = 0;
-        }
-        filled += bytes;
-        shards.last_mut().expect("never empty: this is a bug").push(tensor);
-    }
-    for shard in &mut shards {
-        shard.sort_by(|a, b| a.name.cmp(&b.name));
-    }
-    shards
-}
-
-/// The safetensors header of a shard, padded so that tensors start at a multiple of 8 bytes.
-fn header(tensors: &[TensorSpec]) -> Vec<u8> {
-    let mut map = Map::new();
-    map.insert("__metadata__".into(), json!({"format": "pt"}));
-    let mut start = 0;
-    for tensor in tensors {
-        let end = start + tensor_num_bytes(tensor);
-        let entry = json!({"dtype": "BF16", "shape": tensor.shape, "data_offsets": [start, end]});
-        map.insert(tensor.name.clone(), entry);
-        start = end;
-    }
-    let mut text = Value::from(map).to_string();
-    text.push_str(&" ".repeat(text.len().next_multiple_of(8) - text.len()));
-    let mut bytes = (text.len() as u64).to_le_bytes().to_vec();
-    bytes.extend(text.into_bytes());
-    bytes
+    split(config.tensors().into_iter().map(planned).collect(), max_shard_bytes)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::{
-        super::{presets::Preset, weights::Weights},
+        super::{presets::Preset, shards::SINGLE_FILE, weights::Weights},
         *,
     };
 
@@ -310,9 +194,9 @@ mod tests {
 
     #[test]
     fn r1_is_two_shards_like_the_published_checkpoint() {
-        let shards = split(ModelConfig::preset(Preset::R1).tensors(), MAX_SHARD_BYTES);
+        let shards = shards(&ModelConfig::preset(Preset::R1), MAX_SHARD_BYTES);
         assert_eq!(shards.len(), 2);
-        assert!(shards[0].iter().map(|t| tensor_num_bytes(t) as u64).sum::<u64>() <= MAX_SHARD_BYTES);
+        assert!(shards[0].iter().map(|tensor| tensor.num_bytes).sum::<u64>() <= MAX_SHARD_BYTES);
     }
 
     #[test]
@@ -328,9 +212,11 @@ mod tests {
     fn an_error_leaves_nothing_behind() {
         let dir = tempfile::tempdir().unwrap();
         let out = dir.path().join("out");
-        let mut clash = |_| drop(fs::create_dir_all(out.join("vocab.json")));
+        // While it is written, somebody else takes its place.
+        let mut clash = |_| fs::create_dir_all(out.join("theirs")).unwrap();
         let error = write_checkpoint(&ModelConfig::tiny_test(), 0, &out, &mut clash).unwrap_err();
-        assert!(error.to_string().contains("vocab.json cannot be written"), "{error}");
-        assert!(!out.join(SINGLE_FILE).exists());
+        assert!(error.to_string().contains("out cannot be written"), "{error}");
+        assert!(fs::read_dir(&out).unwrap().all(|entry| entry.unwrap().file_name() == "theirs"));
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
     }
 }

@@ -1,7 +1,7 @@
 //! TinyLLaVA-Video: tower, connector and decoder as one model the engine can run.
 
 use super::{
-    FrameBatch, KvCache, KvPool, ModelShape, Result, StepInput, Tap, Tensor, VideoLanguageModel,
+    FrameBatch, KvCache, KvPool, ModelError, ModelShape, Result, StepInput, Tap, Tensor, VideoLanguageModel,
     config::ModelConfig,
     kernels::attention::TILE,
     kv_cache::KvDType,
@@ -33,12 +33,12 @@ impl TinyLlava {
                 "heads of {head_dim} are not supported: the width of a head must be a multiple of {TILE}"
             );
         }
+        weights.check_format(format).map_err(ModelError::wrap)?;
         let loader = Loader::new(weights, format);
-        let eyes = loader.at_least_8_bits();
-        let vision = eyes.pp("vision_tower._vision_tower.vision_model");
+        let vision = loader.pp("vision_tower._vision_tower.vision_model");
         Ok(TinyLlava {
             vision_tower: VisionTower::load(&vision, &config.vision)?,
-            connector: Resampler::load(&eyes.pp("connector._connector"), &config.connector)?,
+            connector: Resampler::load(&loader.pp("connector._connector"), &config.connector)?,
             language_model: Decoder::load(&loader.pp("language_model"), &config.text, config.context)?,
             shape: shape(config),
         })

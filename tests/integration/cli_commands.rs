@@ -115,6 +115,7 @@ fn every_failure_is_one_sentence_and_a_non_zero_exit() {
         (vec!["serve", "--host", "192.0.2.1"], "cannot listen on 192.0.2.1:8000"),
         (vec!["trace", "--frames", text, "--prompt", "What?", "--out", "x"], "cannot read"),
         (vec!["synth", "--preset", "nano", "--out", "tests"], "tests"),
+        (vec!["quantize", "--model", "nano", "--out", "tests"], "tests is not empty"),
     ] {
         let run = tinyllava(&arguments);
         let stderr = String::from_utf8_lossy(&run.stderr);
@@ -123,6 +124,33 @@ fn every_failure_is_one_sentence_and_a_non_zero_exit() {
         assert!(sentences.len() == 1 && sentences[0].contains(said), "{arguments:?}: {stderr}");
         assert!(!stderr.contains("panicked"), "{stderr}");
     }
+}
+
+#[test]
+fn a_quantised_checkpoint_answers_as_the_original_and_takes_no_other_format() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("nano-q8");
+    let out = out.to_str().unwrap();
+    let made = tinyllava(&["quantize", "--model", "nano", "--out", out]);
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    let ask = |model: &str| {
+        let run = tinyllava(&["ask", "models/nano/demo/direction.mp4", "What moves?", "--model", model]);
+        assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
+        let said = String::from_utf8(run.stdout).unwrap();
+        // Times follow.
+        said.split(" · ").next().unwrap().to_owned()
+    };
+    assert_eq!(ask(out), ask("nano"));
+    for wrong in [["--quant", "none"], ["--quant", "q4"], ["--dtype", "f32"]] {
+        for command in ["serve", "doctor"] {
+            let run = tinyllava(&[&[command, "--port", "0", "--model", out], &wrong[..]].concat());
+            let said = String::from_utf8_lossy(if command == "serve" { &run.stderr } else { &run.stdout });
+            assert!(!run.status.success() && said.contains("quantised to q8 already"), "{wrong:?}: {said}");
+        }
+    }
+    let doctor = tinyllava(&["doctor", "--port", "0", "--model", out]);
+    let said = String::from_utf8_lossy(&doctor.stdout);
+    assert!(doctor.status.success() && said.contains("million parameters in q8"), "{said}");
 }
 
 #[test]

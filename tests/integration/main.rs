@@ -44,6 +44,7 @@ mod nano_demo;
 mod nano_endpoints;
 mod output_golden;
 mod prompt_golden;
+mod quantised;
 mod server_process;
 mod sse_disconnects;
 mod sse_stream;

@@ -21,7 +21,10 @@ use crate::{
     },
     config::EngineConfig,
     engine::{EngineHandle, NewSequence, StepObserver, StepReport, TokenEvent, TokenStream, VideoInput},
-    model::{FrameBatch, ModelShape, checkpoint::Checkpoint, config::ModelConfig, device, machine},
+    model::{
+        FrameBatch, ModelShape, checkpoint::Checkpoint, config::ModelConfig, device, layers::WeightFormat,
+        machine,
+    },
     scheduler::{SamplingParams, TokenId, VISUAL_TOKEN},
 };
 
@@ -89,7 +92,8 @@ pub async fn bench_engine(args: &EngineArgs) -> anyhow::Result<()> {
     let config =
         args.model.engine(EngineConfig { max_running_sequences: largest, ..EngineConfig::default() });
     let started = start(&args.model, config, Box::new(reports.clone()), Box::new(())).await?;
-    let model = Checkpoint::open(&args.model.model)?.config;
+    let checkpoint = Checkpoint::open(&args.model.model)?;
+    let (model, format) = (checkpoint.config, args.model.weight_format(&checkpoint.weights));
     let bench = Bench { args, started, reports, model };
     let mut rows = bench.encode_and_prefill().await?;
     for &batch in &args.batch {
@@ -98,7 +102,7 @@ pub async fn bench_engine(args: &EngineArgs) -> anyhow::Result<()> {
     for &requests in &args.requests {
         rows.push(bench.requests(requests.max(1)).await?);
     }
-    let machine = Machine::measured(args, bench.started.target.as_ref())?;
+    let machine = Machine::measured(format, bench.started.target.as_ref())?;
     print(&rows, &machine, &mut std::io::stdout())?;
     if let Some(path) = &args.json {
         let json = to_json(&rows, &machine);
@@ -120,7 +124,7 @@ struct Machine {
 }
 
 impl Machine {
-    fn measured(args: &EngineArgs, target: Option<&Target>) -> anyhow::Result<Self> {
+    fn measured(format: WeightFormat, target: Option<&Target>) -> anyhow::Result<Self> {
         if let Some(target) = target {
             let Target { device, dtype } = target;
             return Ok(Machine {
@@ -129,7 +133,6 @@ impl Machine {
                 bytes: device::machine::copy_bytes_per_second(device, DEVICE_COPY_BYTES)?,
             });
         }
-        let format = args.model.weight_format();
         let threads = rayon::current_num_threads();
         Ok(Machine {
             what: format!("this machine, {threads} threads, weights {format:?}: product"),

@@ -7,7 +7,10 @@ use std::ops::Range;
 
 use half::f16;
 
-use super::quant::{Bits, GROUP, QuantMatrix, QuantRows, WIDTH};
+use super::{
+    panels::{Bits, GROUP, WIDTH},
+    quant::{QuantMatrix, QuantRows},
+};
 
 /// Four inputs that one instruction multiplies.
 const QUADS: usize = GROUP / 4;
@@ -113,7 +116,7 @@ impl<'a> Work<'a> {
             bits: matrix.bits,
             num_rows: range.len(),
             groups,
-            records: matrix.panel(panel),
+            records: matrix.panel(panel).0,
             values: &rows.values[range.start * groups * GROUP..range.end * groups * GROUP],
             scales: &rows.scales[range.start * groups..range.end * groups],
             sums: &rows.sums[range.start * groups..range.end * groups],
@@ -388,7 +391,7 @@ mod x86 {
 mod tests {
     use proptest::prelude::*;
 
-    use super::*;
+    use super::{super::panels::QuantPanels, *};
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(80))]
@@ -401,9 +404,11 @@ mod tests {
             let mut next = || { state ^= state << 13; state ^= state >> 17; state ^= state << 5; (state >> 8) as f32 / 8e6 - 1.0 };
             let weights: Vec<f32> = (0..n * k).map(|_| next()).collect();
             let x: Vec<f32> = (0..rows * k).map(|_| next() * loud).collect();
-            let matrix = QuantMatrix::pack(n, k, if four { Bits::Four } else { Bits::Eight }, |index, row| {
-                row.copy_from_slice(&weights[index * k..][..k]);
+            let bits = if four { Bits::Four } else { Bits::Eight };
+            let panels = QuantPanels::pack(n, k, bits, |index, start, part| {
+                part.copy_from_slice(&weights[index * k + start..][..part.len()]);
             });
+            let matrix = QuantMatrix::stack(vec![panels.unwrap()]);
             let quantised = QuantRows::new(&x, k);
             for x in x.as_chunks::<GROUP>().0 {
                 let run = |set: InstructionSet| {

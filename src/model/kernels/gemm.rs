@@ -42,45 +42,66 @@ impl std::fmt::Debug for PackedMatrix {
     }
 }
 
-/// An element type weights may be stored in.
+/// An element type weights may be kept in.
 pub trait StoredFloat: Copy + Default + Send + Sync {
+    /// Rounded, if it must be.
+    fn of(value: f32) -> Self;
+
+    /// False also for what is too large for the type.
+    fn is_finite(self) -> bool;
+
     /// As the panels of a matrix.
     fn wrap(packed: Vec<Self>) -> Panels;
 }
 
-impl StoredFloat for f32 {
-    fn wrap(packed: Vec<f32>) -> Panels {
-        Panels::F32(packed)
-    }
+macro_rules! stored_float {
+    ($float:ty, $variant:ident, $of:expr) => {
+        impl StoredFloat for $float {
+            fn of(value: f32) -> Self {
+                $of(value)
+            }
+
+            fn is_finite(self) -> bool {
+                <$float>::is_finite(self)
+            }
+
+            fn wrap(packed: Vec<Self>) -> Panels {
+                Panels::$variant(packed)
+            }
+        }
+    };
 }
 
-impl StoredFloat for bf16 {
-    fn wrap(packed: Vec<bf16>) -> Panels {
-        Panels::Bf16(packed)
-    }
-}
-
-impl StoredFloat for f16 {
-    fn wrap(packed: Vec<f16>) -> Panels {
-        Panels::F16(packed)
-    }
-}
+stored_float!(f32, F32, std::convert::identity);
+stored_float!(bf16, Bf16, bf16::from_f32);
+stored_float!(f16, F16, f16::from_f32);
 
 impl PackedMatrix {
-    /// Packs a row-major `[n, k]` matrix.
-    pub fn pack<T: StoredFloat>(weights: &[T], n: usize, k: usize) -> Self {
-        assert_eq!(weights.len(), n * k, "a matrix of another size: this is a bug");
+    /// Packs a matrix `[n, k]`; `read` copies a row of it. The error is the row of a value that is not finite.
+    pub fn pack<T: StoredFloat>(
+        n: usize,
+        k: usize,
+        read: impl Fn(usize, &mut [f32]) + Sync,
+    ) -> Result<Self, usize> {
         let width = Arch::new().dispatch(PanelWidth);
         let mut packed = vec![T::default(); n.div_ceil(width) * k * width];
-        packed.par_chunks_mut((k * width).max(1)).enumerate().for_each(|(index, panel)| {
+        packed.par_chunks_mut((k * width).max(1)).enumerate().try_for_each(|(index, panel)| {
+            let mut row = vec![0.0; k];
             for column in 0..width.min(n - index * width) {
-                let row = &weights[(index * width + column) * k..][..k];
-                for (i, &value) in row.iter().enumerate() {
-                    panel[i * width + column] = value;
+                read(index * width + column, &mut row);
+                let kept = row.iter().map(|&value| T::of(value));
+                let places = panel[column..].iter_mut().step_by(width);
+                let all_finite = places.zip(kept).fold(true, |all, (place, value)| {
+                    *place = value;
+                    all & value.is_finite()
+                });
+                if !all_finite {
+                    return Err(index * width + column);
                 }
             }
-        });
-        PackedMatrix { panels: T::wrap(packed), n, k, width }
+            Ok(())
+        })?;
+        Ok(PackedMatrix { panels: T::wrap(packed), n, k, width })
     }
 
     /// Outputs.
@@ -94,17 +115,6 @@ impl PackedMatrix {
             Panels::F32(w) => size_of_val(&w[..]),
             Panels::Bf16(w) => size_of_val(&w[..]),
             Panels::F16(w) => size_of_val(&w[..]),
-        }
-    }
-
-    /// Row `index` of the matrix, `[k]` (a token's embedding, where the head is tied to the embeddings).
-    pub fn copy_row(&self, index: usize, row: &mut [f32]) {
-        let start = (index / self.width) * self.k * self.width + index % self.width;
-        let places = (0..self.k).map(|i| start + i * self.width);
-        match &self.panels {
-            Panels::F32(w) => row.iter_mut().zip(places).for_each(|(value, at)| *value = w[at]),
-            Panels::Bf16(w) => row.iter_mut().zip(places).for_each(|(value, at)| *value = w[at].to_f32()),
-            Panels::F16(w) => row.iter_mut().zip(places).for_each(|(value, at)| *value = w[at].to_f32()),
         }
     }
 
@@ -245,6 +255,10 @@ mod tests {
         std::iter::repeat_with(next).take(len).collect()
     }
 
+    fn packed<T: StoredFloat>(w: &[f32], n: usize, k: usize) -> PackedMatrix {
+        PackedMatrix::pack::<T>(n, k, |row, out| out.copy_from_slice(&w[row * k..][..k])).unwrap()
+    }
+
     fn plain(x: &[f32], w: &[f32], bias: &[f32], k: usize) -> Vec<f64> {
         let dot = |row: &[f32], column: &[f32]| {
             row.iter().zip(column).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>()
@@ -262,7 +276,7 @@ mod tests {
         #[test]
         fn products_equal_the_plain_sum(m in 1..70usize, n in 1..90usize, k in 1..70usize, seed: u32) {
             let (x, w, bias) = (values(m * k, seed), values(n * k, seed ^ 1), values(n, seed ^ 2));
-            let product = PackedMatrix::pack(&w, n, k).multiply(&x, Some(&bias));
+            let product = packed::<f32>(&w, n, k).multiply(&x, Some(&bias));
             for (got, expected) in product.iter().zip(plain(&x, &w, &bias, k)) {
                 prop_assert!((f64::from(*got) - expected).abs() < 1e-5, "{got} {expected}");
             }
@@ -271,23 +285,24 @@ mod tests {
         #[test]
         fn a_row_gives_the_same_bits_in_any_batch(m in 1..70usize, n in 1..300usize, k in 1..70usize, seed: u32) {
             let (x, w) = (values(m * k, seed), values(n * k, seed ^ 1));
-            let w: Vec<bf16> = w.into_iter().map(bf16::from_f32).collect();
-            let matrix = PackedMatrix::pack(&w, n, k);
+            let matrix = packed::<bf16>(&w, n, k);
             let together = matrix.multiply(&x, None);
             for (row, expected) in x.chunks(k).zip(together.chunks(n)) {
                 prop_assert_eq!(&matrix.multiply(row, None)[..], expected);
             }
         }
+    }
 
-        #[test]
-        fn rows_come_back_as_stored(n in 1..90usize, k in 1..40usize, seed: u32) {
-            let w: Vec<f16> = values(n * k, seed).into_iter().map(f16::from_f32).collect();
-            let matrix = PackedMatrix::pack(&w, n, k);
-            let mut row = vec![0.0; k];
-            for (index, expected) in w.chunks(k).enumerate() {
-                matrix.copy_row(index, &mut row);
-                prop_assert!(row.iter().zip(expected).all(|(a, b)| *a == b.to_f32()));
-            }
-        }
+    #[test]
+    fn what_is_not_finite_once_it_is_kept_is_found() {
+        let pack = |value: f32| {
+            let read = |row: usize, out: &mut [f32]| out.fill(if row == 70 { value } else { 1.0 });
+            let (wide, narrow) =
+                (PackedMatrix::pack::<bf16>(80, 3, read), PackedMatrix::pack::<f16>(80, 3, read));
+            (wide.err(), narrow.err())
+        };
+        assert_eq!(pack(1e4), (None, None));
+        assert_eq!(pack(1e6), (None, Some(70)));
+        assert_eq!(pack(f32::NAN), (Some(70), Some(70)));
     }
 }

@@ -35,14 +35,6 @@ impl Matrix {
         }
     }
 
-    /// Row `index`, `[inputs]` (a token's embedding, where the head is tied to the embeddings).
-    pub fn copy_row(&self, index: usize, row: &mut [f32]) {
-        match self {
-            Matrix::Float(matrix) => matrix.copy_row(index, row),
-            Matrix::Quant(matrix) => matrix.copy_row(index, row),
-        }
-    }
-
     /// `x` `[rows, inputs]` times the transposed matrix, plus `bias` `[outputs]`: `[rows, outputs]`.
     pub fn multiply(&self, x: &[f32], bias: Option<&[f32]>) -> Vec<f32> {
         match self {

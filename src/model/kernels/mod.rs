@@ -10,6 +10,7 @@ pub mod attention_bf16;
 mod dot;
 pub mod gemm;
 pub mod matrix;
+pub mod panels;
 pub mod quant;
 
 use std::{marker::PhantomData, mem::MaybeUninit};
