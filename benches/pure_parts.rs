@@ -104,7 +104,7 @@ fn step(scheduler: &mut Scheduler) -> usize {
 }
 
 fn scheduling(c: &mut Criterion) {
-    c.bench_function("scheduler: a step of 64 running sequences", |b| {
+    c.bench_function("scheduler: 100 steps of 64 running sequences", |b| {
         let new = || {
             let mut scheduler = scheduler(64 * 1_000);
             for i in 0..64 {
@@ -134,7 +134,7 @@ fn scheduling(c: &mut Criterion) {
 
 fn output(c: &mut Criterion) {
     let text = "<think>The ball rolls from the left to the right – and stops.</think> <answer>B</answer>";
-    c.bench_function("output: a byte to events", |b| {
+    c.bench_function("output: a short reply to events, byte by byte", |b| {
         let tokenizer = Arc::new(Tokenizer::bytes());
         b.iter_batched_ref(
             || OutputAssembler::new(tokenizer.clone(), vec!["\n\n".into()], false),
