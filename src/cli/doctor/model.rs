@@ -48,20 +48,21 @@ pub fn check(options: &ModelOptions, config: &Config) -> Vec<Finding> {
         checkpoint.id,
         checkpoint.config.num_parameters() as f64 / 1e6,
     );
-    let target = match Target::of(options) {
-        Ok(None) => None,
-        Ok(Some(target)) => Some(target),
+    let mut findings = vec![Finding::ok("model", found)];
+    match Target::of(options) {
+        Ok(None) => {}
+        Ok(Some(target)) => {
+            let bytes = parameters(weights) * target.dtype.size_in_bytes() as u64;
+            findings.push(on_device(&target, options, bytes));
+            return findings;
+        }
         Err(error) => {
             let fix = "give --device cpu, or the flags the message names";
-            return vec![Finding::ok("model", found), Finding::problem("device", error.to_string(), fix)];
+            findings.push(Finding::problem("device", error.to_string(), fix));
+            return findings;
         }
-    };
-    if let Some(target) = target {
-        let bytes = parameters(weights) * target.dtype.size_in_bytes() as u64;
-        return vec![Finding::ok("model", found), on_device(&target, options, bytes)];
     }
     let weights_bytes = weights.kept_bytes(format);
-    let mut findings = vec![Finding::ok("model", found)];
     findings.push(kv_cache(&shape, config));
     let cache_bytes = kv_bytes(&shape, config);
     findings.extend(memory::available_bytes(Path::new("/")).map(|available| {
