@@ -2,7 +2,7 @@
 //!
 //! Built by `cli/serve.rs` from the command line, or from [`Default`] in tests; read by everyone, changed by nobody.
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{fmt, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 
 use axum::http::HeaderValue;
 use url::Url;
@@ -152,8 +152,10 @@ pub struct MediaConfig {
     pub max_redirects: usize,
     /// Decoder processes running at the same time.
     pub max_concurrent_decodes: usize,
-    /// Address space of one decoder process.
+    /// Address space of one decoder process; of one that uses a GPU it is not limited, for its driver maps what it likes.
     pub max_decoder_memory_bytes: usize,
+    /// What decodes beside the processor.
+    pub hwaccel: HwAccel,
     /// Memory for sampled frames of recent videos.
     pub frame_cache_bytes: usize,
     /// Directory that `file:` URLs may point into; none: they are refused.
@@ -166,6 +168,37 @@ pub struct MediaConfig {
     pub ffmpeg_path: Option<PathBuf>,
     pub ffprobe_path: Option<PathBuf>,
     pub files: FilesConfig,
+}
+
+/// Help for the video decoder.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum HwAccel {
+    #[default]
+    None,
+    /// NVDEC of the GPU with this number.
+    Cuda(usize),
+}
+
+impl fmt::Display for HwAccel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            HwAccel::None => f.write_str("none"),
+            HwAccel::Cuda(gpu) => write!(f, "cuda:{gpu}"),
+        }
+    }
+}
+
+impl FromStr for HwAccel {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let gpu = match text {
+            "none" => return Ok(HwAccel::None),
+            "cuda" => Some(0),
+            _ => text.strip_prefix("cuda:").and_then(|gpu| gpu.parse().ok()),
+        };
+        gpu.map(HwAccel::Cuda).ok_or_else(|| "give none, cuda or cuda:N".into())
+    }
 }
 
 /// Limits of the files that clients upload to keep.
@@ -315,6 +348,7 @@ impl Default for MediaConfig {
             max_redirects: 3,
             max_concurrent_decodes: 4,
             max_decoder_memory_bytes: 4 << 30,
+            hwaccel: HwAccel::None,
             frame_cache_bytes: 256 << 20,
             allowed_media_dir: None,
             allow_remote_urls: true,

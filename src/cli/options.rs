@@ -8,7 +8,7 @@ use clap::{
 };
 
 use crate::{
-    config::{EngineConfig, MediaConfig},
+    config::{EngineConfig, HwAccel, MediaConfig},
     model::{
         checkpoint::ModelSpec,
         layers::{Bits, WeightFormat},
@@ -58,6 +58,10 @@ pub struct ModelOptions {
     /// The ffmpeg program [default: the one on PATH].
     #[arg(long, value_name = "FILE", conflicts_with = "download_ffmpeg")]
     pub ffmpeg: Option<PathBuf>,
+    /// Let a GPU decode videos: none, or cuda:N (NVDEC, by an ffmpeg that can use it). What it cannot decode, the processor
+    /// does.
+    #[arg(long, value_name = "HWACCEL", default_value_t = HwAccel::None, env = "TINYLLAVA_HWACCEL")]
+    pub hwaccel: HwAccel,
     /// Fetch ffmpeg when it is not installed.
     #[arg(long)]
     pub download_ffmpeg: bool,
@@ -163,6 +167,7 @@ impl ModelOptions {
         MediaConfig {
             ffprobe_path: self.ffmpeg.as_ref().map(beside),
             ffmpeg_path: self.ffmpeg.clone(),
+            hwaccel: self.hwaccel,
             default_fps: self.variant().and_then(Variant::fps),
             ..media
         }

@@ -170,8 +170,12 @@ pub async fn receive_json(state: &AppState, request: Request) -> Result<Received
 }
 
 async fn collect_body(request: Request, budget: &mut Budget, config: &Config) -> Result<Bytes, BodyError> {
+    // Growing to some hundred megabytes by doubling would copy them all, on this thread. Memory is taken as it is written to,
+    // so that a length that is not true costs nothing.
+    let length = content_length(request.headers()).unwrap_or(0);
     let body = request.into_body().into_data_stream();
-    collect(body.map(|chunk| chunk.map_err(|error| transport(error.into(), config))), budget).await
+    let chunks = body.map(|chunk| chunk.map_err(|error| transport(error.into(), config)));
+    collect(chunks, length, budget).await
 }
 
 fn content_length(headers: &HeaderMap) -> Option<usize> {
@@ -184,16 +188,17 @@ pub fn media_type(headers: &HeaderMap) -> Option<String> {
     Some(value.split(';').next().unwrap_or_default().trim().to_ascii_lowercase())
 }
 
-/// Puts the chunks of `stream` together.
+/// Puts the chunks of `stream` together. `length`: how many bytes they are said to have, 0 if nobody did.
 ///
 /// # Errors
 /// Those of the stream and of the budget.
 pub async fn collect(
     stream: impl Stream<Item = Result<Bytes, BodyError>>,
+    length: usize,
     budget: &mut Budget,
 ) -> Result<Bytes, BodyError> {
     let mut stream = std::pin::pin!(stream);
-    let mut body = BytesMut::new();
+    let mut body = BytesMut::with_capacity(length.min(budget.max_bytes));
     while let Some(chunk) = stream.next().await {
         let chunk = chunk?;
         budget.grow(chunk.len())?;
@@ -279,7 +284,7 @@ async fn receive_parts(
     while let Some(part) = parts.next().await? {
         match part.name() {
             Some("request") if json.is_some() => return Err(multipart::twice("request").into()),
-            Some("request") => json = Some(collect(multipart::chunks(part, config), budget).await?),
+            Some("request") => json = Some(collect(multipart::chunks(part, config), 0, budget).await?),
             Some("video") if upload.is_some() => return Err(multipart::twice("video").into()),
             Some("video") => upload = Some(store(part, budget, config).await?),
             name => {

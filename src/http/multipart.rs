@@ -89,7 +89,7 @@ pub async fn text(
         let chunk = if is_long { Err(BodyError::Part { param, message: message() }) } else { chunk };
         std::future::ready(Some(chunk))
     });
-    let bytes = collect(limited, budget).await?;
+    let bytes = collect(limited, 0, budget).await?;
     String::from_utf8(bytes.to_vec()).map_err(|_| {
         let message = format!("the part \"{param}\" is not UTF-8 text");
         BodyError::Part { param, message }

@@ -1,22 +1,29 @@
 //! Runs ffmpeg so that exactly the sampled frames come out of it, and checks that they are the right ones.
 //!
-//! Called by `mod.rs`. Two ways: one pass over the whole file that picks frames by their number, or short passes
-//! that seek near each sample and pick by display time. The decoder logs every frame that it decodes; a pass whose
-//! log is not what the packet table promised is thrown away and the whole file is decoded instead.
+//! Called by `mod.rs`. Three ways: one pass that is fed with nothing but the packets needed (`packet_feed.rs`), short passes
+//! that seek near each sample and pick by display time, or one pass over the whole file that picks frames by their
+//! number. The decoder logs every frame that it decodes; a pass whose log is not what the packet table promised is thrown
+//! away and the whole file is decoded instead.
 //! Must never hold more than a few source-size frames, and never trust a frame that was not checked.
 //!
 //! Colour goes to RGB as plain decoders do it (swscale's default conversion: bicubic, range and matrix as tagged,
 //! BT.601 if untagged): this is how the frames that the model was trained on were made.
 
-use std::{path::Path, sync::Arc};
+use std::{fs::File, io, path::Path, sync::Arc};
 
-use futures_util::{StreamExt, stream};
-use tokio::{io::AsyncReadExt, process::ChildStdout, task::JoinHandle};
+use futures_util::{StreamExt, future::OptionFuture, stream};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    process::{ChildStdin, ChildStdout},
+    sync::mpsc,
+    task::JoinHandle,
+};
 
 use super::{
     MediaError,
-    ffmpeg::{Tools, finish, pipe_failed, read_lines},
+    ffmpeg::{Manner, Tools, finish, pipe_failed, read_lines},
     frame_sampling::{Sampling, Timeline},
+    packet_feed::Feed,
     packet_table::{PacketTable, Segment},
     places::DecoderPlaces,
     probe::{Container, Probe, file_url},
@@ -25,6 +32,10 @@ use crate::telemetry::Trail;
 
 /// How ffmpeg's `showinfo` begins its lines.
 const SHOWINFO: &str = "[Parsed_showinfo_0";
+/// What ffmpeg says where no GPU can be used at all.
+const NO_GPU: [&str; 2] = ["Device creation failed", "No device available for decoder"];
+/// Of all videos that go to a GPU: see [`Probe::fits_gpu`].
+const GPU_PIXEL_FORMAT: &str = "format=yuv420p";
 /// Memory for source-size frames of all passes of one video; a pass holds two (one arrives, one is mapped).
 const MAX_PASS_FRAMES_BYTES: usize = 256 << 20;
 /// `eq(...)` terms of a select expression; every one is evaluated for every decoded frame.
@@ -48,8 +59,16 @@ impl FrameMap {
 /// Which way was taken, for logs and benchmarks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Way {
-    Seeks { passes: usize },
-    WholeFile { passes: usize },
+    /// One process got these packets and no others.
+    NeededPackets {
+        packets: usize,
+    },
+    Seeks {
+        passes: usize,
+    },
+    WholeFile {
+        passes: usize,
+    },
 }
 
 /// The sampled frames.
@@ -77,9 +96,15 @@ pub struct Decoder<'a> {
     pub trail: Trail,
 }
 
+/// What a run of ffmpeg reads.
+enum Input {
+    File { seek_seconds: Option<f64> },
+    Fed(Arc<Feed>),
+}
+
 /// One run of ffmpeg.
 struct Pass {
-    seek_seconds: Option<f64>,
+    input: Input,
     threads: usize,
     select: Terms,
     /// Decoding more frames than this is a failure.
@@ -101,7 +126,13 @@ impl Decoder<'_> {
     pub async fn sample(&self, sampling: &Sampling) -> Result<Decoded, MediaError> {
         let timeline = self.probe.timeline.clone();
         let indices = sampling.indices(&timeline)?;
-        if let Some(segments) = self.seek_plan(&indices).await {
+        if let Some(feed) = self.feed_plan(&indices).await {
+            let packets = feed.num_packets();
+            if let Some(frames) = self.decode_fed(feed).await? {
+                return Ok(Decoded { timeline, indices, frames, way: Way::NeededPackets { packets } });
+            }
+            tracing::info!("feeding the needed packets was not exact; decoding the whole video");
+        } else if let Some(segments) = self.seek_plan(&indices).await {
             let passes = segments.len();
             if let Some(frames) = self.decode_segments(segments).await? {
                 return Ok(Decoded { timeline, indices, frames, way: Way::Seeks { passes } });
@@ -120,7 +151,7 @@ impl Decoder<'_> {
             let wanted = distinct(&indices);
             let output = self
                 .run(Pass {
-                    seek_seconds: None,
+                    input: Input::File { seek_seconds: None },
                     threads: self.tools.threads,
                     select: wanted.iter().map(|index| format!("eq(n,{index})")).collect(),
                     max_decoded: usize::MAX,
@@ -138,6 +169,33 @@ impl Decoder<'_> {
         Err(MediaError::Undecodable(
             "the video could not be decoded; check that it plays and send it again".into(),
         ))
+    }
+
+    async fn feed_plan(&self, indices: &[usize]) -> Option<Feed> {
+        let can_be_told_apart =
+            matches!(self.probe.container, Container::Mp4 | Container::Mov) && self.probe.codec == "h264";
+        if !can_be_told_apart {
+            return None;
+        }
+        let (file, wanted) = (self.file.to_owned(), distinct(indices));
+        self.on_packets(move |packets| Feed::plan(File::open(file).ok()?, packets, &wanted)).await
+    }
+
+    /// The wanted frames of `feed`; none unless exactly the fed frames came out.
+    async fn decode_fed(&self, feed: Feed) -> Result<Option<Vec<Vec<u8>>>, MediaError> {
+        let feed = Arc::new(feed);
+        let pass = Pass {
+            input: Input::Fed(feed.clone()),
+            threads: self.tools.threads,
+            select: feed.wanted.iter().map(|time| format!("eq(pts,{time})")).collect(),
+            max_decoded: feed.num_packets(),
+            stop_early: true,
+        };
+        let Some(output) = self.run(pass).await? else { return Ok(None) };
+        let times = 0..=feed.wanted.last().map_or(0, |&last| last as i64);
+        let seen = output.decoded.iter().copied().take_while(|&time| time <= Some(*times.end()));
+        let exact = output.frames.len() == feed.wanted.len() && seen.eq(times.clone().map(Some));
+        Ok(exact.then_some(output.frames))
     }
 
     async fn seek_plan(&self, indices: &[usize]) -> Option<Vec<Segment>> {
@@ -190,7 +248,7 @@ impl Decoder<'_> {
         threads: usize,
     ) -> Result<Option<Vec<Vec<u8>>>, MediaError> {
         let pass = Pass {
-            seek_seconds: segment.seek_seconds,
+            input: Input::File { seek_seconds: segment.seek_seconds },
             threads,
             select: segment.wanted.iter().map(|pts| format!("eq(pts,{pts})")).collect(),
             max_decoded: segment.max_decoded,
@@ -204,24 +262,46 @@ impl Decoder<'_> {
         Ok(exact.then_some(output.frames))
     }
 
-    /// Runs ffmpeg once; none if it failed or went over `max_decoded`.
+    /// Runs ffmpeg, on the GPU if there is one for this; none if it failed or went over `max_decoded`.
     async fn run(&self, pass: Pass) -> Result<Option<PassOutput>, MediaError> {
+        if let Some(gpu) = self.tools.gpu().filter(|_| self.probe.fits_gpu()) {
+            match self.run_once(&pass, Some(gpu)).await {
+                Ok(Some(output)) if output.frames.len() == pass.select.len() => return Ok(Some(output)),
+                _ => {
+                    tracing::info!(codec = self.probe.codec, "not decoded by the GPU; the processor does it")
+                }
+            }
+        }
+        self.run_once(&pass, None).await
+    }
+
+    async fn run_once(&self, pass: &Pass, gpu: Option<usize>) -> Result<Option<PassOutput>, MediaError> {
         let wanted = pass.select.len();
-        let running = self.tools.start(self.command(&pass)?)?;
+        let fed = match &pass.input {
+            Input::Fed(feed) => Some(feed.clone()),
+            Input::File { .. } => None,
+        };
+        let manner = Manner { fed: fed.is_some(), on_gpu: gpu.is_some() };
+        let running = self.tools.start_as(self.command(pass, gpu)?, manner)?;
+        let feeding = fed.zip(running.stdin).map(|(feed, stdin)| write_feed(feed, stdin));
+        let feeding = async { OptionFuture::from(feeding).await.unwrap_or(Ok(())) };
         let mut decoded = Vec::new();
         let frames = self.read_frames(running.stdout, wanted);
         let log = read_lines(running.stderr, |line| {
             match shown_pts(line) {
                 Some(pts) => decoded.push(pts),
+                None if gpu.is_some() && NO_GPU.iter().any(|sign| line.contains(sign)) => {
+                    self.tools.give_up_gpu(line);
+                }
                 None if !line.starts_with(SHOWINFO) => tracing::trace!(line, "ffmpeg"),
                 None => {}
             }
             // Any error stops the pass; this one never leaves `run`.
             if decoded.len() > pass.max_decoded { Err(overrun()) } else { Ok(()) }
         });
-        let output = tokio::try_join!(frames, log);
+        let output = tokio::try_join!(frames, log, feeding);
         self.trail.decoded_frames(decoded.len());
-        let (frames, ()) = match output {
+        let (frames, (), ()) = match output {
             Ok(output) => output,
             Err(_) if decoded.len() > pass.max_decoded => return Ok(None),
             Err(error) => return Err(error),
@@ -230,20 +310,35 @@ impl Decoder<'_> {
         Ok((status.success() || !frames.is_empty()).then_some(PassOutput { frames, decoded }))
     }
 
-    fn command(&self, pass: &Pass) -> Result<std::process::Command, MediaError> {
+    fn command(&self, pass: &Pass, gpu: Option<usize>) -> Result<std::process::Command, MediaError> {
         let (width, height) = (self.probe.width, self.probe.height);
         let mut command = self.tools.ffmpeg(pass.threads)?;
         // Frames that cannot be right (decoding began too late for them) must not come out at all.
         command.args(["-flags", "-output_corrupt", "-noautorotate", "-copyts"]);
-        if let Some(seconds) = pass.seek_seconds {
-            // Absolute and inexact: `select` picks the frames, by the times the container gives them.
-            command.args(["-seek_timestamp", "1", "-noaccurate_seek", "-ss", &format!("{seconds:.6}")]);
+        if let Some(gpu) = gpu {
+            Tools::accelerate(&mut command, gpu);
         }
-        command.args(["-f", self.probe.container.demuxer(), "-i"]).arg(file_url(self.file));
+        match &pass.input {
+            Input::Fed(_) => {
+                command.args(["-f", Container::Matroska.demuxer(), "-i", "pipe:0"]);
+            }
+            Input::File { seek_seconds } => {
+                if let Some(seconds) = seek_seconds {
+                    // Absolute and inexact: `select` picks the frames, by the times the container gives them.
+                    command.args(["-seek_timestamp", "1", "-noaccurate_seek", "-ss"]);
+                    command.arg(format!("{seconds:.6}"));
+                }
+                command.args(["-f", self.probe.container.demuxer(), "-i"]).arg(file_url(self.file));
+            }
+        }
         let select = format!("select='{}'", pass.select.join("+"));
         // A stream may change its size midway: the pipe's frames may not.
         let scale = format!("scale={width}:{height}:flags=bicubic");
         let mut filters = vec!["showinfo=checksum=0", &select];
+        if gpu.is_some() {
+            // A GPU's pictures have their colours interleaved. Put apart, they take the same way to RGB as others.
+            filters.push(GPU_PIXEL_FORMAT);
+        }
         filters.extend(self.probe.orientation.filters);
         filters.extend([scale.as_str(), "format=rgb24"]);
         command.args(["-map", "0:V:0", "-an", "-sn", "-dn", "-vf", &filters.join(",")]);
@@ -271,6 +366,27 @@ impl Decoder<'_> {
             }
         }
     }
+}
+
+/// Gives a decoder its stream, as fast as it reads. One that wants no more of it, or has ended, is no error here.
+async fn write_feed(feed: Arc<Feed>, mut stdin: ChildStdin) -> Result<(), MediaError> {
+    let (sender, mut pieces) = mpsc::channel(2);
+    let reading =
+        tokio::task::spawn_blocking(move || feed.write(|piece| sender.blocking_send(piece).is_ok()));
+    while let Some(piece) = pieces.recv().await {
+        match stdin.write_all(&piece).await {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => break,
+            Err(error) => return Err(pipe_failed(&error)),
+        }
+    }
+    drop((pieces, stdin));
+    let read = reading.await.expect("reading packets does not panic: this is a bug");
+    // A file that became shorter: the decoder sees its end too early, and its frames are then too few.
+    read.or_else(|error| {
+        tracing::warn!(%error, "a video file could not be read");
+        Ok(())
+    })
 }
 
 /// Passes that may hold frames of so many bytes at the same time, at least one.

@@ -6,7 +6,11 @@
 use std::{
     io,
     path::{Path, PathBuf},
-    process::{Command, ExitStatus},
+    process::{Command, ExitStatus, Stdio},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use ffmpeg_sidecar::{
@@ -20,14 +24,14 @@ use ffmpeg_sidecar::{
 };
 use tokio::{
     io::{AsyncRead, AsyncReadExt},
-    process::{Child, ChildStderr, ChildStdout},
+    process::{Child, ChildStderr, ChildStdin, ChildStdout},
 };
 
 use super::{
     MediaError,
     sandbox::{Sandbox, kill_first},
 };
-use crate::config::MediaConfig;
+use crate::config::{HwAccel, MediaConfig};
 
 /// Demuxers that may open a video (ffmpeg's names); playlists and scripts, which open other files, are not among them.
 const ALLOWED_DEMUXERS: &str = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts";
@@ -53,6 +57,8 @@ pub struct Tools {
     max_frame_pixels: usize,
     pub threads: usize,
     sandbox: Sandbox,
+    hwaccel: HwAccel,
+    gpu_failed: Arc<AtomicBool>,
 }
 
 impl Tools {
@@ -68,6 +74,8 @@ impl Tools {
             max_frame_pixels: config.max_frame_pixels,
             threads,
             sandbox: Sandbox::new(config.max_decoder_memory_bytes, config.decode_timeout, threads),
+            hwaccel: config.hwaccel,
+            gpu_failed: Arc::default(),
         }
     }
 
@@ -98,7 +106,7 @@ impl Tools {
     pub fn ffmpeg_alone(&self) -> Result<tokio::process::Command, MediaError> {
         let mut command = Command::new(self.ffmpeg_path()?);
         command.args(["-hide_banner", "-version"]);
-        Ok(self.sandbox.wrap(command))
+        Ok(self.sandbox.wrap(command, false))
     }
 
     /// An `ffprobe` whose next argument is an input option.
@@ -118,10 +126,39 @@ impl Tools {
             .arg(self.max_frame_pixels.to_string());
     }
 
-    /// Starts a command made by this, limited.
+    /// Lets the GPU decode the input that comes next. Frames come back to the processor's memory.
+    pub fn accelerate(command: &mut Command, gpu: usize) {
+        command.args(["-hwaccel", "cuda", "-hwaccel_device", &gpu.to_string()]);
+    }
+
+    /// The GPU that decodes, unless it was found that it cannot.
+    pub fn gpu(&self) -> Option<usize> {
+        match self.hwaccel {
+            HwAccel::Cuda(gpu) if !self.gpu_failed.load(Ordering::Relaxed) => Some(gpu),
+            _ => None,
+        }
+    }
+
+    /// There is no such GPU, or ffmpeg cannot use it: from now on the processor decodes.
+    pub fn give_up_gpu(&self, why: &str) {
+        if !self.gpu_failed.swap(true, Ordering::Relaxed) {
+            tracing::warn!(why, hwaccel = %self.hwaccel, "ffmpeg cannot use the GPU; the processor decodes videos");
+        }
+    }
+
+    /// Starts a command made by this, limited. It reads nothing.
     pub fn start(&self, command: Command) -> Result<Running, MediaError> {
+        self.start_as(command, Manner::default())
+    }
+
+    /// As [`Tools::start`], as `manner` says.
+    pub fn start_as(&self, command: Command, manner: Manner) -> Result<Running, MediaError> {
         tracing::debug!(?command, "starting");
-        let mut child = self.sandbox.wrap(command).spawn().map_err(|error| {
+        let mut command = self.sandbox.wrap(command, manner.on_gpu);
+        if manner.fed {
+            command.stdin(Stdio::piped());
+        }
+        let mut child = command.spawn().map_err(|error| {
             tracing::error!(%error, "decoder did not start");
             MediaError::Internal("the video decoder could not be started; try again later".into())
         })?;
@@ -130,14 +167,26 @@ impl Tools {
         }
         let stdout = child.stdout.take().expect("stdout is piped: this is a bug");
         let stderr = child.stderr.take().expect("stderr is piped: this is a bug");
-        Ok(Running { child, stdout, stderr })
+        let stdin = child.stdin.take();
+        Ok(Running { child, stdin, stdout, stderr })
     }
+}
+
+/// How a child runs, besides its command.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Manner {
+    /// It gets a pipe to read from.
+    pub fed: bool,
+    /// It uses a GPU.
+    pub on_gpu: bool,
 }
 
 /// A child at work. Dropping it kills the process.
 #[derive(Debug)]
 pub struct Running {
     pub child: Child,
+    /// Of one that is fed.
+    pub stdin: Option<ChildStdin>,
     pub stdout: ChildStdout,
     pub stderr: ChildStderr,
 }

@@ -12,6 +12,7 @@ mod file_store;
 mod flights;
 mod frame_cache;
 pub mod frame_sampling;
+mod packet_feed;
 mod packet_table;
 mod pictures;
 pub mod pixels;

@@ -25,6 +25,8 @@ pub struct Packet {
     pub key: bool,
     /// Decoded but never shown (before an edit list's start).
     pub discard: bool,
+    /// Where it lies in the file, if in one piece: position and length, bytes.
+    pub place: Option<(u64, usize)>,
 }
 
 /// The packets in file (decoding) order, and the frames they make in display order.
@@ -56,6 +58,15 @@ pub struct Segment {
     pub max_decoded: usize,
     key_position: usize,
     end_position: usize,
+}
+
+/// A group of pictures with frames that are wanted.
+#[derive(Debug)]
+pub struct NeededGroup<'a> {
+    /// From its keyframe to the last frame wanted, in decoding order.
+    pub packets: &'a [Packet],
+    /// Wanted pts, ascending.
+    pub wanted: Vec<i64>,
 }
 
 impl PacketTable {
@@ -165,6 +176,27 @@ impl PacketTable {
         Some(segments)
     }
 
+    /// The groups that hold the frames at display indices `wanted` (ascending, distinct); none where frames cannot be told
+    /// by their packets.
+    pub fn needed_groups(&self, wanted: &[usize]) -> Option<Vec<NeededGroup<'_>>> {
+        let display = self.display.as_ref()?;
+        // (keyframe, last packet, wanted pts)
+        let mut groups: Vec<(usize, usize, Vec<i64>)> = Vec::new();
+        for &index in wanted {
+            let &(pts, position) = display.get(index)?;
+            let key = self.key_before(position, pts)?;
+            match groups.last_mut() {
+                Some((_, end, wanted)) if key <= *end => {
+                    *end = position.max(*end);
+                    wanted.push(pts);
+                }
+                _ => groups.push((key, position, vec![pts])),
+            }
+        }
+        let group = |(key, end, wanted)| NeededGroup { packets: &self.packets[key..=end], wanted };
+        Some(groups.into_iter().map(group).collect())
+    }
+
     /// The last keyframe from which the frame can be decoded: pictures that lead a keyframe (shown before it,
     /// stored after it) need the one before.
     fn key_before(&self, position: usize, pts: i64) -> Option<usize> {
@@ -232,7 +264,7 @@ mod tests {
                     dts: Some((base + order as i64) * 40),
                     duration: 40,
                     key: order == 0,
-                    discard: false,
+                    ..Packet::default()
                 });
             }
         }
@@ -317,7 +349,38 @@ mod tests {
         assert!(PacketTable::new(packets, (1, 1000), 25.0, false).display.is_some());
     }
 
+    #[test]
+    fn needed_groups_begin_with_their_keyframe_and_end_with_the_last_frame_wanted() {
+        let table = table(stream(4, 10));
+        let groups = table.needed_groups(&[1, 2, 29]).unwrap();
+        let ends: Vec<_> = groups.iter().map(|group| (group.packets[0].pts, group.packets.len())).collect();
+        // Display 2 is decoded fourth; 29 is the last reference of its group.
+        assert_eq!(ends, [(Some(80), 4), (Some(20 * 40 + 80), 8)]);
+        assert_eq!(groups[0].wanted, [120, 160]);
+        assert!(table.needed_groups(&[40]).is_none());
+    }
+
     proptest! {
+        #[test]
+        fn needed_groups_hold_every_wanted_frame(
+            gops in 1usize..20, gop_frames in 1usize..30, picks in proptest::collection::btree_set(0usize..600, 1..20),
+        ) {
+            let table = table(stream(gops, gop_frames));
+            let wanted: std::collections::BTreeSet<usize> =
+                picks.iter().map(|pick| pick % (gops * gop_frames)).collect();
+            let wanted: Vec<usize> = wanted.into_iter().collect();
+            let groups = table.needed_groups(&wanted).unwrap();
+            let display = table.display.as_ref().unwrap();
+            let found: Vec<i64> = groups.iter().flat_map(|group| group.wanted.clone()).collect();
+            let expected: Vec<i64> = wanted.iter().map(|&index| display[index].0).collect();
+            prop_assert_eq!(found, expected);
+            for NeededGroup { packets, wanted } in &groups {
+                prop_assert!(packets[0].key && packets.len() <= gop_frames);
+                prop_assert!(wanted.contains(&packets[packets.len() - 1].pts.unwrap()) || wanted.len() > 1);
+                prop_assert!(wanted.iter().all(|&pts| packets.iter().any(|packet| packet.pts == Some(pts))));
+            }
+        }
+
         #[test]
         fn a_plan_reaches_every_wanted_frame_in_order(
             gops in 1usize..60, gop_frames in 1usize..60, pixels in 1000usize..2_000_000,

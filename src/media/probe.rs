@@ -16,8 +16,8 @@ use super::{
 use crate::config::MediaConfig;
 
 /// What ffprobe is asked for. Packets come first, then the stream, then the container.
-const ENTRIES: &str = "packet=pts,dts,duration,flags\
-    :stream=codec_name,width,height,time_base,avg_frame_rate,r_frame_rate,has_b_frames\
+const ENTRIES: &str = "packet=pts,dts,duration,size,pos,flags\
+    :stream=codec_name,pix_fmt,width,height,time_base,avg_frame_rate,r_frame_rate,has_b_frames\
     :stream_side_data=displaymatrix:format=duration";
 
 /// Containers by their first bytes.
@@ -113,6 +113,8 @@ impl Orientation {
 pub struct Probe {
     pub container: Container,
     pub codec: String,
+    /// ffmpeg's name of it.
+    pixel_format: String,
     /// Displayed size, pixels (the stored size turned by `orientation`).
     pub width: usize,
     pub height: usize,
@@ -121,6 +123,15 @@ pub struct Probe {
     pub packets: Arc<PacketTable>,
     /// As the packets tell it.
     pub timeline: Arc<Timeline>,
+}
+
+impl Probe {
+    /// Whether a GPU gives the very frames that the processor gives: it has 8 bits and half the resolution of colours, in
+    /// the range of television.
+    pub fn fits_gpu(&self) -> bool {
+        const CODECS: [&str; 7] = ["h264", "hevc", "vp8", "vp9", "av1", "mpeg2video", "mpeg4"];
+        self.pixel_format == "yuv420p" && CODECS.contains(&self.codec.as_str())
+    }
 }
 
 /// Probes `file`. The errors are the client's: not a video, not allowed, damaged, too long or too large.
@@ -247,6 +258,7 @@ struct Report {
     max_packets: usize,
     packets: Vec<Packet>,
     codec: Option<String>,
+    pixel_format: String,
     width: usize,
     height: usize,
     time_base: Option<(u32, u32)>,
@@ -286,6 +298,7 @@ impl Report {
     fn take_stream_field(&mut self, key: &str, value: &str) {
         match key {
             "codec_name" => self.codec = Some(value.to_owned()),
+            "pix_fmt" => self.pixel_format = value.to_owned(),
             "width" => self.width = value.parse().unwrap_or(0),
             "height" => self.height = value.parse().unwrap_or(0),
             "has_b_frames" => self.has_b_frames = value != "0",
@@ -340,8 +353,8 @@ impl Report {
         if orientation.swaps_sides {
             (width, height) = (height, width);
         }
-        let (packets, timeline) = (Arc::new(packets), Arc::new(timeline));
-        Ok(Probe { container, codec, width, height, orientation, packets, timeline })
+        let (packets, timeline, pixel_format) = (Arc::new(packets), Arc::new(timeline), self.pixel_format);
+        Ok(Probe { container, codec, pixel_format, width, height, orientation, packets, timeline })
     }
 }
 
@@ -359,11 +372,14 @@ fn fraction(text: &str) -> Option<(u32, u32)> {
 
 fn packet(fields: &str) -> Packet {
     let mut packet = Packet::default();
+    let (mut position, mut len) = (None, None);
     for (key, value) in pairs(fields) {
         match key {
             "pts" => packet.pts = value.parse().ok(),
             "dts" => packet.dts = value.parse().ok(),
             "duration" => packet.duration = value.parse().unwrap_or(0),
+            "pos" => position = value.parse().ok(),
+            "size" => len = value.parse().ok(),
             "flags" => {
                 packet.key = value.contains('K');
                 packet.discard = value.contains('D');
@@ -371,6 +387,7 @@ fn packet(fields: &str) -> Packet {
             _ => {}
         }
     }
+    packet.place = position.zip(len);
     packet
 }
 
@@ -418,8 +435,8 @@ mod tests {
     fn ffprobe_output_is_read_field_by_field() {
         let mut report = Report { max_packets: 2, ..Report::default() };
         for line in [
-            "packet|pts=512|dts=-512|duration=512|flags=KD_|side_data|",
-            "packet|pts=N/A|dts=0|duration=N/A|flags=__",
+            "packet|pts=512|dts=-512|duration=512|size=99|pos=48|flags=KD_|side_data|",
+            "packet|pts=N/A|dts=0|duration=N/A|size=99|pos=N/A|flags=__",
             "",
             "program|stream|codec_name=wrong",
             "stream|codec_name=h264|width=64|height=36|time_base=1/12800|avg_frame_rate=0/0|r_frame_rate=25/1\
@@ -432,7 +449,14 @@ mod tests {
         ] {
             report.take(line).unwrap();
         }
-        let first = Packet { pts: Some(512), dts: Some(-512), duration: 512, key: true, discard: true };
+        let first = Packet {
+            pts: Some(512),
+            dts: Some(-512),
+            duration: 512,
+            key: true,
+            discard: true,
+            place: Some((48, 99)),
+        };
         assert_eq!(report.packets, [first, Packet { dts: Some(0), ..Packet::default() }]);
         assert_eq!(report.matrix[..5], [0, 65536, 0, -65536, 0]);
         assert_eq!((report.duration, report.has_b_frames), (Some(10.5), true));

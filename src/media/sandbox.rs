@@ -36,14 +36,17 @@ impl Sandbox {
         Sandbox { prlimit, max_memory_bytes, max_cpu_seconds }
     }
 
-    /// The same command, limited. Output pipes are the caller's to read.
-    pub fn wrap(&self, command: Command) -> tokio::process::Command {
+    /// The same command, limited. Output pipes are the caller's to read. `on_gpu`: its driver maps more memory than any
+    /// limit that would be one.
+    pub fn wrap(&self, command: Command, on_gpu: bool) -> tokio::process::Command {
         let mut limited = match &self.prlimit {
             None => command,
             Some(prlimit) => {
                 let mut limited = Command::new(prlimit);
+                if !on_gpu {
+                    limited.arg(format!("--as={}", self.max_memory_bytes));
+                }
                 limited
-                    .arg(format!("--as={}", self.max_memory_bytes))
                     .arg(format!("--cpu={}", self.max_cpu_seconds))
                     .arg(format!("--nofile={MAX_OPEN_FILES}"))
                     // Frames go through the pipe: a decoder has no file to write.
@@ -54,7 +57,7 @@ impl Sandbox {
             }
         };
         limited.env_clear();
-        for name in ["PATH", "LD_LIBRARY_PATH"] {
+        for name in ["PATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES"] {
             limited.envs(std::env::var_os(name).map(|value| (name, value)));
         }
         limited.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -79,7 +82,7 @@ mod tests {
         let sandbox = Sandbox::new(1 << 30, Duration::from_secs(5), 1);
         let mut command = Command::new("sleep");
         command.arg("5");
-        let child = sandbox.wrap(command).spawn().unwrap();
+        let child = sandbox.wrap(command, false).spawn().unwrap();
         kill_first(child.id().unwrap());
         let score = std::fs::read_to_string(format!("/proc/{}/oom_score_adj", child.id().unwrap()));
         assert_eq!(score.unwrap().trim(), "1000");

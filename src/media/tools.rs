@@ -17,7 +17,7 @@ use super::{
     video_info,
 };
 use crate::{
-    config::MediaConfig,
+    config::{HwAccel, MediaConfig},
     telemetry::{PieceTimer, Trail},
 };
 
@@ -73,6 +73,11 @@ pub async fn check_limits(config: &MediaConfig) -> Result<(), String> {
 }
 
 impl MediaLoader {
+    /// Whether the GPU that is to decode can still be used, as far as was tried; none: no GPU is to decode.
+    pub fn gpu_decodes(&self) -> Option<bool> {
+        (self.config.hwaccel != HwAccel::None).then(|| self.tools.gpu().is_some())
+    }
+
     /// Sampled frames of a local file at its own size.
     pub async fn source_frames(
         &self,

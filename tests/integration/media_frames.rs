@@ -2,9 +2,12 @@
 
 use std::path::Path;
 
-use tinyllava::media::{FrameSampling, VideoSource, frame_sampling::spread, pixels};
+use tinyllava::{
+    config::{HwAccel, MediaConfig},
+    media::{FrameSampling, VideoSource, frame_sampling::spread, pixels},
+};
 
-use crate::media_clips::{Clip, SIZE, loader, numbers, remux, sample};
+use crate::media_clips::{Clip, SIZE, loader, loader_with, numbers, remux, sample};
 
 const H264: &str = "-c:v libx264 -preset veryfast -pix_fmt yuv420p -bf 3 -g 30";
 const HEVC: &str =
@@ -195,6 +198,21 @@ async fn frames_cut_by_an_edit_list_do_not_count() {
     let first = 97 - total;
     assert_eq!(read, spread(total, 16).into_iter().map(|index| first + index).collect::<Vec<_>>());
     assert_eq!(first, 38, "the frame shown at 1.5 s is the first");
+}
+
+#[tokio::test]
+async fn without_the_gpu_asked_for_the_processor_decodes() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = Clip::default().encode(directory.path(), "a.mp4", H264);
+    let loader = loader_with(MediaConfig { hwaccel: HwAccel::Cuda(99), ..MediaConfig::default() });
+    assert_eq!(loader.gpu_decodes(), Some(true), "not tried yet");
+    for num_frames in [16, 4] {
+        let source = VideoSource::LocalFile(path.clone());
+        let sampling = FrameSampling { num_frames: Some(num_frames), ..FrameSampling::default() };
+        let frames = loader.load(source, sampling).await.unwrap();
+        assert_eq!(numbers(&frames), frames.info.sampled_indices);
+        assert_eq!(loader.gpu_decodes(), Some(false));
+    }
 }
 
 #[tokio::test]

@@ -249,7 +249,7 @@ fn counting_tool(directory: &Path) -> PathBuf {
 async fn passes_of_all_videos_together_keep_to_the_decoder_limit() {
     let directory = tempfile::tempdir().unwrap();
     let clip = Clip { frames: 1600, ..Clip::default() };
-    let path = clip.encode(directory.path(), "long.mp4", H264);
+    let path = clip.encode(directory.path(), "long.mkv", H264);
     let loader = loader_with(MediaConfig {
         max_concurrent_decodes: 2,
         ffmpeg_path: Some(counting_tool(directory.path())),

@@ -17,12 +17,12 @@ async fn read(loader: &MediaLoader, path: &Path, sampling: FrameSampling) -> Vec
     numbers(&frames)
 }
 
-/// Samples at several places; true for each that was reached by seeking.
-async fn seeks_at_places(options: &str, name: &str) -> Vec<bool> {
+/// Samples at several places; how each was reached.
+async fn ways_at_places(options: &str, name: &str) -> Vec<Way> {
     let directory = tempfile::tempdir().unwrap();
     let path = LONG.encode(directory.path(), name, options);
     let loader = loader();
-    let mut seeks = Vec::new();
+    let mut ways = Vec::new();
     for (start, num_frames) in PLACES {
         let sampling =
             FrameSampling { num_frames: Some(num_frames), start: Some(start), ..FrameSampling::default() };
@@ -30,28 +30,58 @@ async fn seeks_at_places(options: &str, name: &str) -> Vec<bool> {
         assert_eq!(read[0], (start * 25.0_f64).ceil() as usize, "{name} at {start}");
         assert!(num_frames == 1 || read[num_frames - 1] == 1599, "{name} at {start}");
         // Fails by itself if the ways differ in a single pixel.
-        let benchmark = loader.benchmark(&path, sampling).await.unwrap();
-        seeks.push(matches!(benchmark.way, Way::Seeks { .. }));
+        ways.push(loader.benchmark(&path, sampling).await.unwrap().way);
     }
-    seeks
+    ways
 }
 
 async fn assert_seeks(options: &str, name: &str) {
-    assert_eq!(seeks_at_places(options, name).await, [true; 3], "{name}");
+    let ways = ways_at_places(options, name).await;
+    assert!(ways.iter().all(|way| matches!(way, Way::Seeks { .. })), "{name}: {ways:?}");
+}
+
+/// How many packets were fed at each place.
+async fn packets_fed(options: &str, name: &str) -> Vec<usize> {
+    let ways = ways_at_places(options, name).await;
+    let fed = ways.iter().map(|way| match way {
+        Way::NeededPackets { packets } => *packets,
+        other => panic!("{name}: {other:?}"),
+    });
+    fed.collect()
 }
 
 const H264: &str = "-c:v libx264 -preset superfast -pix_fmt yuv420p";
 
 #[tokio::test]
 async fn h264_is_reached_by_seeking_in_indexed_containers() {
-    for name in ["a.mp4", "a.mkv"] {
-        assert_seeks(&format!("{H264} -bf 3 -g 50"), name).await;
+    assert_seeks(&format!("{H264} -bf 3 -g 50"), "a.mkv").await;
+}
+
+#[tokio::test]
+async fn h264_in_mp4_is_decoded_without_packets_that_no_sample_needs() {
+    let key = "-x264-params scenecut=0:keyint=50:min-keyint=50";
+    // Of groups of 50: frames 1, 800 and 1599; 609 and 1599; 1598.
+    let alone = packets_fed(&format!("{H264} -bf 0 {key}"), "p.mp4").await;
+    assert_eq!(alone, [2 + 1 + 50, 10 + 50, 49]);
+    for (name, options) in [
+        ("b.mp4", "-bf 3"),
+        ("pyramid.mov", "-bf 6 -refs 4 -x264-params b-pyramid=normal:b-adapt=2:keyint=50"),
+        ("slices.mp4", "-bf 3 -slices 4"),
+        ("cavlc.mp4", "-bf 2 -coder 0 -flags +bitexact"),
+        ("interlaced.mp4", "-bf 2 -flags +ildct+ilme -x264-params keyint=50:tff=1"),
+        ("fragmented.mp4", "-bf 3 -g 50 -movflags frag_keyframe+empty_moov"),
+        ("fast.mp4", "-bf 3 -g 50 -movflags +faststart"),
+    ] {
+        let options = if options.contains("keyint") { options.into() } else { format!("{options} {key}") };
+        let fed = packets_fed(&format!("{H264} {options}"), name).await;
+        assert!(fed[2] < alone[2] * 3 / 4, "{name}: {fed:?}");
     }
 }
 
 #[tokio::test]
 async fn open_gops_and_b_pyramids_are_reached_by_seeking() {
     let open = "-bf 6 -g 50 -x264-params open-gop=1:b-pyramid=normal:b-adapt=2";
+    // Groups that lean on the one before are no place to begin at, whatever is left out.
     for name in ["open.mp4", "open.mkv"] {
         assert_seeks(&format!("{H264} {open}"), name).await;
     }
@@ -74,25 +104,24 @@ async fn other_codecs_are_reached_by_seeking() {
 #[tokio::test]
 async fn transport_streams_are_exact() {
     assert_seeks(&format!("{H264} -bf 3 -g 50"), "a.ts").await;
-    seeks_at_places("-c:v mpeg2video -q:v 3 -bf 2 -g 12", "mpeg2.ts").await;
+    ways_at_places("-c:v mpeg2video -q:v 3 -bf 2 -g 12", "mpeg2.ts").await;
 }
 
 #[tokio::test]
 async fn doubtful_files_are_decoded_whole_and_exact() {
-    // A GIF's pictures are patches; intra refresh has keyframes that are not clean; fragments without an index
-    // cannot be sought; VP8 hides frames.
+    // A GIF's pictures are patches; intra refresh has keyframes that are not clean; VP8 hides frames.
     let h264 = format!("{H264} -g 50");
     for (name, options) in [
         ("a.gif", "-pix_fmt rgb8"),
         ("refresh.mp4", &format!("{h264} -x264-params intra-refresh=1")),
-        ("fragmented.mp4", &format!("{h264} -movflags frag_keyframe+empty_moov")),
         (
             "vp8.webm",
             "-c:v libvpx -deadline good -cpu-used 8 -auto-alt-ref 1 -lag-in-frames 16 -b:v 300k -g 50",
         ),
         ("mpeg4b.avi", "-c:v mpeg4 -q:v 4 -bf 2 -g 48"),
     ] {
-        let seeks = seeks_at_places(options, name).await;
-        assert!(!matches!(name, "a.gif" | "mpeg4b.avi") || seeks == [false; 3], "{name}");
+        let ways = ways_at_places(options, name).await;
+        let whole = ways.iter().all(|way| matches!(way, Way::WholeFile { .. }));
+        assert!(whole || !matches!(name, "a.gif" | "mpeg4b.avi"), "{name}: {ways:?}");
     }
 }

@@ -37,7 +37,7 @@ pub async fn check(options: &ModelOptions, config: &MediaConfig) -> Vec<Finding>
     };
     let mut findings = vec![version(&ffmpeg).await];
     if findings[0].fix.is_none() {
-        findings.push(codecs(&ffmpeg, config).await);
+        findings.extend(codecs(&ffmpeg, config).await);
     }
     if findings[0].fix.is_none() {
         findings.push(limits(config).await);
@@ -88,7 +88,7 @@ fn encoder(codec: &str) -> (&str, &[&str]) {
     }
 }
 
-async fn codecs(ffmpeg: &Path, config: &MediaConfig) -> Finding {
+async fn codecs(ffmpeg: &Path, config: &MediaConfig) -> Vec<Finding> {
     let made = tempfile::tempdir().map_err(|error| error.to_string());
     // Its own temporary files: a running server may hold the configured directory.
     let config = MediaConfig { files: FilesConfig::default(), ..config.clone() };
@@ -96,11 +96,8 @@ async fn codecs(ffmpeg: &Path, config: &MediaConfig) -> Finding {
     let (dir, loader) = match (made, loader) {
         (Ok(dir), Ok(loader)) => (dir, loader),
         (Err(error), _) | (_, Err(error)) => {
-            return Finding::problem(
-                "codecs",
-                format!("could not be tried: {error}"),
-                "make TMPDIR writable",
-            );
+            let found = format!("could not be tried: {error}");
+            return vec![Finding::problem("codecs", found, "make TMPDIR writable")];
         }
     };
     let (mut decoded, mut failed, mut untried, mut first_error) = (vec![], vec![], vec![], None);
@@ -118,7 +115,22 @@ async fn codecs(ffmpeg: &Path, config: &MediaConfig) -> Finding {
             }
         }
     }
-    told(&decoded, &failed, &untried, first_error.as_ref())
+    let mut findings = vec![told(&decoded, &failed, &untried, first_error.as_ref())];
+    if let Some(works) = loader.gpu_decodes() {
+        findings.push(hwaccel(works));
+    }
+    findings
+}
+
+fn hwaccel(works: bool) -> Finding {
+    if works {
+        return Finding::ok("hwaccel", "ffmpeg can use the GPU");
+    }
+    Finding::warning(
+        "hwaccel",
+        "ffmpeg cannot use the GPU; the processor decodes videos",
+        "install the NVIDIA driver with its video library, or leave --hwaccel out",
+    )
 }
 
 fn told(decoded: &[&str], failed: &[&str], untried: &[&str], first_error: Option<&MediaError>) -> Finding {
