@@ -121,7 +121,7 @@ async fn serve(pace: Duration) -> (String, Steps) {
         config: config.engine.clone(),
         num_token_ids: tokenizer.vocab_size(),
         end_token_ids: vec![tokenizer.end_of_text()],
-        observer: Box::new(EngineMetrics::new(state.metrics().clone())),
+        observer: Box::new(EngineMetrics::new(state.metrics().clone(), 0)),
         tap: Box::new(()),
     };
     let (engine, _ends_with_its_handles) =

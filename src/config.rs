@@ -225,7 +225,7 @@ pub struct EngineConfig {
     pub kv_cache_in_16_bits: bool,
     /// Sequences in a step.
     pub max_running_sequences: usize,
-    /// Sequences waiting for a place in a step (requests still fetching or decoding included).
+    /// Sequences waiting for a place in a step (requests still fetching or decoding included), for all engines together.
     pub max_waiting_sequences: usize,
     /// Prompt tokens computed in one step.
     pub max_prefill_tokens: usize,
@@ -237,6 +237,8 @@ pub struct EngineConfig {
     pub max_context_tokens: usize,
     /// Whether prompts share blocks.
     pub prefix_cache: bool,
+    /// Threads for this engine's steps only, which then never see another device than its own; 0: those of the process.
+    pub own_threads: usize,
 }
 
 /// Pixels encoded in one step unless the configuration says: two frames of the published model, and enough rows for
@@ -384,6 +386,7 @@ impl Default for EngineConfig {
             max_cached_videos: 32,
             max_context_tokens: 0,
             prefix_cache: true,
+            own_threads: 0,
         }
     }
 }

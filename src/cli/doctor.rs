@@ -77,7 +77,7 @@ pub async fn doctor(args: DoctorArgs) -> anyhow::Result<()> {
     let config = args.serve.config();
     let mut findings = machine::check(&args.serve, &config);
     findings.extend(clips::check(&args.serve.model, &config.media).await);
-    findings.extend(model::check(&args.serve.model, &config));
+    findings.extend(model::check(&args.serve.models()?, &config));
     findings.extend(places::check(&args.serve, &config));
     print(&findings, args.json);
     match findings.iter().filter(|finding| finding.level == Level::Problem).count() {

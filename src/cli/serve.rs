@@ -12,12 +12,13 @@ use super::{
     kv_events::KvEventsOptions,
     observing::ObservingOptions,
     options::ModelOptions,
-    start::{ensure_ffmpeg, start},
+    start::{Started, ensure_ffmpeg, own_threads, start},
 };
 use crate::{
     config::{Config, EngineConfig, FilesConfig, MediaConfig, ResponsesConfig},
     engine::EngineHandle,
     http::{self, Access, AppState},
+    model::placement::Placement,
     shutdown,
     telemetry::{EngineMetrics, KvEventPublisher, Metrics, Traces},
 };
@@ -27,6 +28,16 @@ use crate::{
 pub struct ServeArgs {
     #[command(flatten)]
     pub model: ModelOptions,
+    /// Several devices in place of one, each with the whole model and caches of its own: cuda:0,cuda:1. A request goes
+    /// where its video is cached, or where least is to do.
+    #[arg(
+        long,
+        value_name = "DEVICE,...",
+        value_delimiter = ',',
+        conflicts_with = "device",
+        env = "TINYLLAVA_DEVICES"
+    )]
+    pub devices: Vec<Placement>,
     /// Address to listen on.
     #[arg(long, default_value = "127.0.0.1", env = "TINYLLAVA_HOST")]
     pub host: std::net::IpAddr,
@@ -86,10 +97,10 @@ pub struct ServeArgs {
     /// Videos decoded at the same time.
     #[arg(long, value_name = "N", default_value_t = 4)]
     pub max_concurrent_decodes: usize,
-    /// Requests that run at the same time.
+    /// Requests that run at the same time, on each device.
     #[arg(long, value_name = "N", default_value_t = 64)]
     pub max_running: usize,
-    /// Requests that wait; more are answered 429.
+    /// Requests that wait, for all devices together; more are answered 429.
     #[arg(long, value_name = "N", default_value_t = 128)]
     pub max_waiting: usize,
     /// Prompt tokens computed in one step: less is smoother for running streams, more starts new ones sooner.
@@ -123,6 +134,24 @@ pub struct ServeArgs {
 impl ServeArgs {
     fn served_name(&self) -> String {
         self.served_model_name.clone().unwrap_or_else(|| self.model.model.to_string())
+    }
+
+    /// The model on each device.
+    ///
+    /// # Errors
+    /// When a GPU is named twice: its memory holds one model and its cache.
+    pub fn models(&self) -> anyhow::Result<Vec<ModelOptions>> {
+        if self.devices.is_empty() {
+            return Ok(vec![self.model.clone()]);
+        }
+        let mut devices = Vec::new();
+        for device in self.devices.iter().map(|device| device.resolved()) {
+            if device != Placement::Cpu && devices.contains(&device) {
+                bail!("--devices names {device} twice: give each GPU once");
+            }
+            devices.push(device);
+        }
+        Ok(devices.into_iter().map(|device| ModelOptions { device, ..self.model.clone() }).collect())
     }
 
     /// The settings of the server, with what was said on the command line.
@@ -188,10 +217,11 @@ impl ServeArgs {
 /// Listens at once, loads the model, serves until SIGTERM, drains.
 ///
 /// # Errors
-/// When a port is taken, the model cannot be loaded, keys or certificate cannot be read, ffmpeg is missing, or the
+/// When a port is taken, the model cannot be loaded, keys or certificate cannot be read, ffmpeg is missing, or an
 /// engine dies.
 pub async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     let config = Arc::new(args.config());
+    let models = args.models()?;
     let stop = shutdown::requested().context("cannot install signal handlers")?;
     let traces = Traces::start(&config.traces, &config.served_model_name)?;
     let metrics = Metrics::new(&config.served_model_name);
@@ -207,7 +237,7 @@ pub async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     tracing::info!(%address, model = %args.model.model, "listening; loading the model");
     let served = http::run(listener, state.clone(), stop);
     let running = async {
-        let engine = load_into(&state, &args.model, kv_events).await?;
+        let engine = load_into(&state, models, kv_events).await?;
         let scheme = if args.access.is_secure() { "https" } else { "http" };
         tracing::info!("ready: {scheme}://{address}");
         engine.stopped().await;
@@ -267,27 +297,32 @@ pub async fn with_private_server(
     let listener = bind(([127, 0, 0, 1], 0).into(), "--port").await?;
     let url = Url::parse(&format!("http://{}", listener.local_addr()?))?;
     let state = AppState::new(Arc::new(config), Metrics::new(&options.model.to_string()));
-    load_into(&state, options, None).await?;
+    load_into(&state, vec![options.clone()], None).await?;
     tokio::select! {
         served = http::run(listener, state, std::future::pending()) => Ok(served?),
         answered = client(url) => answered,
     }
 }
 
-/// Loads the model into a server that listens already.
+/// Loads the model, once for each of `models`, into a server that listens already.
 async fn load_into(
     state: &AppState,
-    options: &ModelOptions,
+    models: Vec<ModelOptions>,
     kv_events: Option<KvEventPublisher>,
 ) -> anyhow::Result<EngineHandle> {
     let config = state.config();
-    let observer = Box::new(EngineMetrics::new(state.metrics().clone()).publishing(kv_events));
-    ensure_ffmpeg(options, &config.media).await?;
-    let started = start(options, config.engine.clone(), observer, Box::new(())).await?;
+    let mut started = Vec::new();
+    for (engine, options) in models.iter().enumerate() {
+        ensure_ffmpeg(options, &config.media).await?;
+        let observer = EngineMetrics::new(state.metrics().clone(), engine).publishing(kv_events.clone());
+        let config =
+            EngineConfig { own_threads: own_threads(options, models.len()), ..config.engine.clone() };
+        started.push(start(options, config, Box::new(observer), Box::new(())).await?);
+    }
     let config = config.clone();
     // Opening the file store reads the disk.
-    let loaded =
-        spawn_blocking(move || started.into_loaded(&config)).await.context("opening the files")??;
+    let loaded = spawn_blocking(move || Started::joined(started).into_loaded(&config));
+    let loaded = loaded.await.context("opening the files")??;
     let engine = loaded.engine.clone();
     state.set_loaded(loaded);
     Ok(engine)

@@ -51,6 +51,12 @@ pub fn use_threads(threads: Option<usize>) {
     }
 }
 
+/// Threads for the kernels of one of `num_engines`, which share the machine; 0: all, for the only one.
+pub fn own_threads(options: &ModelOptions, num_engines: usize) -> usize {
+    use_threads(options.threads);
+    if num_engines > 1 { (rayon::current_num_threads() / num_engines).max(1) } else { 0 }
+}
+
 /// Downloads what has to be, then loads the model and starts its engine.
 ///
 /// # Errors
@@ -106,6 +112,10 @@ fn load(
         Some(target) => target.engine(options, config)?,
         None => config,
     };
+    let threads = match config.own_threads {
+        0 => rayon::current_num_threads(),
+        own => own,
+    };
     let mut end_token_ids = checkpoint.generation.eos_token_ids.clone();
     end_token_ids.push(tokenizer.end_of_text());
     let engine_options =
@@ -119,7 +129,7 @@ fn load(
         parameters = checkpoint.config.num_parameters(),
         seconds = started.elapsed().as_secs_f64(),
         kv_tokens = engine.limits().num_blocks * engine.limits().block_size,
-        threads = rayon::current_num_threads(),
+        threads,
         "model loaded"
     );
     let shape = tinyllava::shape(&checkpoint.config);
@@ -161,6 +171,13 @@ fn load_tokenizer(files: &TokenizerFiles) -> anyhow::Result<Tokenizer> {
 }
 
 impl Started {
+    /// One model on the engines of all of them: the same model, started several times.
+    pub fn joined(all: Vec<Started>) -> Self {
+        let engine = EngineHandle::joined(all.iter().map(|started| started.engine.clone()).collect());
+        let first = all.into_iter().next().expect("no engine was started: this is a bug");
+        Started { engine, ..first }
+    }
+
     /// What the HTTP side needs, with the media stage for this model's input.
     ///
     /// # Errors

@@ -9,9 +9,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+use futures_util::future::select_all;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
-use super::guidance::Guide;
+use super::{
+    fleet::{Fleet, Member, Presence},
+    guidance::Guide,
+};
 use crate::{
     model::FrameBatch,
     scheduler::{SamplingParams, StopReason, TokenId, TokenLogprobs, VideoDigest},
@@ -133,8 +137,8 @@ pub enum SubmitError {
         "the prompt has {prompt_tokens} tokens and up to {max_tokens} more were asked for, but the context holds {context}"
     )]
     ContextLengthExceeded { prompt_tokens: usize, max_tokens: usize, context: usize },
-    /// The KV cache as a whole is too small for it.
-    #[error("the request needs {needed} KV cache blocks, but the server has {total} in all")]
+    /// An engine's KV cache as a whole is too small for it.
+    #[error("the request needs {needed} KV cache blocks, but the cache has {total}")]
     KvCacheTooSmall { needed: usize, total: usize },
     /// The frames do not fit the model.
     #[error("invalid sequence: {0}")]
@@ -149,11 +153,17 @@ pub enum SubmitError {
 pub(super) struct Submission {
     pub sequence: NewSequence,
     pub events: mpsc::Sender<TokenEvent>,
-    /// Given back when the engine has forgotten the sequence.
-    pub place: OwnedSemaphorePermit,
+    pub place: Place,
 }
 
-/// What the handle must know of the engine to refuse early.
+/// Given back when the engine has forgotten the sequence: first at the engine, for a free place must find one with room.
+#[derive(Debug)]
+pub(super) struct Place {
+    _at_engine: Presence,
+    _in_queue: OwnedSemaphorePermit,
+}
+
+/// What the handle must know of an engine to refuse early.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct EngineLimits {
     /// Most tokens of prompt and completion together.
@@ -162,8 +172,10 @@ pub struct EngineLimits {
     pub num_blocks: usize,
     /// Tokens a block.
     pub block_size: usize,
-    /// Waiting and running sequences together.
-    pub max_sequences: usize,
+    /// Sequences in a step.
+    pub max_running: usize,
+    /// Sequences that wait.
+    pub max_waiting: usize,
     /// Visual tokens a video becomes.
     pub visual_tokens: usize,
     /// Most videos a sequence.
@@ -172,16 +184,25 @@ pub struct EngineLimits {
     pub image_size: usize,
 }
 
-/// The way into the engine; cheap to clone.
+/// The way into the engines of a server, one a device; cheap to clone.
 #[derive(Debug, Clone)]
 pub struct EngineHandle {
-    pub(super) places: Arc<Semaphore>,
-    pub(super) submissions: mpsc::Sender<Vec<Submission>>,
-    pub(super) status: watch::Receiver<EngineStatus>,
-    pub(super) limits: EngineLimits,
+    places: Arc<Semaphore>,
+    fleet: Arc<Fleet>,
 }
 
 impl EngineHandle {
+    pub(super) fn new(members: Vec<Member>) -> Self {
+        let fleet = Fleet::new(members);
+        EngineHandle { places: Arc::new(Semaphore::new(fleet.num_places())), fleet: Arc::new(fleet) }
+    }
+
+    /// One handle for all engines of `handles`, which run the same model and have no requests yet. From now on one queue
+    /// is before them, and each request is placed where its video is or where least is to do.
+    pub fn joined(handles: Vec<EngineHandle>) -> Self {
+        EngineHandle::new(handles.iter().flat_map(|handle| handle.fleet.members.clone()).collect())
+    }
+
     /// Takes a place in the queue, before anything is downloaded or decoded.
     ///
     /// # Errors
@@ -193,7 +214,7 @@ impl EngineHandle {
     /// Takes places for `wanted` siblings, all or none.
     ///
     /// # Errors
-    /// When fewer are free, or the engine has stopped.
+    /// When fewer are free, or an engine has stopped.
     pub fn reserve_many(&self, wanted: usize) -> Result<Permit, ReserveError> {
         if self.status() == EngineStatus::Failed {
             return Err(ReserveError::Stopped);
@@ -201,27 +222,37 @@ impl EngineHandle {
         let num_permits = u32::try_from(wanted).unwrap_or(u32::MAX);
         let places =
             self.places.clone().try_acquire_many_owned(num_permits).map_err(|_| ReserveError::QueueFull {
-                num_taken: self.limits.max_sequences - self.places.available_permits(),
+                num_taken: self.fleet.num_places() - self.places.available_permits(),
                 wanted,
                 retry_after: Duration::from_secs(1),
             })?;
         Ok(Permit { places, engine: self.clone() })
     }
 
-    /// The engine's life, now.
+    /// The engines' life, now: one that failed is the end of all.
     pub fn status(&self) -> EngineStatus {
-        *self.status.borrow()
+        let failed = |member: &Member| *member.status.borrow() == EngineStatus::Failed;
+        if self.fleet.members.iter().any(failed) { EngineStatus::Failed } else { EngineStatus::Ready }
     }
 
-    /// Completes when the engine thread is gone.
+    /// Completes when an engine thread is gone.
     pub async fn stopped(&self) {
-        // An error means that the thread is gone without a word.
-        let _ = self.status.clone().wait_for(|status| *status == EngineStatus::Failed).await;
+        let ends = self.fleet.members.iter().map(|member| {
+            let mut status = member.status.clone();
+            // An error means that the thread is gone without a word.
+            Box::pin(async move { drop(status.wait_for(|status| *status == EngineStatus::Failed).await) })
+        });
+        select_all(ends).await;
     }
 
-    /// What fits.
+    /// What fits every engine.
     pub fn limits(&self) -> EngineLimits {
-        self.limits
+        self.fleet.limits
+    }
+
+    /// Blocks of all KV caches together.
+    pub fn num_blocks(&self) -> usize {
+        self.fleet.members.iter().map(|member| member.limits.num_blocks).sum()
     }
 }
 
@@ -248,22 +279,39 @@ impl Permit {
     /// # Errors
     /// As [`Permit::submit`]; then none of them runs.
     pub fn submit_siblings(mut self, sequences: Vec<NewSequence>) -> Result<Vec<TokenStream>, SubmitError> {
+        let fleet = &self.engine.fleet;
+        sequences.iter().try_for_each(|sequence| fleet.limits.check(sequence))?;
+        let (member, presences) = fleet.place(&sequences);
         let (mut siblings, mut streams) = (Vec::new(), Vec::new());
-        for sequence in sequences {
-            self.engine.limits.check(&sequence)?;
-            let place = self.places.split(1).expect("more sequences than places: this is a bug");
+        for (sequence, presence) in sequences.into_iter().zip(presences) {
+            let in_queue = self.places.split(1).expect("more sequences than places: this is a bug");
+            let place = Place { _at_engine: presence, _in_queue: in_queue };
             // Room for every event the sequence can produce: the engine never waits for a slow client.
             let (sender, events) =
                 mpsc::channel(sequence.sampling.max_tokens + 3 /* started, prompt computed, finished */);
             siblings.push(Submission { sequence, events: sender, place });
             streams.push(TokenStream { events });
         }
-        self.engine.submissions.try_send(siblings).map_err(|_| SubmitError::Stopped)?;
+        member.submissions.try_send(siblings).map_err(|_| SubmitError::Stopped)?;
         Ok(streams)
     }
 }
 
 impl EngineLimits {
+    /// Sequences an engine has room for.
+    pub(super) fn max_sequences(&self) -> usize {
+        self.max_running + self.max_waiting
+    }
+
+    /// What fits two engines on one model, whichever of them it comes to.
+    pub(super) fn of_both(self, other: EngineLimits) -> EngineLimits {
+        EngineLimits {
+            context: self.context.min(other.context),
+            num_blocks: self.num_blocks.min(other.num_blocks),
+            ..self
+        }
+    }
+
     /// Whether `sequence` can ever run.
     fn check(&self, sequence: &NewSequence) -> Result<(), SubmitError> {
         let prompt_tokens = sequence.token_ids.len();

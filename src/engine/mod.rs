@@ -1,9 +1,10 @@
-//! The engine: one thread that schedules and runs steps, and the handle through which requests reach it.
+//! The engine: one thread a device that schedules and runs steps, and the handle through which requests reach it.
 //!
 //! Called by `http` (the handle) and `cli`. Speaks integers only: no text, JSON or HTTP.
 
 mod encoder_cache;
 mod failure;
+mod fleet;
 pub mod guidance;
 pub mod handle;
 mod limits;

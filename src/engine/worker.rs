@@ -4,17 +4,21 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Mutex, PoisonError},
     thread::JoinHandle,
     time::Instant,
 };
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+use rayon::ThreadPoolBuilder;
+use tokio::sync::{mpsc, watch};
 
 use super::{
     failure::{Failure, guarded, on_kernel_threads},
+    fleet::Member,
     guidance::Guide,
-    handle::{EngineHandle, EngineLimits, EngineStatus, PromptTimes, Submission, TokenEvent, VideoInput},
+    handle::{
+        EngineHandle, EngineLimits, EngineStatus, Place, PromptTimes, Submission, TokenEvent, VideoInput,
+    },
     limits::engine_limits,
     observer::{StepObserver, StepReport},
     runner::{Requests, Runner, Sampled},
@@ -75,13 +79,20 @@ pub fn start(
     let pool = model.new_pool(kept, limits.num_blocks, limits.block_size).map_err(|error| {
         std::io::Error::other(format!("no memory for the KV cache; give it less: {error}"))
     })?;
-    let (submissions, inbox) = mpsc::channel(limits.max_sequences);
+    let num_own = options.config.own_threads;
+    let own_threads = ThreadPoolBuilder::new().num_threads(num_own).thread_name(|_| "engine".into());
+    let own_threads =
+        (num_own > 0).then(|| own_threads.build()).transpose().map_err(std::io::Error::other)?;
+    let (submissions, inbox) = mpsc::channel(limits.max_sequences());
     let (status_sender, status) = watch::channel(EngineStatus::Ready);
-    let places = Arc::new(Semaphore::new(limits.max_sequences));
-    let handle = EngineHandle { places, submissions, status, limits };
+    let handle = EngineHandle::new(vec![Member { submissions, status, limits }]);
     let thread = std::thread::Builder::new().name("engine".into()).spawn(move || {
         let _failed_at_the_end = FailOnDrop(status_sender);
-        Worker::new(model, pool, options, limits).run(inbox);
+        let run = move || Worker::new(model, pool, options, limits).run(inbox);
+        match own_threads {
+            Some(threads) => threads.install(run),
+            None => run(),
+        }
     })?;
     Ok((handle, EngineThread(Some(thread))))
 }
@@ -103,7 +114,7 @@ struct Request {
     events: mpsc::Sender<TokenEvent>,
     /// Until they are told.
     times: Option<PromptTimes>,
-    _place: OwnedSemaphorePermit,
+    _place: Place,
 }
 
 struct RequestTable(HashMap<SequenceId, Request>);

@@ -105,8 +105,8 @@ impl AppState {
 
     /// From now on requests are served. Only the first call counts.
     pub fn set_loaded(&self, loaded: Loaded) {
-        let limits = loaded.engine.limits();
-        self.0.metrics.set_cache_config(limits.block_size, limits.num_blocks);
+        let engine = &loaded.engine;
+        self.0.metrics.set_cache_config(engine.limits().block_size, engine.num_blocks());
         if self.0.loaded.set(Arc::new(loaded)).is_err() {
             tracing::error!("a model was loaded twice; the first one stays");
         }
@@ -123,7 +123,7 @@ impl AppState {
     /// As [`AppState::loaded`], when new work would also be accepted.
     ///
     /// # Errors
-    /// 503 while loading or draining and when the engine has stopped.
+    /// 503 while loading or draining and when an engine has stopped.
     pub fn ready(&self) -> Result<Arc<Loaded>, ApiError> {
         if self.0.drain.is_draining() {
             return Err(ApiError::Draining);

@@ -2,6 +2,8 @@
 //!
 //! Given to the engine by `cli/serve.rs`; called on the engine thread before and after each step.
 
+use prometheus::IntGauge;
+
 use super::{
     kv_events::KvEventPublisher,
     metrics::{Metrics, StepKind},
@@ -18,39 +20,43 @@ use crate::{
 #[derive(Debug)]
 pub struct EngineMetrics {
     metrics: Metrics,
+    sequences: IntGauge,
     last: SchedulerStats,
     kv_events: Option<KvEventPublisher>,
 }
 
 impl EngineMetrics {
-    /// An observer of one engine.
-    pub fn new(metrics: Metrics) -> Self {
-        EngineMetrics { metrics, last: SchedulerStats::default(), kv_events: None }
+    /// An observer of the engine of this number.
+    pub fn new(metrics: Metrics, engine: usize) -> Self {
+        let sequences = metrics.engine_sequences(engine);
+        EngineMetrics { metrics, sequences, last: SchedulerStats::default(), kv_events: None }
     }
 
     /// The same, and it also publishes what is cached.
     pub fn publishing(self, kv_events: Option<KvEventPublisher>) -> Self {
         EngineMetrics { kv_events, ..self }
     }
-}
 
-impl StepObserver for EngineMetrics {
-    fn before_step(&mut self, now: &SchedulerStats) {
-        self.metrics.set_running(now.num_running);
-        self.metrics.set_waiting(now.num_waiting);
-    }
-
-    fn step(&mut self, report: &StepReport) {
-        let (now, last) = (&report.stats, &self.last);
-        self.metrics.set_running(now.num_running);
-        self.metrics.set_waiting(now.num_waiting);
-        self.metrics.set_kv_blocks(now.num_used_blocks, now.num_cached_blocks, report.num_blocks);
+    fn tell(&mut self, now: &SchedulerStats) {
+        let last = std::mem::replace(&mut self.last, *now);
+        self.metrics.engine_changed(&last, now);
+        self.sequences.set((now.num_running + now.num_waiting) as i64);
         self.metrics.prefix_cache(
             now.prefix.queried_tokens - last.prefix.queried_tokens,
             now.prefix.hit_tokens - last.prefix.hit_tokens,
         );
         self.metrics
             .encoder_cache(now.encoder_queries - last.encoder_queries, now.encoder_hits - last.encoder_hits);
+    }
+}
+
+impl StepObserver for EngineMetrics {
+    fn before_step(&mut self, now: &SchedulerStats) {
+        self.tell(now);
+    }
+
+    fn step(&mut self, report: &StepReport) {
+        self.tell(&report.stats);
         if report.num_encoded_frames > 0 {
             self.metrics.step(StepKind::Encode, report.encode_seconds, report.num_encoded_frames);
         }
@@ -62,7 +68,6 @@ impl StepObserver for EngineMetrics {
             (0, decodes) => self.metrics.step(StepKind::Decode, report.compute_seconds, decodes),
             (prefill, decodes) => self.metrics.mixed_step(report.compute_seconds, prefill, decodes),
         }
-        self.last = report.stats;
     }
 
     fn cache_event_seed(&self) -> Option<BlockHash> {
@@ -70,7 +75,7 @@ impl StepObserver for EngineMetrics {
     }
 
     fn cache_changed(&mut self, events: Vec<CacheEvent>) {
-        if let Some(kv_events) = &mut self.kv_events {
+        if let Some(kv_events) = &self.kv_events {
             kv_events.publish(events);
         }
     }
@@ -83,7 +88,7 @@ mod tests {
     #[test]
     fn who_is_in_a_step_is_seen_before_it_ends() {
         let metrics = Metrics::new("m");
-        let mut observer = EngineMetrics::new(metrics.clone());
+        let mut observer = EngineMetrics::new(metrics.clone(), 0);
         observer.before_step(&SchedulerStats { num_running: 2, num_waiting: 1, ..SchedulerStats::default() });
         let text = metrics.render();
         for line in

@@ -39,6 +39,7 @@ struct Inner {
     cache_queries: IntCounterVec,
     cache_hits: IntCounterVec,
     kv_event_batches: IntCounterVec,
+    engine_sequences: IntGaugeVec,
 }
 
 /// What the inference gateway reads, under vLLM's names.
@@ -330,6 +331,13 @@ impl Metrics {
                 "outcome",
                 &["published", "dropped"],
             ),
+            engine_sequences: gauges(
+                r,
+                "tinyllava_engine_sequences",
+                "Sequences of each engine, running or waiting; engines are numbered as --devices lists them.",
+                "engine",
+                &["0"],
+            ),
             registry,
         }))
     }
@@ -340,7 +348,10 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::telemetry::{Stage, TokenCounts};
+    use crate::{
+        scheduler::SchedulerStats,
+        telemetry::{Stage, TokenCounts},
+    };
 
     fn assert_lines(metrics: &Metrics, lines: &[&str]) {
         let text = metrics.render();
@@ -350,12 +361,20 @@ mod tests {
     }
 
     #[test]
-    fn gateway_reads_its_names_without_configuration() {
+    fn gateway_reads_its_names_without_configuration_and_engines_add_up() {
         let metrics = Metrics::new("nano");
-        metrics.set_running(2);
-        metrics.set_waiting(1);
         metrics.set_cache_config(16, 100);
-        metrics.set_kv_blocks(25, 5, 100);
+        let of_engine = |num_running, num_waiting, num_used_blocks, num_cached_blocks| SchedulerStats {
+            num_running,
+            num_waiting,
+            num_used_blocks,
+            num_cached_blocks,
+            ..SchedulerStats::default()
+        };
+        let (one, other) = (of_engine(2, 3, 40, 5), of_engine(1, 1, 15, 5));
+        metrics.engine_changed(&SchedulerStats::default(), &one);
+        metrics.engine_changed(&SchedulerStats::default(), &other);
+        metrics.engine_changed(&one, &of_engine(1, 0, 10, 0));
         assert_lines(
             &metrics,
             &[
@@ -417,7 +436,10 @@ mod tests {
     #[test]
     fn two_servers_of_one_process_do_not_share_numbers() {
         let (one, other) = (Metrics::new("a"), Metrics::new("b"));
-        one.set_running(5);
+        one.engine_changed(
+            &SchedulerStats::default(),
+            &SchedulerStats { num_running: 5, ..SchedulerStats::default() },
+        );
         assert!(other.render().contains("vllm:num_requests_running{model_name=\"b\"} 0"));
     }
 }

@@ -113,9 +113,12 @@ def router():
     context.destroy(linger=0)
 
 
-def test_a_router_hears_what_is_cached_and_what_is_not_any_more(router):
+# Of two engines it hears as of one.
+@pytest.mark.parametrize("devices", ["cpu", "cpu,cpu"])
+def test_a_router_hears_what_is_cached_and_what_is_not_any_more(router, devices):
     port, replay = free_port(), free_port()
-    flags = ["--kv-events-endpoint", f"tcp://*:{port}", "--kv-events-topic", "kv@pod-1@nano"]
+    flags = ["--devices", devices]
+    flags += ["--kv-events-endpoint", f"tcp://*:{port}", "--kv-events-topic", "kv@pod-1@nano"]
     # One MiB of cache: prompts push one another out.
     flags += ["--kv-events-replay-endpoint", f"tcp://*:{replay}", "--kv-cache-mib", "1"]
     with serving(*flags) as server:
@@ -127,18 +130,19 @@ def test_a_router_hears_what_is_cached_and_what_is_not_any_more(router):
             complete(server, [1 + next(prompts) % 700] * 40)
         router.hear_all()
 
-        text = list(range(100, 100 + 3 * BLOCK + 5))
+        # Long enough to be sent where it is known.
+        text = list(range(100, 100 + 20 * BLOCK + 5))
         before = len(router.stored)
         complete(server, text, max_tokens=BLOCK)
         router.hear_all()
         prefill, *later = router.stored[before:]
-        assert prefill.parent_block_hash is None and prefill.token_ids == text[:3 * BLOCK]
+        assert prefill.parent_block_hash is None and prefill.token_ids == text[:20 * BLOCK]
         assert later[0].parent_block_hash == prefill.block_hashes[-1], "the completion goes on where the prompt ended"
-        assert later[0].token_ids[:5] == text[3 * BLOCK:]
+        assert later[0].token_ids[:5] == text[20 * BLOCK:]
 
         before = len(router.stored)
         again = complete(server, text)
-        assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == 3 * BLOCK
+        assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == 20 * BLOCK
         router.hear_all()
         assert router.stored[before:] == [], "what is cached is not stored again"
 

@@ -112,6 +112,7 @@ fn every_failure_is_one_sentence_and_a_non_zero_exit() {
         (vec!["ask", text, "What?"], "not a video file"),
         (vec!["ask", text, "What?", "--server", "http://127.0.0.1:1"], "127.0.0.1:1"),
         (vec!["serve", "--model", empty, "--port", "0"], "config.json"),
+        (vec!["serve", "--devices", "cuda:0,cpu,cuda:0"], "names cuda:0 twice"),
         (vec!["serve", "--host", "192.0.2.1"], "cannot listen on 192.0.2.1:8000"),
         (vec!["trace", "--frames", text, "--prompt", "What?", "--out", "x"], "cannot read"),
         (vec!["synth", "--preset", "nano", "--out", "tests"], "tests"),

@@ -185,3 +185,22 @@ async fn what_can_never_run_is_refused() {
     cut.videos[0].span = 3..9;
     assert!(handle.reserve().unwrap().submit(cut).is_err());
 }
+
+#[tokio::test]
+async fn joined_engines_take_what_fits_the_smallest_and_as_much_as_all_have_room_for() {
+    let config =
+        EngineConfig { max_running_sequences: 2, max_waiting_sequences: 1, ..EngineConfig::default() };
+    let small = EngineConfig { kv_cache_bytes: 8 << 10, ..config.clone() };
+    let alone = [config, small].map(|config| start(FakeModel::saying("x"), config).0).to_vec();
+    let blocks: Vec<usize> = alone.iter().map(|handle| handle.limits().num_blocks).collect();
+    assert!(blocks[1] < blocks[0], "{blocks:?}");
+    let (context, small) = (alone[1].limits().context, alone[1].limits());
+    let joined = EngineHandle::joined(alone);
+    assert_eq!(joined.limits(), small);
+    assert_eq!(joined.num_blocks(), blocks.iter().sum::<usize>());
+    assert!(joined.reserve().unwrap().submit(text("long", context)).is_err());
+    // Two run on each, and one waits.
+    assert!(joined.reserve_many(6).is_err());
+    assert!(joined.reserve_many(5).is_ok());
+    assert_eq!(reply(&joined, text("hi", 5)).await.0, "x");
+}

@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use tinyllava::{
     config::Config,
-    engine::EngineOptions,
+    engine::{EngineHandle, EngineOptions},
     http::{AppState, Guides, Loaded, ModelCard, run},
     media::MediaLoader,
     model::{
@@ -63,20 +63,30 @@ pub fn state(config: Config) -> AppState {
 
 /// Starts the engine on `model` and makes `state` ready.
 pub fn load(state: &AppState, model: FakeModel) {
-    load_any(state, Box::new(model), Tokenizer::bytes());
+    load_all(state, vec![model]);
 }
 
-fn load_any(state: &AppState, model: Box<dyn VideoLanguageModel>, tokenizer: Tokenizer) {
+/// Starts an engine on each of `models` and makes `state` ready.
+pub fn load_all(state: &AppState, models: Vec<FakeModel>) {
+    let boxed = models.into_iter().map(|model| Box::new(model) as Box<dyn VideoLanguageModel>);
+    load_any(state, boxed.collect(), Tokenizer::bytes());
+}
+
+fn load_any(state: &AppState, models: Vec<Box<dyn VideoLanguageModel>>, tokenizer: Tokenizer) {
     let config = state.config();
-    let options = EngineOptions {
-        config: config.engine.clone(),
-        num_token_ids: tokenizer.vocab_size(),
-        end_token_ids: vec![tokenizer.end_of_text()],
-        observer: Box::new(EngineMetrics::new(state.metrics().clone())),
-        tap: Box::new(()),
+    let start = |(index, model)| {
+        let options = EngineOptions {
+            config: config.engine.clone(),
+            num_token_ids: tokenizer.vocab_size(),
+            end_token_ids: vec![tokenizer.end_of_text()],
+            observer: Box::new(EngineMetrics::new(state.metrics().clone(), index)),
+            tap: Box::new(()),
+        };
+        // The thread ends with the last handle.
+        let (engine, _thread) = tinyllava::engine::start(model, options).unwrap();
+        engine
     };
-    // The thread ends with the last handle.
-    let (engine, _thread) = tinyllava::engine::start(model, options).unwrap();
+    let engine = EngineHandle::joined(models.into_iter().enumerate().map(start).collect());
     let limits = engine.limits();
     state.set_loaded(Loaded {
         media: MediaLoader::new(config.media.clone(), limits.image_size).unwrap(),
@@ -121,7 +131,7 @@ pub async fn nano_server(mut config: Config) -> Server {
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/nano");
     config.media.num_frames = model.shape().num_frames;
     let state = state(config);
-    load_any(&state, Box::new(model), Tokenizer::load(&directory).unwrap());
+    load_any(&state, vec![Box::new(model)], Tokenizer::load(&directory).unwrap());
     serve(state).await
 }
 

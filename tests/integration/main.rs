@@ -22,6 +22,7 @@ mod http_completions;
 mod http_contract;
 mod http_examples;
 mod http_files;
+mod http_fleet;
 mod http_limits;
 mod http_logs;
 mod http_metrics;

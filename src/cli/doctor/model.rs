@@ -19,7 +19,9 @@ use crate::{
     },
 };
 
-pub fn check(options: &ModelOptions, config: &Config) -> Vec<Finding> {
+/// `models`: the same on each device, at least one.
+pub fn check(models: &[ModelOptions], config: &Config) -> Vec<Finding> {
+    let options = &models[0];
     let checkpoint = match Checkpoint::open(&options.model) {
         Ok(checkpoint) => checkpoint,
         Err(CheckpointError::Hub(HubError::NotDownloaded { repo })) => {
@@ -49,26 +51,28 @@ pub fn check(options: &ModelOptions, config: &Config) -> Vec<Finding> {
         checkpoint.config.num_parameters() as f64 / 1e6,
     );
     let mut findings = vec![Finding::ok("model", found)];
-    match Target::of(options) {
-        Ok(None) => {}
-        Ok(Some(target)) => {
-            let bytes = parameters(weights) * target.dtype.size_in_bytes() as u64;
-            findings.push(on_device(&target, options, bytes));
-            return findings;
-        }
-        Err(error) => {
-            let fix = "give --device cpu, or the flags the message names";
-            findings.push(Finding::problem("device", error.to_string(), fix));
-            return findings;
+    let mut num_on_cpu = 0;
+    for options in models {
+        match Target::of(options) {
+            Ok(None) => num_on_cpu += 1,
+            Ok(Some(target)) => {
+                let bytes = parameters(weights) * target.dtype.size_in_bytes() as u64;
+                findings.push(on_device(&target, options, bytes));
+            }
+            Err(error) => {
+                let fix = "give --device cpu, or the flags the message names";
+                findings.push(Finding::problem("device", error.to_string(), fix));
+            }
         }
     }
-    let weights_bytes = weights.kept_bytes(format);
+    if num_on_cpu == 0 {
+        return findings;
+    }
     findings.push(kv_cache(&shape, config));
-    let cache_bytes = kv_bytes(&shape, config);
+    let an_engine = kv_bytes(&shape, config) + encoder_cache_bytes(&shape, config);
     findings.extend(memory::available_bytes(Path::new("/")).map(|available| {
-        let caches =
-            cache_bytes + config.media.frame_cache_bytes as u64 + encoder_cache_bytes(&shape, config);
-        fits(weights_bytes, caches, available)
+        let caches = num_on_cpu * an_engine + config.media.frame_cache_bytes as u64;
+        fits(num_on_cpu * weights.kept_bytes(format), caches, available)
     }));
     findings
 }

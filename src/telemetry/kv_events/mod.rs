@@ -1,15 +1,17 @@
 //! Tells routers which blocks the KV cache holds: vLLM's KV events, over ZeroMQ.
 //!
-//! Started by `cli/kv_events.rs`; hears of changes from [`super::EngineMetrics`] on the engine thread, and sends from a
+//! Started by `cli/kv_events.rs`; hears of changes from [`super::EngineMetrics`] on the engine threads, and sends from a
 //! task of its own. Must never hold up the engine: what does not fit into the queue is dropped and counted, and the
 //! sequence number shows the gap.
 
 mod endpoint;
 mod replay;
+mod union;
 mod wire;
 
 use std::{
     net::SocketAddr,
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -20,6 +22,7 @@ use zeromq::{PubSocket, RouterSocket, Socket, SocketEvent, SocketOptions, Socket
 
 pub use endpoint::{Endpoint, InvalidEndpoint};
 use replay::Kept;
+use union::Union;
 
 use super::metrics::Metrics;
 use crate::{
@@ -59,13 +62,20 @@ struct Batch {
     events: Vec<CacheEvent>,
 }
 
-/// The engine's end.
-#[derive(Debug)]
+/// The engines' end; each has a clone.
+#[derive(Debug, Clone)]
 pub struct KvEventPublisher {
     seed: BlockHash,
-    next_sequence: u64,
+    outgoing: Arc<Mutex<Outgoing>>,
     queue: mpsc::Sender<Batch>,
     metrics: Metrics,
+}
+
+/// What the engines tell of together.
+#[derive(Debug)]
+struct Outgoing {
+    held: Union,
+    next_sequence: u64,
 }
 
 impl KvEventPublisher {
@@ -98,7 +108,8 @@ impl KvEventPublisher {
         let sender =
             Sender { socket, connect_to, topic: target.topic.into(), kept, metrics: metrics.clone() };
         tokio::spawn(sender.run(batches));
-        Ok(KvEventPublisher { seed: seed_of(&target.model), next_sequence: 1, queue, metrics })
+        let outgoing = Arc::new(Mutex::new(Outgoing { held: Union::default(), next_sequence: 1 }));
+        Ok(KvEventPublisher { seed: seed_of(&target.model), outgoing, queue, metrics })
     }
 
     /// Where hashes begin.
@@ -106,10 +117,16 @@ impl KvEventPublisher {
         self.seed
     }
 
-    /// Hands over the changes of a step. Never waits.
-    pub fn publish(&mut self, events: Vec<CacheEvent>) {
-        let batch = Batch { sequence: self.next_sequence, unix_seconds: unix_seconds(), events };
-        self.next_sequence += 1;
+    /// Hands over the changes of a step of one engine. Waits for nothing but other engines that do the same.
+    pub fn publish(&self, events: Vec<CacheEvent>) {
+        // Until it is queued: numbers go out in their order.
+        let mut outgoing = self.outgoing.lock().unwrap_or_else(PoisonError::into_inner);
+        let events = outgoing.held.changes(events);
+        if events.is_empty() {
+            return;
+        }
+        let batch = Batch { sequence: outgoing.next_sequence, unix_seconds: unix_seconds(), events };
+        outgoing.next_sequence += 1;
         if self.queue.try_send(batch).is_err() {
             self.metrics.kv_event_batch("dropped");
         }
@@ -148,7 +165,7 @@ struct Sender {
 }
 
 impl Sender {
-    /// Ends with the engine.
+    /// Ends with the engines.
     async fn run(mut self, mut batches: mpsc::Receiver<Batch>) {
         let mut connections = self.socket.monitor();
         if !self.connect(&batches).await {

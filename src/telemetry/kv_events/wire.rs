@@ -9,7 +9,7 @@ use rmp::encode::{
 
 use crate::scheduler::cache_events::{BlockHash, CacheEvent, StoredBlock};
 
-/// The rank of the only engine of a server.
+/// A server is one rank, however many engines it has: requests cannot be sent to one of them.
 const DATA_PARALLEL_RANK: u64 = 0;
 
 /// Consecutive events that one message event says.

@@ -5,10 +5,13 @@
 
 use std::time::Duration;
 
-use prometheus::TextEncoder;
+use prometheus::{IntGauge, TextEncoder};
 
 use super::Metrics;
-use crate::telemetry::{Outcome, Stage, TokenCounts};
+use crate::{
+    scheduler::SchedulerStats,
+    telemetry::{Outcome, Stage, TokenCounts},
+};
 
 /// What a step of the engine does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,30 +35,28 @@ pub struct ServerState {
 
 /// The engine.
 impl Metrics {
-    /// Sequences in the engine's steps.
-    pub fn set_running(&self, sequences: usize) {
-        self.0.gateway.running.set(sequences as i64);
+    /// What one engine holds has changed; engines add up.
+    pub fn engine_changed(&self, last: &SchedulerStats, now: &SchedulerStats) {
+        let add = |gauge: &IntGauge, last: usize, now: usize| gauge.add(now as i64 - last as i64);
+        let (gateway, blocks) = (&self.0.gateway, |state| self.0.state.kv_blocks.with_label_values(&[state]));
+        add(&gateway.running, last.num_running, now.num_running);
+        add(&gateway.waiting, last.num_waiting, now.num_waiting);
+        let taken = |stats: &SchedulerStats| stats.num_used_blocks + stats.num_cached_blocks;
+        add(&blocks("used"), last.num_used_blocks, now.num_used_blocks);
+        add(&blocks("cached"), last.num_cached_blocks, now.num_cached_blocks);
+        add(&blocks("free"), taken(now), taken(last));
     }
 
-    /// Sequences that wait for admission.
-    pub fn set_waiting(&self, sequences: usize) {
-        self.0.gateway.waiting.set(sequences as i64);
+    /// Sequences of one engine, running and waiting.
+    pub fn engine_sequences(&self, engine: usize) -> IntGauge {
+        self.0.engine_sequences.with_label_values(&[&engine.to_string()])
     }
 
-    /// Of `total` blocks: held by sequences, and kept only for reuse.
-    pub fn set_kv_blocks(&self, used: usize, cached: usize, total: usize) {
-        self.0.gateway.kv_usage.set(used as f64 / total.max(1) as f64);
-        let free = total.saturating_sub(used + cached);
-        for (state, blocks) in [("used", used), ("cached", cached), ("free", free)] {
-            self.0.state.kv_blocks.with_label_values(&[state]).set(blocks as i64);
-        }
-    }
-
-    /// The shape of the KV cache, once known.
+    /// The shape of the KV caches, once known: tokens a block, and the blocks of all engines.
     pub fn set_cache_config(&self, block_size: usize, num_blocks: usize) {
         let labels = [&block_size.to_string(), &num_blocks.to_string()];
         self.0.gateway.cache_config.with_label_values(&labels.map(String::as_str)).set(1.0);
-        self.set_kv_blocks(0, 0, num_blocks);
+        self.0.state.kv_blocks.with_label_values(&["free"]).set(num_blocks as i64);
     }
 
     /// A step, or the part of it that was of one kind: how long it took, and its size (frames to encode, prompt tokens
@@ -212,6 +213,9 @@ impl Metrics {
 
     /// Everything, in Prometheus' text format.
     pub fn render(&self) -> String {
+        let blocks = |state| self.0.state.kv_blocks.with_label_values(&[state]).get();
+        let (used, idle) = (blocks("used"), blocks("cached") + blocks("free"));
+        self.0.gateway.kv_usage.set(used as f64 / (used + idle).max(1) as f64);
         TextEncoder::new()
             .encode_to_string(&self.0.registry.gather())
             .expect("metrics are valid text: this is a bug")
