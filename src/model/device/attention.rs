@@ -18,6 +18,30 @@ pub struct LayerCache {
     pub values: Tensor,
 }
 
+/// Queries, keys and values of a step's rows, as one product gave them.
+#[derive(Debug)]
+pub struct Projected {
+    /// `[rows, heads + 2 kv_heads, head_dim]`: queries, keys, values; contiguous.
+    pub qkv: Tensor,
+    pub num_heads: usize,
+    pub num_kv_heads: usize,
+}
+
+impl Projected {
+    /// Queries and keys, `[rows, heads + kv_heads, head_dim]`: what turns with the position.
+    pub fn turning(&self) -> Result<Tensor> {
+        self.qkv.narrow(1, 0, self.num_heads + self.num_kv_heads)
+    }
+
+    /// `[rows, kv_heads, head_dim]`
+    pub fn values(&self) -> Result<Tensor> {
+        self.qkv.narrow(1, self.num_heads + self.num_kv_heads, self.num_kv_heads)
+    }
+}
+
+/// Cosines and sines of the rows' positions, `[rows, head_dim / 2]` each.
+pub type Turn = (Tensor, Tensor);
+
 /// A paged cache, and attention of one query a sequence over it.
 pub trait PagedAttention: std::fmt::Debug + Send + Sync {
     /// An empty cache of one layer.
@@ -31,6 +55,20 @@ pub trait PagedAttention: std::fmt::Debug + Send + Sync {
 
     /// Puts `keys` and `values`, `[rows, kv_heads, head_dim]`, where the step says.
     fn write(&self, cache: &LayerCache, keys: &Tensor, values: &Tensor, step: &Step) -> Result<()>;
+
+    /// Turns queries and keys, and puts keys and values where the step says. Gives both turned,
+    /// `[rows, heads + kv_heads, head_dim]`.
+    fn turn_and_write(
+        &self,
+        cache: &LayerCache,
+        projected: &Projected,
+        turn: &Turn,
+        step: &Step,
+    ) -> Result<Tensor> {
+        let (turned, keys) = turned(projected, turn)?;
+        self.write(cache, &keys, &projected.values()?, step)?;
+        Ok(turned)
+    }
 
     /// All keys and values of one sequence, `[context_len, kv_heads, head_dim]` each.
     fn read(&self, cache: &LayerCache, blocks: &Tensor, context_len: usize) -> Result<(Tensor, Tensor)>;
@@ -84,14 +122,25 @@ pub fn attend_causally(
     attended.reshape((rows, num_heads, dim))
 }
 
-/// All rows of a step, in order: the decodes together, then each prompt.
+/// Queries and keys turned, `[rows, heads + kv_heads, head_dim]`, and the keys of them.
+pub fn turned(projected: &Projected, (cos, sin): &Turn) -> Result<(Tensor, Tensor)> {
+    let turned = ops::rotate(&projected.turning()?, cos, sin)?;
+    let keys = turned.narrow(1, projected.num_heads, projected.num_kv_heads)?;
+    Ok((turned, keys))
+}
+
+/// All rows of a step, in order, `[rows, heads, head_dim]`: the decodes together, then each prompt.
 pub fn attend_step(
     paged: &dyn PagedAttention,
     cache: &LayerCache,
-    (queries, keys, values): (&Tensor, &Tensor, &Tensor),
+    projected: &Projected,
+    turn: &Turn,
     step: &Step,
 ) -> Result<Tensor> {
-    paged.write(cache, keys, values, step)?;
+    let turned = paged.turn_and_write(cache, projected, turn, step)?;
+    let queries = turned.narrow(1, 0, projected.num_heads)?;
+    let keys = turned.narrow(1, projected.num_heads, projected.num_kv_heads)?;
+    let values = projected.values()?;
     let mut parts = Vec::with_capacity(1 + step.prefills.len());
     if let Some(decodes) = &step.decodes {
         parts.push(paged.decode(&queries.narrow(0, 0, decodes.len())?, cache, decodes)?);
@@ -100,10 +149,10 @@ pub fn attend_step(
         let own = |x: &Tensor| x.narrow(0, rows.start, rows.len());
         // What the cache has from before must be read; where all is here it need not be.
         let (keys, values) = match *context_len == rows.len() {
-            true => (own(keys)?, own(values)?),
+            true => (own(&keys)?, own(&values)?),
             false => paged.read(cache, blocks, *context_len)?,
         };
-        parts.push(attend_causally(&own(queries)?, &keys, &values, mask.as_ref())?);
+        parts.push(attend_causally(&own(&queries)?, &keys, &values, mask.as_ref())?);
     }
     match parts.as_slice() {
         [one] => Ok(one.clone()),
@@ -156,7 +205,10 @@ impl PagedAttention for Gathered {
 #[cfg(test)]
 mod tests {
     use super::{
-        super::super::{SequenceInput, StepInput, config::ModelConfig, tinyllava},
+        super::{
+            super::{SequenceInput, StepInput, config::ModelConfig, tinyllava},
+            rope_reference,
+        },
         *,
     };
 
@@ -186,6 +238,37 @@ mod tests {
                 assert!((got[(row * 4 + head) * 8 + i] - mean).abs() < 1e-5, "{row} {head} {i}");
             }
         }
+    }
+
+    #[test]
+    fn plain_loops_turn_and_write_what_the_operations_do() {
+        let (num_heads, num_kv_heads, dim, block_size) = (4, 2, 16, 8);
+        let config = ModelConfig::tiny_test();
+        let shape = ModelShape { num_kv_heads, head_dim: dim, ..tinyllava::shape(&config) };
+        let cache = Gathered.new_layer(&shape, 4, block_size, (DType::F32, &Device::Cpu)).unwrap();
+        let slots: Vec<usize> = (24..32).chain(8..10).collect();
+        let input = StepInput {
+            token_ids: vec![0; 10],
+            positions: (5..15).collect(),
+            slot_mapping: slots.clone(),
+            block_tables: vec![3, 1],
+            sequences: vec![SequenceInput { rows: 0..10, context_len: 10, blocks: 0..2 }],
+            ..StepInput::default()
+        };
+        let step = Step::new(&input, block_size, &Device::Cpu).unwrap();
+        let projected = Projected { qkv: noise((10, 8, dim), 4), num_heads, num_kv_heads };
+        let table = |seed| noise((1, 10, dim / 2), seed).squeeze(0).unwrap();
+        let turn = (table(5), table(6));
+        let turned = Gathered.turn_and_write(&cache, &projected, &turn, &step).unwrap();
+        let (keys, fresh) = Gathered.read(&cache, &step.prefills[0].blocks, 10).unwrap();
+
+        let sizes = rope_reference::Sizes { num_heads, num_kv_heads, dim, block_size, vector: 4 };
+        let (cos, sin) = (values(&turn.0), values(&turn.1));
+        let slots: Vec<i64> = slots.into_iter().map(|slot| slot as i64).collect();
+        let plain = sizes.rope_and_cache(&values(&projected.qkv), (&cos, &sin), &slots, 4);
+        assert_eq!(plain.turned, values(&turned));
+        assert_eq!(sizes.keys_at(&plain.keys, &slots), values(&keys));
+        assert_eq!(sizes.values_at(&plain.values, &slots), values(&fresh));
     }
 
     #[test]

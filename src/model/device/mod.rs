@@ -13,6 +13,8 @@ mod ops;
 pub mod quant;
 mod qwen2;
 mod resampler;
+#[cfg(test)]
+mod rope_reference;
 mod siglip;
 mod step;
 

@@ -7,7 +7,7 @@ use candle_core::{DType, Device};
 use super::{
     super::{Result, StepInput, Tap, Tensor, config::Qwen2Config, layers::Bits, qwen2::rotary_tables},
     DeviceCache,
-    attention::{PagedAttention, attend_step},
+    attention::{PagedAttention, Projected, attend_step},
     layers::{Linear, Loader, RmsNorm, show},
     ops,
     step::Step,
@@ -92,10 +92,9 @@ impl Decoder {
                 Some(delta) => layer.input_layernorm.add_forward(&x, delta)?,
             };
             show(tap, "llm_hidden", Some(index), &x)?;
-            let over = |q: &Tensor, k: &Tensor, v: &Tensor| {
-                attend_step(paged, &cache.layers[index], (q, k, v), step)
-            };
-            let attended = self.attend(layer, &normed, &turn, over)?;
+            let projected = self.project(layer, &normed)?;
+            let attended = attend_step(paged, &cache.layers[index], &projected, &turn, step)?;
+            let attended = layer.o_proj.forward(&attended.flatten_from(1)?)?;
             let normed;
             (x, normed) = layer.post_attention_layernorm.add_forward(&x, &attended)?;
             let inner = ops::silu_mul(&layer.gate_up_proj.forward(&normed)?)?;
@@ -125,23 +124,12 @@ impl Decoder {
         Ok(embedded)
     }
 
-    /// `[rows, hidden]` of normed rows; `over` attends with turned queries and keys, `[rows, heads, head_dim]`.
-    fn attend(
-        &self,
-        layer: &Layer,
-        normed: &Tensor,
-        (cos, sin): &(Tensor, Tensor),
-        over: impl FnOnce(&Tensor, &Tensor, &Tensor) -> Result<Tensor>,
-    ) -> Result<Tensor> {
+    /// Queries, keys and values of normed rows `[rows, hidden]`.
+    fn project(&self, layer: &Layer, normed: &Tensor) -> Result<Projected> {
         let (num_heads, num_kv_heads) = (self.config.num_attention_heads, self.config.num_key_value_heads);
         let qkv = layer.qkv_proj.forward(normed)?;
         let qkv = qkv.reshape((qkv.dim(0)?, num_heads + 2 * num_kv_heads, self.config.head_dim()))?;
-        // Queries and keys turn together.
-        let turned = ops::rotate(&qkv.narrow(1, 0, num_heads + num_kv_heads)?, cos, sin)?;
-        let queries = turned.narrow(1, 0, num_heads)?;
-        let keys = turned.narrow(1, num_heads, num_kv_heads)?;
-        let values = qkv.narrow(1, num_heads + num_kv_heads, num_kv_heads)?;
-        layer.o_proj.forward(&over(&queries, &keys, &values)?.flatten_from(1)?)
+        Ok(Projected { qkv, num_heads, num_kv_heads })
     }
 
     /// The last norm and the head, for the wanted rows only.

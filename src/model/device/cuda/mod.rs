@@ -4,6 +4,7 @@
 
 pub mod fused;
 pub mod paged;
+mod rope;
 
 use candle_core::{
     DType, Device,

@@ -7,10 +7,13 @@
 use candle_core::{DType, Device};
 use mistralrs_paged_attn::{paged_attention, reshape_and_cache};
 
-use super::super::{
-    super::{ModelShape, Result, Tensor},
-    attention::{LayerCache, PagedAttention},
-    step::{Decodes, Step},
+use super::{
+    super::{
+        super::{ModelShape, Result, Tensor},
+        attention::{LayerCache, PagedAttention, Projected, Turn, turned},
+        step::{Decodes, Step},
+    },
+    rope::rope_and_cache,
 };
 
 /// Widths of a head the kernels were compiled for.
@@ -70,6 +73,21 @@ impl PagedAttention for Kernels {
     fn write(&self, cache: &LayerCache, keys: &Tensor, values: &Tensor, step: &Step) -> Result<()> {
         let (keys, values) = (whole_rows(keys)?, whole_rows(values)?);
         reshape_and_cache(&keys, &values, None, None, &cache.keys, &cache.values, &step.slots)
+    }
+
+    fn turn_and_write(
+        &self,
+        cache: &LayerCache,
+        projected: &Projected,
+        turn: &Turn,
+        step: &Step,
+    ) -> Result<Tensor> {
+        if let Some(turned) = rope_and_cache(projected, cache, turn, &step.slots)? {
+            return Ok(turned);
+        }
+        let (turned, keys) = turned(projected, turn)?;
+        self.write(cache, &keys, &projected.values()?, step)?;
+        Ok(turned)
     }
 
     fn read(&self, cache: &LayerCache, blocks: &Tensor, context_len: usize) -> Result<(Tensor, Tensor)> {

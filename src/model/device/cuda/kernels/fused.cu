@@ -51,6 +51,38 @@ __device__ void silu_mul(const T *x, T *out, unsigned rows, unsigned width) {
   narrow(gate / (1.0f + expf(-gate)) * up, out[i]);
 }
 
+// One block a row. Turns the queries and keys of `qkv` [rows, heads + 2 kv_heads, dim] by `cos` and `sin` [rows, dim / 2], element
+// i with element i + dim / 2, into `out` [rows, heads + kv_heads, dim]. Puts the turned keys into `keys` [blocks, kv_heads, dim / x,
+// block_size, x], x elements being 16 bytes, and the values into `values` [blocks, kv_heads, dim, block_size], at the row's slot; a
+// negative slot is none.
+template <typename T>
+__device__ void rope_and_cache(const T *qkv, const T *cos, const T *sin, const long long *slots, T *out, T *keys, T *values,
+                               unsigned heads, unsigned kv_heads, unsigned dim, unsigned block_size) {
+  const unsigned half = dim / 2, turning = heads + kv_heads, x = 16 / sizeof(T);
+  const unsigned long long row = blockIdx.x;
+  const T *from = qkv + row * (turning + kv_heads) * dim;
+  T *to = out + row * turning * dim;
+  const long long slot = slots[row];
+  const unsigned long long block = slot < 0 ? 0 : slot / block_size, place = slot < 0 ? 0 : slot % block_size;
+  for (unsigned i = threadIdx.x; i < turning * half; i += blockDim.x) {
+    const unsigned head = i / half, low = i % half, high = low + half;
+    const float a = widen(from[head * dim + low]), b = widen(from[head * dim + high]);
+    const float c = widen(cos[row * half + low]), s = widen(sin[row * half + low]);
+    T turned_low, turned_high;
+    narrow(a * c - b * s, turned_low);
+    narrow(b * c + a * s, turned_high);
+    to[head * dim + low] = turned_low;
+    to[head * dim + high] = turned_high;
+    if (head < heads || slot < 0) continue;
+    T *own = keys + (block * kv_heads + head - heads) * dim * block_size;
+    own[((unsigned long long)(low / x) * block_size + place) * x + low % x] = turned_low;
+    own[((unsigned long long)(high / x) * block_size + place) * x + high % x] = turned_high;
+  }
+  if (slot < 0) return;
+  for (unsigned i = threadIdx.x; i < kv_heads * dim; i += blockDim.x)
+    values[(block * kv_heads * dim + i) * block_size + place] = from[turning * dim + i];
+}
+
 #define FOR(T, name)                                                                                                  \
   extern "C" __global__ void add_rms_norm_##name(const T *x, const T *delta, const T *weight, T *out, unsigned rows,   \
                                                  unsigned width, float eps) {                                          \
@@ -58,6 +90,11 @@ __device__ void silu_mul(const T *x, T *out, unsigned rows, unsigned width) {
   }                                                                                                                    \
   extern "C" __global__ void silu_mul_##name(const T *x, T *out, unsigned rows, unsigned width) {                      \
     silu_mul(x, out, rows, width);                                                                                     \
+  }                                                                                                                    \
+  extern "C" __global__ void rope_and_cache_##name(const T *qkv, const T *cos, const T *sin, const long long *slots,    \
+                                                   T *out, T *keys, T *values, unsigned heads, unsigned kv_heads,       \
+                                                   unsigned dim, unsigned block_size) {                                 \
+    rope_and_cache(qkv, cos, sin, slots, out, keys, values, heads, kv_heads, dim, block_size);                         \
   }
 
 FOR(float, f32)
