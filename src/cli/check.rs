@@ -137,7 +137,7 @@ fn allowed(what: &str, kind: ComputeType, quant: Option<Bits>) -> f64 {
             Bits::Eight => 0.1,
             Bits::Four => 0.8,
         },
-        // Activations are rounded to 8 bits, from values that differ in their last bits.
+        // The CPU rounds the rows of small products to 8 bits, a device may not.
         Some(_) if what.starts_with("logits") => kind.tolerance().max(QUANTISED_TOLERANCE),
         _ => kind.tolerance(),
     }

@@ -1,7 +1,7 @@
 //! Matrices of the decoder in 8 or 4 bits on a device: blocks of 32 weights with a scale each, as ggml has them.
 //!
-//! Called by [`super::layers`], and by `cli` for what fits. The products are candle's, whose kernels for CUDA look at no
-//! size: what they cannot do is refused by [`check`], before a weight is read. Tower and connector stay floats: they run
+//! Called by [`super::layers`], and by `cli` for what fits. The products are candle's or our own; their kernels for CUDA
+//! look at no size: what they cannot do is refused by [`check`], before a weight is read. Tower and connector stay floats: they run
 //! once a video, and all 8 or 4 bits spare is memory traffic.
 
 use std::borrow::Cow;
@@ -31,7 +31,7 @@ use super::{
 
 /// Weights of a scale.
 const BLOCK: usize = 32;
-/// Rows that candle's kernels multiply with the weights as they lie, reading them once.
+/// Rows that are multiplied with the weights as they lie, reading them once.
 const ROWS_A_PASS: usize = 8;
 /// Up to as many rows passes read less memory than weights that are made floats, written and read again.
 const MAX_ROWS_IN_PASSES: usize = 32;
@@ -144,21 +144,29 @@ impl QuantMatrix {
         QTensor::new(storage, (n, k)).map(QuantMatrix)
     }
 
-    /// `x W^T` of contiguous `x` `[rows, in]`: `[rows, out]` in the type of `x`. Few rows are rounded to 8 bits
-    /// themselves, in groups of 32 elements; for many the weights become floats.
+    /// `x W^T` of contiguous `x` `[rows, in]`: `[rows, out]` in the type of `x`. For many rows the weights become floats.
     pub fn multiply(&self, x: &Tensor) -> Result<Tensor> {
         let rows = x.dim(0)?;
+        if rows <= ROWS_A_PASS {
+            return self.pass(x);
+        }
         if rows <= MAX_ROWS_IN_PASSES || self.0.shape().elem_count() > MAX_ELEMENTS_AS_FLOATS {
-            let wide = x.to_dtype(DType::F32)?;
-            let passes = (0..rows).step_by(ROWS_A_PASS).map(|start| {
-                let part = wide.narrow(0, start, ROWS_A_PASS.min(rows - start))?;
-                part.contiguous()?.apply_op1_no_bwd(&self.0)
-            });
-            let parts = passes.collect::<Result<Vec<_>>>()?;
-            let all = if let [one] = parts.as_slice() { one.clone() } else { Tensor::cat(&parts, 0)? };
-            return all.to_dtype(x.dtype());
+            let starts = (0..rows).step_by(ROWS_A_PASS);
+            let passes = starts.map(|start| self.pass(&x.narrow(0, start, ROWS_A_PASS.min(rows - start))?));
+            return Tensor::cat(&passes.collect::<Result<Vec<_>>>()?, 0);
         }
         x.matmul(&self.floats(x.device(), x.dtype())?.t()?)
+    }
+
+    /// The product of [`ROWS_A_PASS`] rows at most. candle's rounds them to 8 bits, in groups of 32 elements.
+    fn pass(&self, x: &Tensor) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if x.device().is_cuda()
+            && let Some(y) = super::cuda::quant::multiply(x, &self.0)?
+        {
+            return Ok(y);
+        }
+        x.to_dtype(DType::F32)?.contiguous()?.apply_op1_no_bwd(&self.0)?.to_dtype(x.dtype())
     }
 
     /// The weights as floats, `[out, in]`.

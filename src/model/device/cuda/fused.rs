@@ -1,7 +1,7 @@
 //! Our own kernels, `kernels/fused.cu`: a residual sum with the norm that follows, and SwiGLU.
 //!
 //! Called by [`super::super::ops`], whose plain operations are their reference and stand in where NVRTC is not installed. How
-//! the kernels of that file are had is here too; the third of them is called by [`super::rope`].
+//! the kernels of that file are had is here too; the others of them are called by [`super::rope`] and [`super::quant`].
 
 use std::sync::OnceLock;
 
@@ -218,7 +218,10 @@ mod tests {
     fn the_kernels_compile_where_nvrtc_is_installed() {
         match compiled() {
             Ok(ptx) => {
-                for name in ["add_rms_norm", "silu_mul", "rope_and_cache"] {
+                let products =
+                    ["q8", "q4"].map(|block| [1, 2, 4, 8].map(|rows| format!("quant_rows_{block}_{rows}")));
+                let others = ["add_rms_norm", "silu_mul", "rope_and_cache"].map(str::to_owned);
+                for name in products.concat().iter().chain(&others) {
                     for kind in ["f32", "f16", "bf16"] {
                         assert!(ptx.contains(&format!(".entry {name}_{kind}(")), "{name}_{kind}");
                     }
