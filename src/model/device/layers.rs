@@ -132,6 +132,15 @@ impl Linear {
         y.reshape(dims)
     }
 
+    /// The same with floats of `dtype`, which are the weights as they are rounded now.
+    pub fn unpacked(self, device: &Device, dtype: DType) -> Result<Self> {
+        let weight = match self.weight {
+            Matrix::Quant(weight) => Matrix::Floats(weight.floats(device, dtype)?),
+            floats => floats,
+        };
+        Ok(Linear { weight, ..self })
+    }
+
     /// Bytes of the weight.
     pub fn num_bytes(&self) -> usize {
         match &self.weight {

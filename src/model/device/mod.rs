@@ -78,6 +78,15 @@ impl DeviceModel {
         })
     }
 
+    /// The same with its quantised matrices as floats, whose products are what theirs should be.
+    ///
+    /// # Errors
+    /// When the device has no room for them.
+    pub fn unpacked(self) -> Result<Self> {
+        let language_model = self.language_model.unpacked(&self.device, self.dtype)?;
+        Ok(DeviceModel { language_model, ..self })
+    }
+
     /// Bytes of weights that one decode step reads, however many sequences it holds.
     pub fn decode_bytes(&self) -> usize {
         self.language_model.num_bytes()

@@ -106,6 +106,16 @@ fn bits_of(spec: &TensorSpec, config: &ModelConfig, asked: Bits) -> Option<Bits>
     }
 }
 
+/// Whether products of few rows round those as well: candle's do, our kernel does not.
+pub fn rounds_rows(device: &Device) -> bool {
+    #[cfg(feature = "cuda")]
+    if device.is_cuda() {
+        return !super::cuda::fused::are_there();
+    }
+    let _ = device;
+    true
+}
+
 fn num_bytes(bits: Bits, spec: &TensorSpec) -> usize {
     let kind = kind(bits);
     spec.num_elements() / kind.block_size() * kind.type_size()
@@ -170,7 +180,7 @@ impl QuantMatrix {
     }
 
     /// The weights as floats, `[out, in]`.
-    fn floats(&self, device: &Device, dtype: DType) -> Result<Tensor> {
+    pub fn floats(&self, device: &Device, dtype: DType) -> Result<Tensor> {
         match dtype {
             DType::F32 => self.0.dequantize(device),
             _ => self.0.dequantize_f16(device)?.to_dtype(dtype),

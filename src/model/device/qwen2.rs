@@ -106,6 +106,22 @@ impl Decoder {
         self.logits(&x, step, tap)
     }
 
+    /// The same with all matrices as floats.
+    pub fn unpacked(self, device: &Device, dtype: DType) -> Result<Self> {
+        let linear = |linear: Linear| linear.unpacked(device, dtype);
+        let layer = |layer: Layer| {
+            Ok(Layer {
+                qkv_proj: linear(layer.qkv_proj)?,
+                o_proj: linear(layer.o_proj)?,
+                gate_up_proj: linear(layer.gate_up_proj)?,
+                down_proj: linear(layer.down_proj)?,
+                ..layer
+            })
+        };
+        let layers = self.layers.into_iter().map(layer).collect::<Result<_>>()?;
+        Ok(Decoder { layers, lm_head: linear(self.lm_head)?, ..self })
+    }
+
     /// Bytes of all matrices a step reads.
     pub fn num_bytes(&self) -> usize {
         let layer = |layer: &Layer| {

@@ -38,6 +38,11 @@ pub(super) fn ptx() -> Option<&'static str> {
     PTX.get_or_init(compile).as_deref()
 }
 
+/// Whether the kernels can be had.
+pub fn are_there() -> bool {
+    ptx().is_some()
+}
+
 fn compiled() -> std::result::Result<String, String> {
     match nvrtc::compile_ptx(SOURCE) {
         Ok(ptx) => Ok(ptx.to_src()),
