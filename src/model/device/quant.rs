@@ -1,6 +1,6 @@
 //! Matrices of the decoder in 8 or 4 bits on a device: blocks of 32 weights with a scale each, as ggml has them.
 //!
-//! Called by [`super::layers`], and by `cli` for what fits. The products are candle's or our own; their kernels for CUDA
+//! Called by `layers.rs`, and by `cli` for what fits. The products are candle's or our own; their kernels for CUDA
 //! look at no size: what they cannot do is refused by [`check`], before a weight is read. Tower and connector stay floats: they run
 //! once a video, and all 8 or 4 bits spare is memory traffic.
 

@@ -1,7 +1,7 @@
 //! Our own kernels, `kernels/fused.cu`: a residual sum with the norm that follows, and SwiGLU.
 //!
 //! Called by [`super::super::ops`], whose plain operations are their reference and stand in where NVRTC is not installed. How
-//! the kernels of that file are had is here too; the others of them are called by [`super::rope`] and [`super::quant`].
+//! the kernels of that file are had is here too; the others of them are called by `rope.rs` and `quant.rs`.
 
 use std::sync::OnceLock;
 
