@@ -5,6 +5,7 @@
 #
 #   DEVICE=cuda:0     where to run; cpu tries the script itself
 #   MODEL=synth:r1    what to time
+#   QUANT="q8"        also checked and timed with weights in these; q4 is the other, "" none
 #   SECONDS_EACH=150  longest time for one part
 #   OUT=gpu-check.out where logs and JSON go
 set -uo pipefail
@@ -12,7 +13,7 @@ cd "$(dirname "$0")/.."
 
 binary=${1:-target/cuda/release/tinyllava}
 device=${DEVICE:-cuda:0} model=${MODEL:-synth:r1} limit=${SECONDS_EACH:-150} out=${OUT:-gpu-check.out}
-batches=${BATCHES:-1,8,32,64,128} clients=${CLIENTS:-1,8,32,64}
+batches=${BATCHES:-1,8,32,64,128} clients=${CLIENTS:-1,8,32,64} quants=${QUANT-q8}
 [ -x "$binary" ] || { echo "there is no $binary: build it with \`make build-cuda\`, or name it" >&2; exit 2; }
 mkdir -p "$out"
 failed=0
@@ -35,13 +36,25 @@ checks() {
       --golden "tests/golden/$name/golden.safetensors"
   done
   part "check nano" "$binary" check --device "$device" --model nano
-  # Heads of 64 and of 128: those of the paged kernels.
+  # Heads of 64: the paged kernels know them.
   part "check mid" "$binary" check --device "$device" --model "${CHECK_MODEL:-synth:mid}"
+  TINYLLAVA_FLASH_PREFILL=1 part "check mid flash" "$binary" check --device "$device" --model "${CHECK_MODEL:-synth:mid}"
 }
 
 engine() {
   part "bench engine" "$binary" bench engine --device "$device" --model "$model" --prompt-tokens "${PROMPT_TOKENS:-600}" \
     --batch "$batches" --requests "$clients" --repeat 3 --json "$out/engine.json"
+}
+
+quantised() {
+  local quant
+  for quant in $quants; do
+    part "check tiny $quant" "$binary" check --device "$device" --quant "$quant" --model tests/golden/tiny \
+      --golden tests/golden/tiny/golden.safetensors
+    part "check mid $quant" "$binary" check --device "$device" --quant "$quant" --model "${CHECK_MODEL:-synth:mid}"
+    part "bench engine $quant" "$binary" bench engine --device "$device" --quant "$quant" --model "$model" \
+      --prompt-tokens "${PROMPT_TOKENS:-600}" --batch "$batches" --repeat 3 --json "$out/engine-$quant.json"
+  done
 }
 
 server() {
@@ -97,6 +110,13 @@ for row in rows:
             ms = peer[stage]["median_ms"]
             line += f"{ms:>16.2f}{ms / row['ms']:>7.1f}"
     print(line.rstrip())
+plain = {row["what"]: row["ms"] for row in rows}
+for path in sorted(out.glob("engine-*.json")):
+    for row in json.loads(path.read_text())["rows"]:
+        if row["what"] in plain and not row["what"].startswith("encode"):
+            times = plain[row["what"]] / row["ms"]
+            what = f"{row['what']} {path.stem.removeprefix('engine-')}"
+            print(f"{what:<22}{row['ms']:>10.2f}{row['tokens_per_second']:>11.1f}  {times:.2f} times as fast as without")
 machine = read("engine.json").get("machine", {})
 if machine:
     print(f"{machine['what']} {machine['gflops'] / 1e3:.1f} TFLOP/s, memory {machine['gbytes_per_second'] / 1e3:.2f} TB/s")
@@ -105,6 +125,7 @@ TABLE
 
 checks
 engine
+quantised
 server
 original
 printf '\n== all of it\n'

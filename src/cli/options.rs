@@ -85,6 +85,17 @@ pub enum Quant {
     Q4,
 }
 
+impl Quant {
+    /// How many bits, where they are said.
+    pub fn bits(self) -> Option<Bits> {
+        match self {
+            Quant::Auto | Quant::None => None,
+            Quant::Q8 => Some(Bits::Eight),
+            Quant::Q4 => Some(Bits::Four),
+        }
+    }
+}
+
 /// Element type of the KV cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum KvCacheDType {

@@ -150,8 +150,8 @@ fn load_model(
             let bytes = model.decode_bytes();
             (Box::new(model), bytes)
         }
-        Some(Target { device, dtype }) => {
-            let model = DeviceModel::load(weights, config, device, *dtype)?;
+        Some(Target { device, dtype, quant }) => {
+            let model = DeviceModel::load(weights, config, (device, *dtype), *quant)?;
             let bytes = model.decode_bytes();
             (Box::new(model), bytes)
         }

@@ -5,8 +5,11 @@
 use anyhow::{Context, bail};
 use candle_core::Device;
 
-use super::options::{DType, KvCacheDType, ModelOptions, Quant};
-use crate::{config::EngineConfig, model::placement};
+use super::options::{DType, KvCacheDType, ModelOptions};
+use crate::{
+    config::EngineConfig,
+    model::{layers::Bits, placement},
+};
 
 /// Frames encoded in one step unless the command line says: a whole video.
 const ENCODE_FRAMES: usize = 16;
@@ -16,6 +19,8 @@ const ENCODE_FRAMES: usize = 16;
 pub struct Target {
     pub device: Device,
     pub dtype: candle_core::DType,
+    /// What the decoder's matrices are quantised to; only where the command line says so.
+    pub quant: Option<Bits>,
 }
 
 impl Target {
@@ -27,9 +32,6 @@ impl Target {
         let Some(device) = options.device.open()? else {
             return Ok(None);
         };
-        if matches!(options.quant, Quant::Q8 | Quant::Q4) {
-            bail!("--quant q8 and q4 are for the CPU: leave --quant out, or give --device cpu");
-        }
         if options.kv_cache_dtype != KvCacheDType::Auto {
             bail!(
                 "--kv-cache-dtype is for the CPU (a GPU keeps keys and values as --dtype says): leave it out"
@@ -43,12 +45,13 @@ impl Target {
             DType::Bf16 => candle_core::DType::BF16,
             DType::F16 => candle_core::DType::F16,
         };
-        Ok(Some(Target { device, dtype }))
+        Ok(Some(Target { device, dtype, quant: options.quant.bits() }))
     }
 
-    /// Name and type, for people.
+    /// Name, type and quantisation, for people.
     pub fn describe(&self) -> anyhow::Result<String> {
-        Ok(format!("{} in {}", placement::name(&self.device)?, self.dtype.as_str()))
+        let quant = self.quant.map(|bits| format!(", weights in {}", bits.name())).unwrap_or_default();
+        Ok(format!("{} in {}{quant}", placement::name(&self.device)?, self.dtype.as_str()))
     }
 
     /// `config` for a device that holds the weights already: the cache takes what they leave.

@@ -4,9 +4,11 @@
 use candle_core::{DType, Device, Tensor};
 use tinyllava::model::{
     FrameBatch, KvDType, KvPool, SequenceInput, StepInput, VideoLanguageModel, VisualRows,
+    checkpoint::{Checkpoint, ModelSpec},
     config::ModelConfig,
     device::DeviceModel,
-    layers::WeightFormat,
+    layers::{Bits, WeightFormat},
+    quantised::write_quantised,
     tinyllava::TinyLlava,
     weights::{StoredDType, Weights},
 };
@@ -73,7 +75,7 @@ fn models(dtype: DType) -> (DeviceModel, TinyLlava, ModelConfig) {
     let config = config();
     let weights = Weights::synthetic(&config, 5);
     let cpu = TinyLlava::load(&weights, &config, WeightFormat::Float(StoredDType::F32)).unwrap();
-    (DeviceModel::load(&weights, &config, &Device::Cpu, dtype).unwrap(), cpu, config)
+    (DeviceModel::load(&weights, &config, (&Device::Cpu, dtype), None).unwrap(), cpu, config)
 }
 
 fn tokens(len: usize, seed: usize, config: &ModelConfig) -> Vec<u32> {
@@ -203,6 +205,58 @@ fn f16_stays_near_f32() {
 }
 
 #[test]
+fn quantised_weights_stay_near_the_floats_they_were_made_of_whole_and_chunked() {
+    let mut config = config();
+    config.text.intermediate_size = 64;
+    let weights = Weights::synthetic(&config, 5);
+    let place = (&Device::Cpu, DType::F32);
+    let load = |quant| DeviceModel::load(&weights, &config, place, quant).unwrap();
+    let prompt = tokens(75, 1, &config);
+    let blocks = [7, 3, 9, 1, 30];
+    let run = |model: &mut DeviceModel, cuts: &[usize]| {
+        let mut pool = model.new_pool(KvDType::F32, NUM_BLOCKS, BLOCK_SIZE).unwrap();
+        let mut last = vec![];
+        for cut in cuts.windows(2) {
+            let part = Part { tokens: &prompt[cut[0]..cut[1]], start: cut[0], blocks: &blocks };
+            last = step(model, &mut pool, &[part]).remove(0);
+        }
+        last
+    };
+    let mut floats = load(None);
+    let expected = run(&mut floats, &[0, 75]);
+    let mut sizes = vec![floats.decode_bytes()];
+    for (bits, most) in [(Bits::Eight, 0.1), (Bits::Four, 0.8)] {
+        let mut quantised = load(Some(bits));
+        // Rows in one product as floats; in passes of 8; and both.
+        for cuts in [&[0, 75][..], &[0, 20, 40, 60, 75], &[0, 1, 40, 75]] {
+            let error = relative_error(&run(&mut quantised, cuts), &expected);
+            println!("{bits:?} {cuts:?}: relative error of the logits {error:.4}");
+            assert!(error < most, "{bits:?} {cuts:?}: {error}");
+        }
+        sizes.push(quantised.decode_bytes());
+    }
+    // 34 and 18 bytes for 32 weights, the head in 8 bits in both.
+    assert_eq!(sizes[1], sizes[0] / 4 / 32 * 34);
+    assert!(sizes[2] < sizes[1] && sizes[2] > sizes[0] / 4 / 32 * 18);
+}
+
+#[test]
+fn what_cannot_be_quantised_on_a_device_is_one_sentence() {
+    let config = config();
+    let place = (&Device::Cpu, DType::F32);
+    let odd = Weights::synthetic(&config, 5);
+    let error = DeviceModel::load(&odd, &config, place, Some(Bits::Eight)).unwrap_err().to_string();
+    assert!(error.contains("down_proj") && error.contains("--device cpu"), "{error}");
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("nano-q8");
+    let nano = Checkpoint::open(&ModelSpec::Nano).unwrap();
+    write_quantised(&nano, Bits::Eight, &out, &mut |_| ()).unwrap();
+    let made = Checkpoint::open_directory("made".into(), &out).unwrap();
+    let error = DeviceModel::load(&made.weights, &made.config, place, None).unwrap_err().to_string();
+    assert!(error.contains("quantised to q8 already") && error.contains("--device cpu"), "{error}");
+}
+
+#[test]
 fn a_cache_of_the_other_kind_is_refused() {
     let (mut device, mut cpu, _) = models(DType::F32);
     let (mut mine, mut other) =
@@ -212,6 +266,6 @@ fn a_cache_of_the_other_kind_is_refused() {
     assert!(cpu.forward(&input, &mut mine, &mut ()).unwrap_err().to_string().contains("this is a bug"));
     // Half of the width, half of the bytes.
     let weights = Weights::synthetic(&config(), 5);
-    let half = DeviceModel::load(&weights, &config(), &Device::Cpu, DType::F16).unwrap();
+    let half = DeviceModel::load(&weights, &config(), (&Device::Cpu, DType::F16), None).unwrap();
     assert_eq!(2 * half.block_bytes(KvDType::F32, 16), device.block_bytes(KvDType::F32, 16));
 }

@@ -128,6 +128,17 @@ impl Checkpoint {
     }
 }
 
+impl Checkpoint {
+    /// Error of the prompt's logits, relative to their own spread.
+    fn error_of(&self, logits: &Tensor) -> f64 {
+        let flat = |tensor: &Tensor| tensor.flatten_all().unwrap().to_dtype(DType::F64).unwrap();
+        let (got, expected) = (flat(logits), flat(&self.golden["logits_last"]));
+        let length = |x: Tensor| x.sqr().unwrap().mean_all().unwrap().to_scalar::<f64>().unwrap().sqrt();
+        let centred = expected.broadcast_sub(&expected.mean_all().unwrap()).unwrap();
+        length((got - &expected).unwrap()) / length(centred)
+    }
+}
+
 async fn run(handle: &EngineHandle, sequence: NewSequence) -> Vec<u32> {
     let mut stream = handle.reserve().unwrap().submit(sequence).unwrap();
     let mut ids = vec![];
@@ -210,7 +221,7 @@ async fn every_tensor_of_the_device_network_equals_the_original_whole_and_in_chu
     for (name, config) in [("tiny", whole()), ("tiny_bf16_sharded", whole()), ("tiny", chunked())] {
         let checkpoint = checkpoint(name);
         let (weights, model_config) = checkpoint.open();
-        let model = DeviceModel::load(&weights, &model_config, &Device::Cpu, DType::F32).unwrap();
+        let model = DeviceModel::load(&weights, &model_config, (&Device::Cpu, DType::F32), None).unwrap();
         let (engine, seen, _) = checkpoint.start_model(config, Box::new(model));
         assert_parity_of(&checkpoint, engine, seen).await;
     }
@@ -243,6 +254,31 @@ async fn quantised_weights_stay_near_the_original() {
     }
 }
 
+/// As above, with the blocks and the products of a device.
+#[tokio::test]
+async fn quantised_weights_on_a_device_stay_near_the_original() {
+    for (name, quant, most) in [
+        ("tiny", Bits::Eight, 0.1),
+        ("tiny_bf16_sharded", Bits::Eight, 0.1),
+        ("tiny", Bits::Four, 0.8),
+        ("tiny_bf16_sharded", Bits::Four, 0.8),
+    ] {
+        for config in [whole(), chunked()] {
+            let checkpoint = checkpoint(name);
+            let (weights, model_config) = checkpoint.open();
+            let place = (&Device::Cpu, DType::F32);
+            let model = DeviceModel::load(&weights, &model_config, place, Some(quant)).unwrap();
+            let (engine, seen, _) = checkpoint.start_model(config, Box::new(model));
+            run(&engine, checkpoint.request()).await;
+            // The first call that gave any.
+            let logits = seen.0.lock().unwrap()["logits_last"].iter().find(|t| t.dims()[0] > 0).cloned();
+            let error = checkpoint.error_of(&logits.unwrap());
+            println!("{name} {quant:?} on a device: relative error of the logits {error:.4}");
+            assert!(error < most, "{name} {quant:?}: {error}");
+        }
+    }
+}
+
 #[tokio::test]
 async fn keys_and_values_in_16_bits_stay_near_the_original() {
     for name in ["tiny", "tiny_bf16_sharded"] {
@@ -258,11 +294,7 @@ async fn error_of_logits(name: &str, config: EngineConfig, format: WeightFormat)
     let checkpoint = checkpoint(name);
     let (engine, seen, _) = checkpoint.start(config, format);
     run(&engine, checkpoint.request()).await;
-    let flat = |tensor: &Tensor| tensor.flatten_all().unwrap().to_dtype(DType::F64).unwrap();
-    let (got, expected) = (flat(&seen.first("logits_last")), flat(&checkpoint.golden["logits_last"]));
-    let length = |x: Tensor| x.sqr().unwrap().mean_all().unwrap().to_scalar::<f64>().unwrap().sqrt();
-    let centred = expected.broadcast_sub(&expected.mean_all().unwrap()).unwrap();
-    length((got - &expected).unwrap()) / length(centred)
+    checkpoint.error_of(&seen.first("logits_last"))
 }
 
 /// The request among others: other prompts, lengths and a video of its own, all sampling.

@@ -126,7 +126,7 @@ struct Machine {
 impl Machine {
     fn measured(format: WeightFormat, target: Option<&Target>) -> anyhow::Result<Self> {
         if let Some(target) = target {
-            let Target { device, dtype } = target;
+            let Target { device, dtype, .. } = target;
             return Ok(Machine {
                 what: format!("{}: product", target.describe()?),
                 ops: device::machine::product_ops_per_second(device, *dtype, DEVICE_PRODUCT_SIDE)?,

@@ -11,11 +11,11 @@ use crate::{
     model::{
         KvCache, ModelShape,
         checkpoint::{Checkpoint, CheckpointError, ModelSpec},
+        device::quant,
         hub::{HubConfig, HubError},
         kv_cache::KvDType,
-        layers::Bits,
+        layers::{Bits, WeightFormat},
         placement, tinyllava,
-        weights::Weights,
     },
 };
 
@@ -41,8 +41,10 @@ pub fn check(models: &[ModelOptions], config: &Config) -> Vec<Finding> {
     let shape = tinyllava::shape(&checkpoint.config);
     let weights = &checkpoint.weights;
     let format = options.weight_format(weights);
-    if let Err(error) = weights.check_format(format) {
-        return vec![Finding::problem("model", error.to_string(), "leave out --quant and --dtype")];
+    let targets: Vec<_> = models.iter().map(Target::of).collect();
+    let opened = targets.iter().filter_map(|target| target.as_ref().ok());
+    if let Some(problem) = opened.map(Option::as_ref).find_map(|target| refused(&checkpoint, target, format)) {
+        return vec![problem];
     }
     let stored = weights.quantised().map_or(weights.dtype().name(), Bits::name);
     let found = format!(
@@ -52,11 +54,11 @@ pub fn check(models: &[ModelOptions], config: &Config) -> Vec<Finding> {
     );
     let mut findings = vec![Finding::ok("model", found)];
     let mut num_on_cpu = 0;
-    for options in models {
-        match Target::of(options) {
+    for (options, target) in models.iter().zip(targets) {
+        match target {
             Ok(None) => num_on_cpu += 1,
             Ok(Some(target)) => {
-                let bytes = parameters(weights) * target.dtype.size_in_bytes() as u64;
+                let bytes = quant::weight_bytes(&checkpoint.config, target.dtype, target.quant);
                 findings.push(on_device(&target, options, bytes));
             }
             Err(error) => {
@@ -83,7 +85,14 @@ fn on_device(target: &Target, options: &ModelOptions, weights_bytes: u64) -> Fin
     match placement::cache_bytes(&target.device, options.gpu_memory_utilization) {
         Ok(Some(room)) if (room as u64) <= weights_bytes => {
             let found = format!("{described}: {} MiB for {} MiB of weights", room >> 20, weights_bytes >> 20);
-            let fix = "the model does not fit: free the GPU, or raise --gpu-memory-utilization, or take a larger one";
+            let fix = match target.quant {
+                None => {
+                    "the model does not fit: free the GPU, raise --gpu-memory-utilization, or give --quant q8 or q4"
+                }
+                Some(_) => {
+                    "the model does not fit: free the GPU, raise --gpu-memory-utilization, or take a larger one"
+                }
+            };
             Finding::problem("device", found, fix)
         }
         Ok(_) => Finding::ok("device", format!("{described}, {} MiB of weights", weights_bytes >> 20)),
@@ -91,8 +100,20 @@ fn on_device(target: &Target, options: &ModelOptions, weights_bytes: u64) -> Fin
     }
 }
 
-fn parameters(weights: &Weights) -> u64 {
-    weights.num_bytes() / weights.dtype().num_bytes() as u64
+/// What keeps these weights from being kept as asked, on the device or, where there is none, by the CPU kernels.
+fn refused(checkpoint: &Checkpoint, target: Option<&Target>, format: WeightFormat) -> Option<Finding> {
+    let (weights, config) = (&checkpoint.weights, &checkpoint.config);
+    let problem = |error: String, fix: &str| Some(Finding::problem("model", error, fix));
+    match target {
+        Some(target) => match quant::check(weights, config, target.quant) {
+            Ok(()) => None,
+            Err(error) => problem(error.to_string(), "`serve` would say the same"),
+        },
+        None => match weights.check_format(format) {
+            Ok(()) => None,
+            Err(error) => problem(error.to_string(), "leave out --quant and --dtype"),
+        },
+    }
 }
 
 fn fix_of(model: &ModelSpec) -> &'static str {
@@ -170,11 +191,13 @@ fn fits(weights: u64, caches: u64, available: u64) -> Finding {
 
 #[cfg(test)]
 mod tests {
+    use candle_core::{DType, Device};
+
     use super::{super::Level, *};
     use crate::model::{
         config::ModelConfig,
-        layers::WeightFormat,
         presets::Preset,
+        quantised::write_quantised,
         weights::{StoredDType, Weights},
     };
 
@@ -206,6 +229,23 @@ mod tests {
             kv_cache(&shape, &config).level
         };
         assert_eq!([level(1), level(64), level(1 << 20)], [Level::Problem, Level::Warning, Level::Ok]);
+    }
+
+    #[test]
+    fn what_a_gpu_does_not_read_is_said_first() {
+        let dir = tempfile::tempdir().unwrap();
+        let (nano, out) = (Checkpoint::open(&ModelSpec::Nano).unwrap(), dir.path().join("nano-q8"));
+        write_quantised(&nano, Bits::Eight, &out, &mut |_| ()).unwrap();
+        let made = Checkpoint::open_directory("made".into(), &out).unwrap();
+        let gpu = |quant| Target { device: Device::Cpu, dtype: DType::F32, quant };
+        let format = WeightFormat::Quant(Bits::Eight);
+        for quant in [None, Some(Bits::Eight)] {
+            let problem = refused(&made, Some(&gpu(quant)), format).unwrap();
+            assert!(problem.level == Level::Problem && problem.found.contains("--quant q8"), "{problem:?}");
+            assert_eq!(refused(&nano, Some(&gpu(quant)), format), None);
+        }
+        assert_eq!(refused(&made, None, format), None);
+        assert!(refused(&made, None, WeightFormat::AsStored).is_some());
     }
 
     #[test]

@@ -11,12 +11,40 @@ use super::{
     step::{Decodes, Prefill, Step},
 };
 
+/// Most bytes of scores at a time; what is made of them takes thrice as much again. Three frames of R1's tower, and 512 rows of
+/// a prompt over a whole context: large enough that the products are no smaller than a GPU likes.
+const MAX_SCORE_BYTES: usize = 128 << 20;
+
 /// Keys and values of one layer, laid out as the [`PagedAttention`] that made it wants them.
 #[derive(Debug, Clone)]
 pub struct LayerCache {
     pub keys: Tensor,
     pub values: Tensor,
 }
+
+/// Queries, keys and values of a step's rows, as one product gave them.
+#[derive(Debug)]
+pub struct Projected {
+    /// `[rows, heads + 2 kv_heads, head_dim]`: queries, keys, values; contiguous.
+    pub qkv: Tensor,
+    pub num_heads: usize,
+    pub num_kv_heads: usize,
+}
+
+impl Projected {
+    /// Queries and keys, `[rows, heads + kv_heads, head_dim]`: what turns with the position.
+    pub fn turning(&self) -> Result<Tensor> {
+        self.qkv.narrow(1, 0, self.num_heads + self.num_kv_heads)
+    }
+
+    /// `[rows, kv_heads, head_dim]`
+    pub fn values(&self) -> Result<Tensor> {
+        self.qkv.narrow(1, self.num_heads + self.num_kv_heads, self.num_kv_heads)
+    }
+}
+
+/// Cosines and sines of the rows' positions, `[rows, head_dim / 2]` each.
+pub type Turn = (Tensor, Tensor);
 
 /// A paged cache, and attention of one query a sequence over it.
 pub trait PagedAttention: std::fmt::Debug + Send + Sync {
@@ -32,8 +60,27 @@ pub trait PagedAttention: std::fmt::Debug + Send + Sync {
     /// Puts `keys` and `values`, `[rows, kv_heads, head_dim]`, where the step says.
     fn write(&self, cache: &LayerCache, keys: &Tensor, values: &Tensor, step: &Step) -> Result<()>;
 
+    /// Turns queries and keys, and puts keys and values where the step says. Gives both turned,
+    /// `[rows, heads + kv_heads, head_dim]`.
+    fn turn_and_write(
+        &self,
+        cache: &LayerCache,
+        projected: &Projected,
+        turn: &Turn,
+        step: &Step,
+    ) -> Result<Tensor> {
+        let (turned, keys) = turned(projected, turn)?;
+        self.write(cache, &keys, &projected.values()?, step)?;
+        Ok(turned)
+    }
+
     /// All keys and values of one sequence, `[context_len, kv_heads, head_dim]` each.
     fn read(&self, cache: &LayerCache, blocks: &Tensor, context_len: usize) -> Result<(Tensor, Tensor)>;
+
+    /// Attention of one prompt's rows, as [`attend_causally`] has it.
+    fn prefill(&self, queries: &Tensor, keys: &Tensor, values: &Tensor, prefill: &Prefill) -> Result<Tensor> {
+        attend_causally(queries, keys, values, prefill.mask.as_ref())
+    }
 
     /// `queries` `[sequences, heads, head_dim]`, each the last token of its sequence, to the same shape.
     fn decode(&self, queries: &Tensor, cache: &LayerCache, decodes: &Decodes) -> Result<Tensor>;
@@ -43,7 +90,7 @@ pub trait PagedAttention: std::fmt::Debug + Send + Sync {
 pub fn choose(device: &Device, shape: &ModelShape) -> Box<dyn PagedAttention> {
     #[cfg(feature = "cuda")]
     if device.is_cuda() && super::cuda::paged::Kernels::fit(shape) {
-        return Box::new(super::cuda::paged::Kernels);
+        return Box::new(super::cuda::paged::Kernels::from_env());
     }
     tracing::debug!(?device, shape.head_dim, "attention by gathering blocks");
     Box::new(Gathered)
@@ -51,8 +98,36 @@ pub fn choose(device: &Device, shape: &ModelShape) -> Box<dyn PagedAttention> {
 
 /// `queries` `[batch, heads, m, d]` over `keys` and `values` `[batch, heads, n, d]`: `[batch, heads, m, d]`. `mask`
 /// `[rows, n]` in f32 is added to the scores, to each of the `m / rows` groups of queries. Scores are scaled and their
-/// softmax is taken in f32.
+/// softmax is taken in f32; as much of the batch at a time as [`MAX_SCORE_BYTES`] hold, one at least.
 pub fn attend(queries: &Tensor, keys: &Tensor, values: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
+    let (batch, heads, m, _) = queries.dims4()?;
+    let at_once = fitting(heads * m * keys.dim(2)?, MAX_SCORE_BYTES);
+    in_parts(batch, at_once, 0, |start, len| {
+        let part = |x: &Tensor| x.narrow(0, start, len);
+        attend_at_once(&part(queries)?, &part(keys)?, &part(values)?, mask)
+    })
+}
+
+/// How many pieces of so many scores each `max_bytes` hold, one at least.
+fn fitting(scores: usize, max_bytes: usize) -> usize {
+    (max_bytes / (scores * size_of::<f32>()).max(1)).max(1)
+}
+
+/// What `compute` gives for each part of `0..len`, by its start and length, joined along `dim`.
+fn in_parts(
+    len: usize,
+    at_once: usize,
+    dim: usize,
+    compute: impl Fn(usize, usize) -> Result<Tensor>,
+) -> Result<Tensor> {
+    if len <= at_once {
+        return compute(0, len);
+    }
+    let parts = (0..len).step_by(at_once).map(|start| compute(start, at_once.min(len - start)));
+    Tensor::cat(&parts.collect::<Result<Vec<_>>>()?, dim)
+}
+
+fn attend_at_once(queries: &Tensor, keys: &Tensor, values: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
     let scale = 1.0 / (queries.dim(D::Minus1)? as f64).sqrt();
     let scores = queries.matmul(&keys.t()?)?.to_dtype(DType::F32)?;
     let mut scores = (scores * scale)?;
@@ -66,44 +141,70 @@ pub fn attend(queries: &Tensor, keys: &Tensor, values: &Tensor, mask: Option<&Te
 }
 
 /// Attention of a prompt's rows. `queries` `[rows, heads, d]`; `keys` and `values` of the whole sequence,
-/// `[context_len, kv_heads, d]`; consecutive query heads share a KV head. Gives `[rows, heads, d]`.
+/// `[context_len, kv_heads, d]`; consecutive query heads share a KV head. Gives `[rows, heads, d]`. As many rows at a time as
+/// [`MAX_SCORE_BYTES`] hold: the whole matrix of scores is never there.
 pub fn attend_causally(
     queries: &Tensor,
     keys: &Tensor,
     values: &Tensor,
     mask: Option<&Tensor>,
 ) -> Result<Tensor> {
-    let (rows, num_heads, dim) = queries.dims3()?;
-    let num_kv_heads = keys.dim(1)?;
-    let group = num_heads / num_kv_heads;
-    let q = queries.reshape((rows, num_kv_heads, group, dim))?.permute((1, 2, 0, 3))?;
-    let q = q.reshape((1, num_kv_heads, group * rows, dim))?;
-    let side = |x: &Tensor| x.transpose(0, 1)?.contiguous()?.unsqueeze(0);
-    let attended = attend(&q, &side(keys)?, &side(values)?, mask)?;
-    let attended = attended.reshape((num_kv_heads, group, rows, dim))?.permute((2, 0, 1, 3))?;
-    attended.reshape((rows, num_heads, dim))
+    attend_within(queries, (keys, values), mask, MAX_SCORE_BYTES)
 }
 
-/// All rows of a step, in order: the decodes together, then each prompt.
+fn attend_within(
+    queries: &Tensor,
+    (keys, values): (&Tensor, &Tensor),
+    mask: Option<&Tensor>,
+    max_score_bytes: usize,
+) -> Result<Tensor> {
+    let (rows, num_heads, dim) = queries.dims3()?;
+    let (context_len, num_kv_heads, _) = keys.dims3()?;
+    let group = num_heads / num_kv_heads;
+    let side = |x: &Tensor| x.transpose(0, 1)?.contiguous()?.unsqueeze(0);
+    let (keys, values) = (side(keys)?, side(values)?);
+    in_parts(rows, fitting(num_heads * context_len, max_score_bytes), 0, |start, rows| {
+        let q = queries.narrow(0, start, rows)?.reshape((rows, num_kv_heads, group, dim))?;
+        let q = q.permute((1, 2, 0, 3))?.reshape((1, num_kv_heads, group * rows, dim))?;
+        let mask = mask.map(|mask| mask.narrow(0, start, rows)).transpose()?;
+        let attended = attend_at_once(&q, &keys, &values, mask.as_ref())?;
+        let attended = attended.reshape((num_kv_heads, group, rows, dim))?.permute((2, 0, 1, 3))?;
+        attended.reshape((rows, num_heads, dim))
+    })
+}
+
+/// Queries and keys turned, `[rows, heads + kv_heads, head_dim]`, and the keys of them.
+pub fn turned(projected: &Projected, (cos, sin): &Turn) -> Result<(Tensor, Tensor)> {
+    let turned = ops::rotate(&projected.turning()?, cos, sin)?;
+    let keys = turned.narrow(1, projected.num_heads, projected.num_kv_heads)?;
+    Ok((turned, keys))
+}
+
+/// All rows of a step, in order, `[rows, heads, head_dim]`: the decodes together, then each prompt.
 pub fn attend_step(
     paged: &dyn PagedAttention,
     cache: &LayerCache,
-    (queries, keys, values): (&Tensor, &Tensor, &Tensor),
+    projected: &Projected,
+    turn: &Turn,
     step: &Step,
 ) -> Result<Tensor> {
-    paged.write(cache, keys, values, step)?;
+    let turned = paged.turn_and_write(cache, projected, turn, step)?;
+    let queries = turned.narrow(1, 0, projected.num_heads)?;
+    let keys = turned.narrow(1, projected.num_heads, projected.num_kv_heads)?;
+    let values = projected.values()?;
     let mut parts = Vec::with_capacity(1 + step.prefills.len());
     if let Some(decodes) = &step.decodes {
         parts.push(paged.decode(&queries.narrow(0, 0, decodes.len())?, cache, decodes)?);
     }
-    for Prefill { rows, context_len, blocks, mask } in &step.prefills {
+    for prefill in &step.prefills {
+        let Prefill { rows, context_len, blocks, .. } = prefill;
         let own = |x: &Tensor| x.narrow(0, rows.start, rows.len());
         // What the cache has from before must be read; where all is here it need not be.
         let (keys, values) = match *context_len == rows.len() {
-            true => (own(keys)?, own(values)?),
+            true => (own(&keys)?, own(&values)?),
             false => paged.read(cache, blocks, *context_len)?,
         };
-        parts.push(attend_causally(&own(queries)?, &keys, &values, mask.as_ref())?);
+        parts.push(paged.prefill(&own(&queries)?, &keys, &values, prefill)?);
     }
     match parts.as_slice() {
         [one] => Ok(one.clone()),
@@ -156,7 +257,10 @@ impl PagedAttention for Gathered {
 #[cfg(test)]
 mod tests {
     use super::{
-        super::super::{SequenceInput, StepInput, config::ModelConfig, tinyllava},
+        super::{
+            super::{SequenceInput, StepInput, config::ModelConfig, tinyllava},
+            rope_reference,
+        },
         *,
     };
 
@@ -186,6 +290,69 @@ mod tests {
                 assert!((got[(row * 4 + head) * 8 + i] - mean).abs() < 1e-5, "{row} {head} {i}");
             }
         }
+    }
+
+    #[test]
+    fn scores_in_parts_give_what_the_whole_matrix_gives() {
+        let (q, k, v) = (noise((37, 4, 8), 1), noise((50, 2, 8), 2), noise((50, 2, 8), 3));
+        // Rows at the end of the context, each of which sees what is before it.
+        let mask = (0..37)
+            .flat_map(|row| (0..50).map(move |key| if key > row + 13 { f32::NEG_INFINITY } else { 0.0 }));
+        let mask = Tensor::from_vec(mask.collect::<Vec<_>>(), (37, 50), &Device::Cpu).unwrap();
+        let within = |bytes| values(&attend_within(&q, (&k, &v), Some(&mask), bytes).unwrap());
+        let whole = within(usize::MAX);
+        assert_eq!(whole, values(&attend_causally(&q, &k, &v, Some(&mask)).unwrap()));
+        // No room for a row; for one; for five of 800 bytes each; for all but one.
+        for bytes in [0, 800, 4000, 36 * 800] {
+            let off = within(bytes).iter().zip(&whole).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            assert!(off < 1e-6, "{bytes} bytes: {off:e}");
+        }
+        assert_eq!([fitting(200, 4000), fitting(200, 0), fitting(0, 10)], [5, 1, 10]);
+    }
+
+    #[test]
+    fn a_batch_in_parts_is_the_batch() {
+        let x = noise((10, 3, 4), 1);
+        for at_once in [1, 3, 10, 11] {
+            let lens = std::cell::RefCell::new(vec![]);
+            let joined = in_parts(10, at_once, 0, |start, len| {
+                lens.borrow_mut().push(len);
+                x.narrow(0, start, len)
+            });
+            assert_eq!(values(&joined.unwrap()), values(&x));
+            assert!(lens.into_inner().iter().all(|&len| len <= at_once));
+        }
+    }
+
+    #[test]
+    fn plain_loops_turn_and_write_what_the_operations_do() {
+        let (num_heads, num_kv_heads, dim, block_size) = (4, 2, 16, 8);
+        let config = ModelConfig::tiny_test();
+        let shape = ModelShape { num_kv_heads, head_dim: dim, ..tinyllava::shape(&config) };
+        let cache = Gathered.new_layer(&shape, 4, block_size, (DType::F32, &Device::Cpu)).unwrap();
+        let slots: Vec<usize> = (24..32).chain(8..10).collect();
+        let input = StepInput {
+            token_ids: vec![0; 10],
+            positions: (5..15).collect(),
+            slot_mapping: slots.clone(),
+            block_tables: vec![3, 1],
+            sequences: vec![SequenceInput { rows: 0..10, context_len: 10, blocks: 0..2 }],
+            ..StepInput::default()
+        };
+        let step = Step::new(&input, block_size, &Device::Cpu).unwrap();
+        let projected = Projected { qkv: noise((10, 8, dim), 4), num_heads, num_kv_heads };
+        let table = |seed| noise((1, 10, dim / 2), seed).squeeze(0).unwrap();
+        let turn = (table(5), table(6));
+        let turned = Gathered.turn_and_write(&cache, &projected, &turn, &step).unwrap();
+        let (keys, fresh) = Gathered.read(&cache, &step.prefills[0].blocks, 10).unwrap();
+
+        let sizes = rope_reference::Sizes { num_heads, num_kv_heads, dim, block_size, vector: 4 };
+        let (cos, sin) = (values(&turn.0), values(&turn.1));
+        let slots: Vec<i64> = slots.into_iter().map(|slot| slot as i64).collect();
+        let plain = sizes.rope_and_cache(&values(&projected.qkv), (&cos, &sin), &slots, 4);
+        assert_eq!(plain.turned, values(&turned));
+        assert_eq!(sizes.keys_at(&plain.keys, &slots), values(&keys));
+        assert_eq!(sizes.values_at(&plain.values, &slots), values(&fresh));
     }
 
     #[test]

@@ -7,9 +7,12 @@ use candle_core::{DType, Device};
 use super::{
     super::{
         ModelError, Result, Tap, Tensor,
+        layers::Bits,
+        stored::StoredTensor,
         weights::{StoredDType, Weights},
     },
     ops,
+    quant::QuantMatrix,
 };
 
 /// A place in a checkpoint, and where its tensors go: `loader.pp("layers").pp(3)` stands for those below `layers.3.`.
@@ -19,12 +22,19 @@ pub struct Loader<'a> {
     path: String,
     pub device: &'a Device,
     pub dtype: DType,
+    /// What the matrices below are quantised to.
+    pub quant: Option<Bits>,
 }
 
 impl<'a> Loader<'a> {
     /// The root of a checkpoint.
     pub fn new(weights: &'a Weights, device: &'a Device, dtype: DType) -> Self {
-        Loader { weights, path: String::new(), device, dtype }
+        Loader { weights, path: String::new(), device, dtype, quant: None }
+    }
+
+    /// The same place, its matrices quantised to `quant`.
+    pub fn quantised(&self, quant: Option<Bits>) -> Self {
+        Loader { quant, ..self.clone() }
     }
 
     /// One level down.
@@ -33,9 +43,19 @@ impl<'a> Loader<'a> {
         Loader { path, ..self.clone() }
     }
 
-    /// A tensor as it is stored, moved to the device and converted there.
+    /// The full name of a tensor here.
+    pub fn path(&self, name: &str) -> String {
+        self.pp(name).path
+    }
+
+    /// A tensor as it is stored, on the host.
+    pub fn stored(&self, name: &str) -> Result<StoredTensor> {
+        self.weights.get(&self.path(name)).map_err(ModelError::wrap)
+    }
+
+    /// A tensor, moved to the device and converted there.
     pub fn tensor(&self, name: &str) -> Result<Tensor> {
-        let stored = self.weights.get(&self.pp(name).path).map_err(ModelError::wrap)?;
+        let stored = self.stored(name)?;
         let dtype = match stored.dtype {
             StoredDType::F32 => DType::F32,
             StoredDType::F16 => DType::F16,
@@ -53,11 +73,17 @@ pub fn show(tap: &mut dyn Tap, name: &'static str, index: Option<usize>, x: &Ten
     Ok(())
 }
 
+/// A matrix `[out, in]`.
+#[derive(Debug)]
+enum Matrix {
+    Floats(Tensor),
+    Quant(QuantMatrix),
+}
+
 /// `y = x W^T + b`.
 #[derive(Debug)]
 pub struct Linear {
-    /// `[out, in]`
-    weight: Tensor,
+    weight: Matrix,
     bias: Option<Tensor>,
 }
 
@@ -76,18 +102,29 @@ impl Linear {
                 Tensor::cat(&parts, 0)
             }
         };
-        let weight = stacked("weight")?.flatten_from(1)?;
+        let weight = match loaders[0].quant {
+            None => Matrix::Floats(stacked("weight")?.flatten_from(1)?),
+            Some(bits) => Matrix::Quant(QuantMatrix::load(loaders, bits)?),
+        };
         Ok(Linear { weight, bias: has_bias.then(|| stacked("bias")).transpose()? })
+    }
+
+    /// Without bias, of a matrix `[out, in]` that is there already.
+    pub fn of(weight: Tensor) -> Self {
+        Linear { weight: Matrix::Floats(weight), bias: None }
     }
 
     /// `[…, in]` to `[…, out]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let (mut dims, width) = (x.dims().to_vec(), self.weight.dim(0)?);
+        let mut dims = x.dims().to_vec();
         // One product over all rows, not one a batch.
-        let rows = x.flatten_to(dims.len() - 2)?;
-        let y = rows.contiguous()?.matmul(&self.weight.t()?)?;
+        let rows = x.flatten_to(dims.len() - 2)?.contiguous()?;
+        let y = match &self.weight {
+            Matrix::Floats(weight) => rows.matmul(&weight.t()?)?,
+            Matrix::Quant(weight) => weight.multiply(&rows)?,
+        };
         dims.pop();
-        dims.push(width);
+        dims.push(y.dim(1)?);
         let y = match &self.bias {
             Some(bias) => y.broadcast_add(bias)?,
             None => y,
@@ -95,14 +132,21 @@ impl Linear {
         y.reshape(dims)
     }
 
-    /// The rows `ids` of the weight: the embeddings of tokens.
-    pub fn rows(&self, ids: &Tensor) -> Result<Tensor> {
-        self.weight.index_select(ids, 0)
+    /// The same with floats of `dtype`, which are the weights as they are rounded now.
+    pub fn unpacked(self, device: &Device, dtype: DType) -> Result<Self> {
+        let weight = match self.weight {
+            Matrix::Quant(weight) => Matrix::Floats(weight.floats(device, dtype)?),
+            floats => floats,
+        };
+        Ok(Linear { weight, ..self })
     }
 
-    /// Elements of the weight.
-    pub fn num_elements(&self) -> usize {
-        self.weight.elem_count()
+    /// Bytes of the weight.
+    pub fn num_bytes(&self) -> usize {
+        match &self.weight {
+            Matrix::Floats(weight) => weight.elem_count() * weight.dtype().size_in_bytes(),
+            Matrix::Quant(weight) => weight.num_bytes(),
+        }
     }
 }
 

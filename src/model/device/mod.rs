@@ -10,8 +10,11 @@ pub mod cuda;
 mod layers;
 pub mod machine;
 mod ops;
+pub mod quant;
 mod qwen2;
 mod resampler;
+#[cfg(test)]
+mod rope_reference;
 mod siglip;
 mod step;
 
@@ -19,7 +22,7 @@ use candle_core::{DType, Device};
 
 use super::{
     FrameBatch, KvDType, KvPool, ModelError, ModelShape, Result, StepInput, Tap, Tensor, VideoLanguageModel,
-    config::ModelConfig, tinyllava, weights::Weights,
+    config::ModelConfig, layers::Bits, tinyllava, weights::Weights,
 };
 use attention::{LayerCache, PagedAttention};
 use layers::Loader;
@@ -45,18 +48,29 @@ pub struct DeviceModel {
 }
 
 impl DeviceModel {
-    /// Reads all weights straight to `device`, to be kept and computed with as `dtype`.
+    /// Reads all weights straight to `device`, to be kept and computed with as `dtype`; the decoder's matrices quantised
+    /// to `quant` if that is said.
     ///
     /// # Errors
-    /// When a tensor cannot be read, or the device has no room for it.
-    pub fn load(weights: &Weights, config: &ModelConfig, device: &Device, dtype: DType) -> Result<Self> {
+    /// When the weights cannot be quantised ([`quant::check`]), a tensor cannot be read, or the device has no room for it.
+    pub fn load(
+        weights: &Weights,
+        config: &ModelConfig,
+        (device, dtype): (&Device, DType),
+        quant: Option<Bits>,
+    ) -> Result<Self> {
+        quant::check(weights, config, quant).map_err(ModelError::wrap)?;
         let loader = Loader::new(weights, device, dtype);
         let vision = loader.pp("vision_tower._vision_tower.vision_model");
         let shape = tinyllava::shape(config);
         Ok(DeviceModel {
             vision_tower: siglip::VisionTower::load(&vision, &config.vision)?,
             connector: resampler::Resampler::load(&loader.pp("connector._connector"), &config.connector)?,
-            language_model: qwen2::Decoder::load(&loader.pp("language_model"), &config.text, config.context)?,
+            language_model: qwen2::Decoder::load(
+                &loader.pp("language_model").quantised(quant),
+                &config.text,
+                config.context,
+            )?,
             attention: attention::choose(device, &shape),
             shape,
             device: device.clone(),
@@ -64,9 +78,18 @@ impl DeviceModel {
         })
     }
 
+    /// The same with its quantised matrices as floats, whose products are what theirs should be.
+    ///
+    /// # Errors
+    /// When the device has no room for them.
+    pub fn unpacked(self) -> Result<Self> {
+        let language_model = self.language_model.unpacked(&self.device, self.dtype)?;
+        Ok(DeviceModel { language_model, ..self })
+    }
+
     /// Bytes of weights that one decode step reads, however many sequences it holds.
     pub fn decode_bytes(&self) -> usize {
-        self.language_model.num_elements() * self.dtype.size_in_bytes()
+        self.language_model.num_bytes()
     }
 }
 

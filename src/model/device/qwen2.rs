@@ -5,9 +5,9 @@
 use candle_core::{DType, Device};
 
 use super::{
-    super::{Result, StepInput, Tap, Tensor, config::Qwen2Config, qwen2::rotary_tables},
+    super::{Result, StepInput, Tap, Tensor, config::Qwen2Config, layers::Bits, qwen2::rotary_tables},
     DeviceCache,
-    attention::{PagedAttention, attend_step},
+    attention::{PagedAttention, Projected, attend_step},
     layers::{Linear, Loader, RmsNorm, show},
     ops,
     step::Step,
@@ -29,34 +29,43 @@ struct Layer {
 #[derive(Debug)]
 pub struct Decoder {
     config: Qwen2Config,
-    /// Embeddings, and the head as well where both are tied.
-    embed_tokens: Linear,
+    /// `[vocab, hidden]`, always floats: rows are looked up.
+    embed_tokens: Tensor,
     layers: Vec<Layer>,
     norm: RmsNorm,
-    lm_head: Option<Linear>,
+    /// The embeddings themselves where both are tied and not quantised.
+    lm_head: Linear,
     /// `[context, head_dim / 2]` each, as [`ops::rotate`] wants them.
     cos: Tensor,
     sin: Tensor,
 }
 
 impl Decoder {
-    /// From `language_model`; positions up to `context`.
+    /// From `language_model`; positions up to `context`. Where the layers are quantised the head is, to 8 bits.
     pub fn load(loader: &Loader<'_>, config: &Qwen2Config, context: usize) -> Result<Self> {
         let model = loader.pp("model");
         let layers = model.pp("layers");
-        let lm_head = (!config.tie_word_embeddings).then(|| Linear::load(&loader.pp("lm_head"), false));
+        let embeddings = model.pp("embed_tokens");
+        let embed_tokens = embeddings.tensor("weight")?;
+        let lm_head = match (loader.quant, config.tie_word_embeddings) {
+            (None, true) => Linear::of(embed_tokens.clone()),
+            (quant, is_tied) => {
+                let head = if is_tied { embeddings } else { loader.pp("lm_head") };
+                Linear::load(&head.quantised(quant.map(|_| Bits::Eight)), false)?
+            }
+        };
         let (cos, sin) = rotary_tables(config.head_dim(), config.rope_theta, context);
         let kind = ops::rotary_dtype(loader.device, loader.dtype);
         let table = |values| {
             Tensor::from_vec(values, (context, config.head_dim() / 2), loader.device)?.to_dtype(kind)
         };
         Ok(Decoder {
-            embed_tokens: Linear::load(&model.pp("embed_tokens"), false)?,
+            embed_tokens,
             layers: (0..config.num_hidden_layers)
                 .map(|i| Layer::load(&layers.pp(i), config))
                 .collect::<Result<_>>()?,
             norm: RmsNorm::load(&model.pp("norm"), config.rms_norm_eps)?,
-            lm_head: lm_head.transpose()?,
+            lm_head,
             cos: table(cos)?,
             sin: table(sin)?,
             config: config.clone(),
@@ -83,10 +92,9 @@ impl Decoder {
                 Some(delta) => layer.input_layernorm.add_forward(&x, delta)?,
             };
             show(tap, "llm_hidden", Some(index), &x)?;
-            let over = |q: &Tensor, k: &Tensor, v: &Tensor| {
-                attend_step(paged, &cache.layers[index], (q, k, v), step)
-            };
-            let attended = self.attend(layer, &normed, &turn, over)?;
+            let projected = self.project(layer, &normed)?;
+            let attended = attend_step(paged, &cache.layers[index], &projected, &turn, step)?;
+            let attended = layer.o_proj.forward(&attended.flatten_from(1)?)?;
             let normed;
             (x, normed) = layer.post_attention_layernorm.add_forward(&x, &attended)?;
             let inner = ops::silu_mul(&layer.gate_up_proj.forward(&normed)?)?;
@@ -98,42 +106,46 @@ impl Decoder {
         self.logits(&x, step, tap)
     }
 
-    /// Elements of all matrices a step reads.
-    pub fn num_elements(&self) -> usize {
+    /// The same with all matrices as floats.
+    pub fn unpacked(self, device: &Device, dtype: DType) -> Result<Self> {
+        let linear = |linear: Linear| linear.unpacked(device, dtype);
+        let layer = |layer: Layer| {
+            Ok(Layer {
+                qkv_proj: linear(layer.qkv_proj)?,
+                o_proj: linear(layer.o_proj)?,
+                gate_up_proj: linear(layer.gate_up_proj)?,
+                down_proj: linear(layer.down_proj)?,
+                ..layer
+            })
+        };
+        let layers = self.layers.into_iter().map(layer).collect::<Result<_>>()?;
+        Ok(Decoder { layers, lm_head: linear(self.lm_head)?, ..self })
+    }
+
+    /// Bytes of all matrices a step reads.
+    pub fn num_bytes(&self) -> usize {
         let layer = |layer: &Layer| {
             let matrices = [&layer.qkv_proj, &layer.o_proj, &layer.gate_up_proj, &layer.down_proj];
-            matrices.map(Linear::num_elements).iter().sum::<usize>()
+            matrices.map(Linear::num_bytes).iter().sum::<usize>()
         };
-        let head = self.lm_head.as_ref().unwrap_or(&self.embed_tokens);
-        head.num_elements() + self.layers.iter().map(layer).sum::<usize>()
+        self.lm_head.num_bytes() + self.layers.iter().map(layer).sum::<usize>()
     }
 
     /// `[rows, hidden]`: embeddings of the tokens, and the visual ones where they stand.
     fn embed(&self, input: &StepInput, step: &Step) -> Result<Tensor> {
-        let embedded = self.embed_tokens.rows(&step.token_ids)?;
+        let embedded = self.embed_tokens.index_select(&step.token_ids, 0)?;
         for visual in &input.visuals {
             embedded.slice_set(&visual.embeddings.contiguous()?, 0, visual.rows.start)?;
         }
         Ok(embedded)
     }
 
-    /// `[rows, hidden]` of normed rows; `over` attends with turned queries and keys, `[rows, heads, head_dim]`.
-    fn attend(
-        &self,
-        layer: &Layer,
-        normed: &Tensor,
-        (cos, sin): &(Tensor, Tensor),
-        over: impl FnOnce(&Tensor, &Tensor, &Tensor) -> Result<Tensor>,
-    ) -> Result<Tensor> {
+    /// Queries, keys and values of normed rows `[rows, hidden]`.
+    fn project(&self, layer: &Layer, normed: &Tensor) -> Result<Projected> {
         let (num_heads, num_kv_heads) = (self.config.num_attention_heads, self.config.num_key_value_heads);
         let qkv = layer.qkv_proj.forward(normed)?;
         let qkv = qkv.reshape((qkv.dim(0)?, num_heads + 2 * num_kv_heads, self.config.head_dim()))?;
-        // Queries and keys turn together.
-        let turned = ops::rotate(&qkv.narrow(1, 0, num_heads + num_kv_heads)?, cos, sin)?;
-        let queries = turned.narrow(1, 0, num_heads)?;
-        let keys = turned.narrow(1, num_heads, num_kv_heads)?;
-        let values = qkv.narrow(1, num_heads + num_kv_heads, num_kv_heads)?;
-        layer.o_proj.forward(&over(&queries, &keys, &values)?.flatten_from(1)?)
+        Ok(Projected { qkv, num_heads, num_kv_heads })
     }
 
     /// The last norm and the head, for the wanted rows only.
@@ -143,8 +155,7 @@ impl Decoder {
         }
         let normed = self.norm.forward(&x.index_select(&step.logit_rows, 0)?)?;
         show(tap, "llm_last_hidden", None, &normed)?;
-        let head = self.lm_head.as_ref().unwrap_or(&self.embed_tokens);
-        head.forward(&normed)?.to_dtype(DType::F32)
+        self.lm_head.forward(&normed)?.to_dtype(DType::F32)
     }
 }
 

@@ -40,6 +40,9 @@ pub struct Prefill {
     pub context_len: usize,
     /// `[blocks]` in u32.
     pub blocks: Tensor,
+    /// `[0, rows, 0, context_len]` in u32: where queries and keys begin and end.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code, reason = "for the kernels of CUDA"))]
+    pub bounds: Tensor,
     /// `[rows, context_len]` in f32: what may not be seen is minus infinity. None where all of it may.
     pub mask: Option<Tensor>,
 }
@@ -86,6 +89,7 @@ impl Step {
         let prefills = prefills.iter().map(|sequence| {
             Ok(Prefill {
                 blocks: next(sequence.blocks.len())?,
+                bounds: next(4)?,
                 mask: causal_mask(&positions, &sequence.rows, sequence.context_len)?,
                 rows: sequence.rows.clone(),
                 context_len: sequence.context_len,
@@ -99,7 +103,7 @@ impl Step {
     }
 }
 
-/// Ids, positions, wanted rows, lengths and padded block tables of the decodes, block tables of the others.
+/// Ids, positions, wanted rows, lengths and padded block tables of the decodes, block tables and bounds of the others.
 fn flatten(input: &StepInput, num_decodes: usize, num_columns: usize) -> Vec<u32> {
     let (decodes, prefills) = input.sequences.split_at(num_decodes);
     let ids = input.token_ids.iter().map(|&id| if id == VISUAL_TOKEN { 0 } else { id });
@@ -113,6 +117,7 @@ fn flatten(input: &StepInput, num_decodes: usize, num_columns: usize) -> Vec<u32
     }
     for sequence in prefills {
         flat.extend(&input.block_tables[sequence.blocks.clone()]);
+        flat.extend([0, sequence.rows.len() as u32, 0, sequence.context_len as u32]);
     }
     flat
 }
@@ -156,6 +161,7 @@ mod tests {
         assert_eq!(decodes.blocks_of(1).unwrap().to_vec1::<u32>().unwrap(), [7]);
         let prompt = &step.prefills[0];
         assert_eq!(prompt.blocks.to_vec1::<u32>().unwrap(), [6, 5]);
+        assert_eq!(prompt.bounds.to_vec1::<u32>().unwrap(), [0, 3, 0, 19]);
         let mask = prompt.mask.as_ref().unwrap().to_vec2::<f32>().unwrap();
         for (row, seen) in mask.iter().zip([17, 18, 19]) {
             assert_eq!(row.iter().filter(|&&x| x == 0.0).count(), seen);

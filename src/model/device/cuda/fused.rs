@@ -1,6 +1,7 @@
 //! Our own kernels, `kernels/fused.cu`: a residual sum with the norm that follows, and SwiGLU.
 //!
-//! Called by [`super::super::ops`], whose plain operations are their reference and stand in where NVRTC is not installed.
+//! Called by [`super::super::ops`], whose plain operations are their reference and stand in where NVRTC is not installed. How
+//! the kernels of that file are had is here too; the others of them are called by `rope.rs` and `quant.rs`.
 
 use std::sync::OnceLock;
 
@@ -20,12 +21,12 @@ use half::{bf16, f16};
 use super::super::super::{ModelError, Result, Tensor};
 
 const SOURCE: &str = include_str!("kernels/fused.cu");
-const MODULE: &str = "fused_kernels";
+pub(super) const MODULE: &str = "fused_kernels";
 /// Threads of a block; whole warps, 32 at most.
-const THREADS: u32 = 256;
+pub(super) const THREADS: u32 = 256;
 
 /// The kernels for any card, compiled once a process; none where that is not possible.
-fn ptx() -> Option<&'static str> {
+pub(super) fn ptx() -> Option<&'static str> {
     static PTX: OnceLock<Option<String>> = OnceLock::new();
     let compile = || match compiled() {
         Ok(ptx) => Some(ptx),
@@ -35,6 +36,11 @@ fn ptx() -> Option<&'static str> {
         }
     };
     PTX.get_or_init(compile).as_deref()
+}
+
+/// Whether the kernels can be had.
+pub fn are_there() -> bool {
+    ptx().is_some()
 }
 
 fn compiled() -> std::result::Result<String, String> {
@@ -73,11 +79,14 @@ fn rows(layout: &Layout) -> Result<(u32, u32)> {
     Ok((count(layout.shape().elem_count() / width)?, count(width)?))
 }
 
-fn view<'a, T: CudaDType + DeviceRepr>(storage: &'a CudaStorage, layout: &Layout) -> Result<CudaView<'a, T>> {
+pub(super) fn view<'a, T: CudaDType + DeviceRepr>(
+    storage: &'a CudaStorage,
+    layout: &Layout,
+) -> Result<CudaView<'a, T>> {
     Ok(storage.as_cuda_slice::<T>()?.slice(layout.start_offset()..))
 }
 
-fn on_cpu<T>() -> Result<T> {
+pub(super) fn on_cpu<T>() -> Result<T> {
     Err(ModelError::Msg("a kernel of CUDA on a CPU: this is a bug".into()))
 }
 
@@ -214,7 +223,10 @@ mod tests {
     fn the_kernels_compile_where_nvrtc_is_installed() {
         match compiled() {
             Ok(ptx) => {
-                for name in ["add_rms_norm", "silu_mul"] {
+                let products =
+                    ["q8", "q4"].map(|block| [1, 2, 4, 8].map(|rows| format!("quant_rows_{block}_{rows}")));
+                let others = ["add_rms_norm", "silu_mul", "rope_and_cache"].map(str::to_owned);
+                for name in products.concat().iter().chain(&others) {
                     for kind in ["f32", "f16", "bf16"] {
                         assert!(ptx.contains(&format!(".entry {name}_{kind}(")), "{name}_{kind}");
                     }

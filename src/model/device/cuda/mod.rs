@@ -4,6 +4,8 @@
 
 pub mod fused;
 pub mod paged;
+pub mod quant;
+mod rope;
 
 use candle_core::{
     DType, Device,

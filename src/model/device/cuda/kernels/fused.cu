@@ -51,6 +51,104 @@ __device__ void silu_mul(const T *x, T *out, unsigned rows, unsigned width) {
   narrow(gate / (1.0f + expf(-gate)) * up, out[i]);
 }
 
+// One block a row. Turns the queries and keys of `qkv` [rows, heads + 2 kv_heads, dim] by `cos` and `sin` [rows, dim / 2], element
+// i with element i + dim / 2, into `out` [rows, heads + kv_heads, dim]. Puts the turned keys into `keys` [blocks, kv_heads, dim / x,
+// block_size, x], x elements being 16 bytes, and the values into `values` [blocks, kv_heads, dim, block_size], at the row's slot; a
+// negative slot is none.
+template <typename T>
+__device__ void rope_and_cache(const T *qkv, const T *cos, const T *sin, const long long *slots, T *out, T *keys, T *values,
+                               unsigned heads, unsigned kv_heads, unsigned dim, unsigned block_size) {
+  const unsigned half = dim / 2, turning = heads + kv_heads, x = 16 / sizeof(T);
+  const unsigned long long row = blockIdx.x;
+  const T *from = qkv + row * (turning + kv_heads) * dim;
+  T *to = out + row * turning * dim;
+  const long long slot = slots[row];
+  const unsigned long long block = slot < 0 ? 0 : slot / block_size, place = slot < 0 ? 0 : slot % block_size;
+  for (unsigned i = threadIdx.x; i < turning * half; i += blockDim.x) {
+    const unsigned head = i / half, low = i % half, high = low + half;
+    const float a = widen(from[head * dim + low]), b = widen(from[head * dim + high]);
+    const float c = widen(cos[row * half + low]), s = widen(sin[row * half + low]);
+    T turned_low, turned_high;
+    narrow(a * c - b * s, turned_low);
+    narrow(b * c + a * s, turned_high);
+    to[head * dim + low] = turned_low;
+    to[head * dim + high] = turned_high;
+    if (head < heads || slot < 0) continue;
+    T *own = keys + (block * kv_heads + head - heads) * dim * block_size;
+    own[((unsigned long long)(low / x) * block_size + place) * x + low % x] = turned_low;
+    own[((unsigned long long)(high / x) * block_size + place) * x + high % x] = turned_high;
+  }
+  if (slot < 0) return;
+  for (unsigned i = threadIdx.x; i < kv_heads * dim; i += blockDim.x)
+    values[(block * kv_heads * dim + i) * block_size + place] = from[turning * dim + i];
+}
+
+// A block of 32 weights as ggml has it: a scale, and a code each in 8 bits, or in 4: elements 0 to 15 in the low halves, the
+// others in the high ones. Aligned to 2 bytes only.
+struct q8 { f16 scale; unsigned short codes[16]; };
+struct q4 { f16 scale; unsigned short codes[8]; };
+
+// Eight weights of a block, `part` 0 to 3 of it, in fours that begin at the elements `low` and `high`.
+__device__ inline void unpack(const q8 &block, unsigned part, float *weights, unsigned &low, unsigned &high) {
+  const float scale = widen(block.scale);
+  for (unsigned i = 0; i < 4; i++) {
+    const unsigned short two = block.codes[4 * part + i];
+    weights[2 * i] = scale * (signed char)(two & 0xff);
+    weights[2 * i + 1] = scale * (signed char)(two >> 8);
+  }
+  low = 8 * part, high = low + 4;
+}
+
+__device__ inline void unpack(const q4 &block, unsigned part, float *weights, unsigned &low, unsigned &high) {
+  const float scale = widen(block.scale);
+  for (unsigned i = 0; i < 4; i++) {
+    const unsigned byte = block.codes[2 * part + i / 2] >> (i % 2 * 8) & 0xff;
+    weights[i] = scale * ((int)(byte & 15) - 8);
+    weights[4 + i] = scale * ((int)(byte >> 4) - 8);
+  }
+  low = 4 * part, high = low + 16;
+}
+
+template <typename T> struct alignas(4 * sizeof(T)) four { T of[4]; };
+
+// One warp an output: `out` [rows, outputs] of `x` [rows, inputs] and `weight` [outputs, inputs / 32] blocks; ROWS >= rows.
+template <typename T, typename Block, unsigned ROWS>
+__device__ void quant_rows(const Block *weight, const T *x, T *out, unsigned rows, unsigned outputs, unsigned inputs) {
+  const unsigned output = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32, blocks = inputs / 32;
+  if (output >= outputs) return;
+  weight += (unsigned long long)output * blocks;
+  float sums[ROWS];
+#pragma unroll
+  for (unsigned row = 0; row < ROWS; row++) sums[row] = 0;
+#pragma unroll 4
+  for (unsigned block = lane / 4; block < blocks; block += 8) {
+    float weights[8];
+    unsigned low, high;
+    unpack(weight[block], lane % 4, weights, low, high);
+#pragma unroll
+    for (unsigned row = 0; row < ROWS; row++) {
+      if (row >= rows) break;
+      const T *own = x + (unsigned long long)row * inputs + block * 32;
+      const four<T> a = *(const four<T> *)(own + low), b = *(const four<T> *)(own + high);
+#pragma unroll
+      for (unsigned i = 0; i < 4; i++) sums[row] += weights[i] * widen(a.of[i]) + weights[4 + i] * widen(b.of[i]);
+    }
+  }
+#pragma unroll
+  for (unsigned row = 0; row < ROWS; row++) {
+    for (int distance = 16; distance > 0; distance /= 2) sums[row] += __shfl_xor_sync(0xffffffffu, sums[row], distance);
+    if (lane == 0 && row < rows) narrow(sums[row], out[(unsigned long long)row * outputs + output]);
+  }
+}
+
+#define FOR_ROWS(T, name, block, count)                                                                                \
+  extern "C" __global__ void quant_rows_##block##_##count##_##name(const block *weight, const T *x, T *out,             \
+                                                                   unsigned rows, unsigned outputs, unsigned inputs) { \
+    quant_rows<T, block, count>(weight, x, out, rows, outputs, inputs);                                                \
+  }
+
+#define FOR_BLOCK(T, name, block) FOR_ROWS(T, name, block, 1) FOR_ROWS(T, name, block, 2) FOR_ROWS(T, name, block, 4) FOR_ROWS(T, name, block, 8)
+
 #define FOR(T, name)                                                                                                  \
   extern "C" __global__ void add_rms_norm_##name(const T *x, const T *delta, const T *weight, T *out, unsigned rows,   \
                                                  unsigned width, float eps) {                                          \
@@ -58,7 +156,14 @@ __device__ void silu_mul(const T *x, T *out, unsigned rows, unsigned width) {
   }                                                                                                                    \
   extern "C" __global__ void silu_mul_##name(const T *x, T *out, unsigned rows, unsigned width) {                      \
     silu_mul(x, out, rows, width);                                                                                     \
-  }
+  }                                                                                                                    \
+  extern "C" __global__ void rope_and_cache_##name(const T *qkv, const T *cos, const T *sin, const long long *slots,    \
+                                                   T *out, T *keys, T *values, unsigned heads, unsigned kv_heads,       \
+                                                   unsigned dim, unsigned block_size) {                                 \
+    rope_and_cache(qkv, cos, sin, slots, out, keys, values, heads, kv_heads, dim, block_size);                         \
+  }                                                                                                                    \
+  FOR_BLOCK(T, name, q8)                                                                                               \
+  FOR_BLOCK(T, name, q4)
 
 FOR(float, f32)
 FOR(f16, f16)
