@@ -57,6 +57,20 @@ quantised() {
   done
 }
 
+# Pictures of H.264 are defined to the bit: those of the GPU must be those of the processor.
+decoder() {
+  local clip
+  clip=$(find models/nano/demo -name '*.mp4' 2>/dev/null | sort | head -1)
+  if [[ $device != cuda* ]] || [ -z "$clip" ] || ! ffmpeg -hide_banner -hwaccels 2>/dev/null | grep -q cuda; then
+    skip "video decoder" "no GPU, no clip in models/nano/demo, or no ffmpeg that can use NVDEC"
+    return
+  fi
+  pictures() { ffmpeg -v error -nostdin "$@" -i "$clip" -pix_fmt yuv420p -f md5 -; }
+  local gpu processor
+  gpu=$(pictures -hwaccel cuda -hwaccel_device "${device#cuda:}") processor=$(pictures)
+  part "video decoder" bash -c 'echo "GPU $1, processor $2"; [ -n "$1" ] && [ "$1" = "$2" ]' - "$gpu" "$processor"
+}
+
 server() {
   local clip
   clip=$(find models/nano/demo -name '*.mp4' 2>/dev/null | sort | head -1)
@@ -126,6 +140,7 @@ TABLE
 checks
 engine
 quantised
+decoder
 server
 original
 printf '\n== all of it\n'
