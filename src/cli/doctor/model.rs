@@ -43,8 +43,8 @@ pub fn check(models: &[ModelOptions], config: &Config) -> Vec<Finding> {
     let format = options.weight_format(weights);
     let targets: Vec<_> = models.iter().map(Target::of).collect();
     let opened = targets.iter().filter_map(|target| target.as_ref().ok());
-    if let Some(problem) = opened.map(Option::as_ref).find_map(|target| refused(&checkpoint, target, format))
-    {
+    let mut refusals = opened.filter_map(|target| refused(&checkpoint, target.as_ref(), format));
+    if let Some(problem) = refusals.next() {
         return vec![problem];
     }
     let stored = weights.quantised().map_or(weights.dtype().name(), Bits::name);
