@@ -20,12 +20,12 @@ pub mod synth;
 mod target;
 pub mod trace;
 
-use std::path::PathBuf;
+use std::{path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand};
 
 use crate::{
-    config::MAX_ASYNC_THREADS,
+    config::{MAX_ASYNC_THREADS, MediaConfig},
     media::{FrameSampling, MediaLoader},
     telemetry::tracing as logs,
 };
@@ -173,14 +173,20 @@ fn print_openapi() -> anyhow::Result<()> {
 /// A table of both ways to sample, one row a file.
 #[expect(clippy::print_stdout, reason = "the command's output")]
 async fn bench_frames(files: &[PathBuf]) -> anyhow::Result<()> {
-    let media = MediaLoader::new(crate::config::MediaConfig::default(), 384)?;
+    // Decoding all of a long video takes what it takes.
+    let config = MediaConfig {
+        max_video_bytes: usize::MAX,
+        decode_timeout: Duration::from_secs(3600),
+        ..MediaConfig::default()
+    };
+    let media = MediaLoader::new(config, 384)?;
     println!(
         "{:<28} {:>9} {:>8} {:>9} {:>9} {:>11} {:>6}  way",
         "file", "seconds", "frames", "probe ms", "sample ms", "whole ms", "ratio"
     );
     for file in files {
         let result = media.benchmark(file, FrameSampling::default()).await?;
-        let ms = |duration: std::time::Duration| duration.as_secs_f64() * 1e3;
+        let ms = |duration: Duration| duration.as_secs_f64() * 1e3;
         let sampled = result.probe + result.chosen;
         println!(
             "{:<28} {:>9.1} {:>8} {:>9.0} {:>9.0} {:>11.0} {:>6.2}  {:?}",

@@ -192,6 +192,9 @@ mod x86 {
 
     use super::{Bits, GROUP, LEVELS, QUADS, Tile, WIDTH, Work};
 
+    /// Products of as many quads of 4-bit weights fit 16 bits, two to a sum: 8 * 2 * 15 * 127.
+    const SHORT_QUADS: usize = 8;
+
     /// As the plain function, four vectors at a time.
     ///
     /// # Safety
@@ -345,6 +348,7 @@ mod x86 {
             for group in 0..groups {
                 let record = work.records.as_ptr().add(group * record_bytes);
                 let mut ints = [_mm256_setzero_si256(); ROWS];
+                let mut shorts = [_mm256_setzero_si256(); ROWS];
                 for quad in 0..QUADS {
                     let line = if EIGHT { quad } else { quad / 2 };
                     let stored =
@@ -358,12 +362,18 @@ mod x86 {
                     };
                     for row in 0..ROWS {
                         let values = _mm256_set1_epi32(rows[row].add(group * QUADS + quad).read_unaligned());
-                        let pairs = if EIGHT {
-                            _mm256_maddubs_epi16(_mm256_abs_epi8(weights), _mm256_sign_epi8(values, weights))
-                        } else {
-                            _mm256_maddubs_epi16(weights, values)
-                        };
-                        ints[row] = _mm256_add_epi32(ints[row], _mm256_madd_epi16(pairs, ones));
+                        if EIGHT {
+                            let (size, values) =
+                                (_mm256_abs_epi8(weights), _mm256_sign_epi8(values, weights));
+                            let pairs = _mm256_maddubs_epi16(size, values);
+                            ints[row] = _mm256_add_epi32(ints[row], _mm256_madd_epi16(pairs, ones));
+                            continue;
+                        }
+                        shorts[row] = _mm256_add_epi16(shorts[row], _mm256_maddubs_epi16(weights, values));
+                        if quad % SHORT_QUADS == SHORT_QUADS - 1 {
+                            ints[row] = _mm256_add_epi32(ints[row], _mm256_madd_epi16(shorts[row], ones));
+                            shorts[row] = _mm256_setzero_si256();
+                        }
                     }
                 }
                 let halves: *const __m128i = record.add(weight_bytes + columns * 16).cast();
