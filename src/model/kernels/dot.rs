@@ -309,37 +309,35 @@ mod x86 {
     /// The CPU must have AVX2, FMA and F16C.
     #[target_feature(enable = "avx2,fma,f16c")]
     pub(super) unsafe fn avx2(work: &Work<'_>, tile: &mut Tile) {
-        for columns in 0..WIDTH / 8 {
-            let mut row = 0;
-            while row < work.num_rows {
-                // SAFETY: the caller's promise; the rows are inside `work`.
-                unsafe {
-                    match (work.bits, work.num_rows - row) {
-                        (Bits::Eight, 1) => avx2_rows::<1, true>(work, row, columns, tile),
-                        (Bits::Eight, _) => avx2_rows::<2, true>(work, row, columns, tile),
-                        (Bits::Four, 1) => avx2_rows::<1, false>(work, row, columns, tile),
-                        (Bits::Four, _) => avx2_rows::<2, false>(work, row, columns, tile),
-                    }
+        let mut row = 0;
+        while row < work.num_rows {
+            // SAFETY: the caller's promise; the rows are inside `work`.
+            unsafe {
+                match (work.bits, work.num_rows - row) {
+                    (Bits::Eight, 1) => avx2_rows::<1, true>(work, row, tile),
+                    (Bits::Eight, _) => avx2_rows::<2, true>(work, row, tile),
+                    (Bits::Four, 1) => avx2_rows::<1, false>(work, row, tile),
+                    (Bits::Four, _) => avx2_rows::<2, false>(work, row, tile),
                 }
-                row += 2;
             }
+            row += 2;
         }
     }
 
-    /// `ROWS` rows from `first`, eight columns.
+    /// `ROWS` rows from `first`. All columns at once, so that weights are read in the order they lie in.
     ///
     /// # Safety
-    /// As [`avx2`]; `first + ROWS` rows must be in `work`, and `columns` below 4.
+    /// As [`avx2`]; `first + ROWS` rows must be in `work`.
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn avx2_rows<const ROWS: usize, const EIGHT: bool>(
         work: &Work<'_>,
         first: usize,
-        columns: usize,
         tile: &mut Tile,
     ) {
+        const VECTORS: usize = WIDTH / 8;
         let groups = work.groups;
         let (record_bytes, weight_bytes) = (work.bits.record_bytes(), work.bits.weight_bytes());
-        let mut acc = [_mm256_setzero_ps(); ROWS];
+        let mut acc = [[_mm256_setzero_ps(); VECTORS]; ROWS];
         let (ones, low_half, sign) = (_mm256_set1_epi16(1), _mm256_set1_epi8(15), _mm256_set1_epi8(-128));
         // SAFETY: as in `avx512_rows`.
         unsafe {
@@ -347,53 +345,90 @@ mod x86 {
                 std::array::from_fn(|row| work.values.as_ptr().add((first + row) * groups * GROUP).cast());
             for group in 0..groups {
                 let record = work.records.as_ptr().add(group * record_bytes);
-                let mut ints = [_mm256_setzero_si256(); ROWS];
-                let mut shorts = [_mm256_setzero_si256(); ROWS];
-                for quad in 0..QUADS {
-                    let line = if EIGHT { quad } else { quad / 2 };
-                    let stored =
-                        _mm256_loadu_si256(record.add(line * WIDTH * 4 + columns * 32).cast::<__m256i>());
-                    let weights = match (EIGHT, quad % 2) {
-                        // Signed: the instruction multiplies unsigned with signed, and adds two products in 16 bits,
-                        // which holds 2 * 127 * 127 but not 2 * 255 * 127.
-                        (true, _) => _mm256_xor_si256(stored, sign),
-                        (false, 0) => _mm256_and_si256(stored, low_half),
-                        (false, _) => _mm256_and_si256(_mm256_srli_epi16::<4>(stored), low_half),
-                    };
-                    for row in 0..ROWS {
-                        let values = _mm256_set1_epi32(rows[row].add(group * QUADS + quad).read_unaligned());
-                        if EIGHT {
-                            let (size, values) =
-                                (_mm256_abs_epi8(weights), _mm256_sign_epi8(values, weights));
-                            let pairs = _mm256_maddubs_epi16(size, values);
-                            ints[row] = _mm256_add_epi32(ints[row], _mm256_madd_epi16(pairs, ones));
-                            continue;
+                let mut ints = [[_mm256_setzero_si256(); VECTORS]; ROWS];
+                if EIGHT {
+                    for quad in 0..QUADS {
+                        let line = record.add(quad * WIDTH * 4).cast::<__m256i>();
+                        let values: [__m256i; ROWS] = broadcast(&rows, group * QUADS + quad);
+                        for vector in 0..VECTORS {
+                            // Signed: the instruction multiplies unsigned with signed, and adds two products in 16 bits,
+                            // which holds 2 * 127 * 127 but not 2 * 255 * 127.
+                            let weights = _mm256_xor_si256(_mm256_loadu_si256(line.add(vector)), sign);
+                            let size = _mm256_abs_epi8(weights);
+                            for row in 0..ROWS {
+                                let pairs =
+                                    _mm256_maddubs_epi16(size, _mm256_sign_epi8(values[row], weights));
+                                let sums = _mm256_madd_epi16(pairs, ones);
+                                ints[row][vector] = _mm256_add_epi32(ints[row][vector], sums);
+                            }
                         }
-                        shorts[row] = _mm256_add_epi16(shorts[row], _mm256_maddubs_epi16(weights, values));
-                        if quad % SHORT_QUADS == SHORT_QUADS - 1 {
-                            ints[row] = _mm256_add_epi32(ints[row], _mm256_madd_epi16(shorts[row], ones));
-                            shorts[row] = _mm256_setzero_si256();
+                    }
+                } else {
+                    for half in 0..QUADS / SHORT_QUADS {
+                        let mut shorts = [[_mm256_setzero_si256(); VECTORS]; ROWS];
+                        for pair in half * SHORT_QUADS / 2..(half + 1) * SHORT_QUADS / 2 {
+                            let line = record.add(pair * WIDTH * 4).cast::<__m256i>();
+                            let even: [__m256i; ROWS] = broadcast(&rows, group * QUADS + 2 * pair);
+                            let odd: [__m256i; ROWS] = broadcast(&rows, group * QUADS + 2 * pair + 1);
+                            for vector in 0..VECTORS {
+                                let stored = _mm256_loadu_si256(line.add(vector));
+                                let low = _mm256_and_si256(stored, low_half);
+                                let high = _mm256_and_si256(_mm256_srli_epi16::<4>(stored), low_half);
+                                for row in 0..ROWS {
+                                    let sums = _mm256_add_epi16(
+                                        _mm256_maddubs_epi16(low, even[row]),
+                                        _mm256_maddubs_epi16(high, odd[row]),
+                                    );
+                                    shorts[row][vector] = _mm256_add_epi16(shorts[row][vector], sums);
+                                }
+                            }
+                        }
+                        for row in 0..ROWS {
+                            for vector in 0..VECTORS {
+                                let sums = _mm256_madd_epi16(shorts[row][vector], ones);
+                                ints[row][vector] = _mm256_add_epi32(ints[row][vector], sums);
+                            }
                         }
                     }
                 }
-                let halves: *const __m128i = record.add(weight_bytes + columns * 16).cast();
-                let scales = _mm256_cvtph_ps(_mm_loadu_si128(halves));
-                for row in 0..ROWS {
-                    let at = (first + row) * groups + group;
-                    let scale = _mm256_set1_ps(*work.scales.get_unchecked(at));
-                    let ints = _mm256_cvtepi32_ps(ints[row]);
-                    acc[row] = _mm256_fmadd_ps(ints, _mm256_mul_ps(scales, scale), acc[row]);
-                    if !EIGHT {
-                        let least = _mm256_cvtph_ps(_mm_loadu_si128(halves.byte_add(2 * WIDTH)));
-                        let sum = _mm256_set1_ps(*work.sums.get_unchecked(at) as f32);
-                        acc[row] = _mm256_fmadd_ps(least, _mm256_mul_ps(sum, scale), acc[row]);
+                for vector in 0..VECTORS {
+                    let halves: *const __m128i = record.add(weight_bytes + vector * 16).cast();
+                    let scales = _mm256_cvtph_ps(_mm_loadu_si128(halves));
+                    for row in 0..ROWS {
+                        let at = (first + row) * groups + group;
+                        let scale = _mm256_set1_ps(*work.scales.get_unchecked(at));
+                        let ints = _mm256_cvtepi32_ps(ints[row][vector]);
+                        let acc = &mut acc[row][vector];
+                        *acc = _mm256_fmadd_ps(ints, _mm256_mul_ps(scales, scale), *acc);
+                        if !EIGHT {
+                            let least = _mm256_cvtph_ps(_mm_loadu_si128(halves.byte_add(2 * WIDTH)));
+                            let sum = _mm256_set1_ps(*work.sums.get_unchecked(at) as f32);
+                            *acc = _mm256_fmadd_ps(least, _mm256_mul_ps(sum, scale), *acc);
+                        }
                     }
                 }
             }
             for (row, acc) in acc.into_iter().enumerate() {
-                _mm256_storeu_ps(tile.sums[first + row].as_mut_ptr().add(columns * 8), acc);
+                for (vector, acc) in acc.into_iter().enumerate() {
+                    _mm256_storeu_ps(tile.sums[first + row].as_mut_ptr().add(vector * 8), acc);
+                }
             }
         }
+    }
+
+    /// The four values at `index` of each row, in every lane.
+    ///
+    /// # Safety
+    /// The CPU must have AVX2; `index` must be inside the rows.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn broadcast<const ROWS: usize>(rows: &[*const i32; ROWS], index: usize) -> [__m256i; ROWS] {
+        let mut values = [_mm256_setzero_si256(); ROWS];
+        for row in 0..ROWS {
+            // SAFETY: the caller's promise.
+            values[row] = _mm256_set1_epi32(unsafe { rows[row].add(index).read_unaligned() });
+        }
+        values
     }
 }
 
