@@ -93,7 +93,7 @@ fn needed_packets(
         if index == 0 && !pictures.all_idr {
             return None;
         }
-        if pictures.referred_to || group.wanted.contains(&pts) {
+        if index == 0 || pictures.referred_to || group.wanted.contains(&pts) {
             needed.push((pts, place));
         }
     }
@@ -349,7 +349,7 @@ mod tests {
 
     use proptest::prelude::*;
 
-    use super::*;
+    use super::{super::packet_table::Packet, *};
 
     fn file(bytes: &[u8]) -> File {
         let mut file = tempfile::tempfile().unwrap();
@@ -385,6 +385,29 @@ mod tests {
         assert_eq!(pictures(&[unit(0x67, 9)]), None);
         assert_eq!(pictures(&[unit(0x65, 40), vec![0, 0, 0, 0]]), None);
         assert_eq!(pictures(&[unit(0x65, 40), vec![0, 0, 0, 9, 0x41]]), None);
+    }
+
+    #[test]
+    fn a_group_is_fed_from_its_idr_picture_on_without_what_nothing_refers_to() {
+        // In decoding order: 0, 3, 1, 2, of which 3 is referred to.
+        let fed = |first: u8, wanted: &[i64]| {
+            let units = [unit(first, 10), unit(0x41, 10), unit(0x01, 10), unit(0x01, 10)];
+            let packet = |(index, pts): (usize, i64)| Packet {
+                pts: Some(pts),
+                place: Some((index as u64 * 14, 14)),
+                ..Packet::default()
+            };
+            let packets: Vec<Packet> = [0, 3, 1, 2].into_iter().enumerate().map(packet).collect();
+            let file = file(&units.concat());
+            let mut units = UnitReader { file: &file, length_bytes: 4, units_left: 9 };
+            let group = NeededGroup { packets: &packets, wanted: wanted.to_vec() };
+            let (fed, wanted) = needed_packets(&mut units, &group, 100)?;
+            Some((fed.iter().map(|packet| (packet.place.0, packet.time)).collect::<Vec<_>>(), wanted))
+        };
+        assert_eq!(fed(0x65, &[2]), Some((vec![(0, 100), (14, 102), (42, 101)], vec![101])));
+        assert_eq!(fed(0x65, &[0, 3]), Some((vec![(0, 100), (14, 101)], vec![100, 101])));
+        assert_eq!(fed(0x41, &[2]), None, "begins with no IDR picture");
+        assert_eq!(fed(0x05, &[2]).unwrap().0[0], (0, 100), "one that claims that nothing refers to it");
     }
 
     fn mp4_box(kind: &[u8; 4], content: &[u8]) -> Vec<u8> {
