@@ -9,15 +9,10 @@
 //! Colour goes to RGB as plain decoders do it (swscale's default conversion: bicubic, range and matrix as tagged,
 //! BT.601 if untagged): this is how the frames that the model was trained on were made.
 
-use std::{fs::File, io, path::Path, sync::Arc};
+use std::{fs::File, path::Path, sync::Arc};
 
 use futures_util::{StreamExt, future::OptionFuture, stream};
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    process::{ChildStdin, ChildStdout},
-    sync::mpsc,
-    task::JoinHandle,
-};
+use tokio::{io::AsyncReadExt, process::ChildStdout, task::JoinHandle};
 
 use super::{
     MediaError,
@@ -283,7 +278,7 @@ impl Decoder<'_> {
         };
         let manner = Manner { fed: fed.is_some(), on_gpu: gpu.is_some() };
         let running = self.tools.start_as(self.command(pass, gpu)?, manner)?;
-        let feeding = fed.zip(running.stdin).map(|(feed, stdin)| write_feed(feed, stdin));
+        let feeding = fed.zip(running.stdin).map(|(feed, stdin)| feed.give_to(stdin));
         let feeding = async { OptionFuture::from(feeding).await.unwrap_or(Ok(())) };
         let mut decoded = Vec::new();
         let frames = self.read_frames(running.stdout, wanted);
@@ -366,27 +361,6 @@ impl Decoder<'_> {
             }
         }
     }
-}
-
-/// Gives a decoder its stream, as fast as it reads. One that wants no more of it, or has ended, is no error here.
-async fn write_feed(feed: Arc<Feed>, mut stdin: ChildStdin) -> Result<(), MediaError> {
-    let (sender, mut pieces) = mpsc::channel(2);
-    let reading =
-        tokio::task::spawn_blocking(move || feed.write(|piece| sender.blocking_send(piece).is_ok()));
-    while let Some(piece) = pieces.recv().await {
-        match stdin.write_all(&piece).await {
-            Ok(()) => {}
-            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => break,
-            Err(error) => return Err(pipe_failed(&error)),
-        }
-    }
-    drop((pieces, stdin));
-    let read = reading.await.expect("reading packets does not panic: this is a bug");
-    // A file that became shorter: the decoder sees its end too early, and its frames are then too few.
-    read.or_else(|error| {
-        tracing::warn!(%error, "a video file could not be read");
-        Ok(())
-    })
 }
 
 /// Passes that may hold frames of so many bytes at the same time, at least one.

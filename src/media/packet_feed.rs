@@ -8,9 +8,15 @@
 //! Must never feed what begins with anything but an IDR picture: a decoder starts anew only there, so that nothing of
 //! what was left out can show. Whatever is not as expected gives no feed. As with every plan, `decode.rs` checks the frames.
 
-use std::{fs::File, io, os::unix::fs::FileExt};
+use std::{fs::File, io, os::unix::fs::FileExt, sync::Arc};
 
-use super::packet_table::{NeededGroup, PacketTable};
+use tokio::{io::AsyncWriteExt, process::ChildStdin, sync::mpsc, task::spawn_blocking};
+
+use super::{
+    MediaError,
+    ffmpeg::pipe_failed,
+    packet_table::{NeededGroup, PacketTable},
+};
 
 /// H.264 parameter sets are a few hundred bytes; a box that claims more is not what it seems.
 const MAX_CONFIGURATION_BYTES: u64 = 64 << 10;
@@ -62,8 +68,31 @@ impl Feed {
         self.packets.len()
     }
 
+    /// Gives a decoder its stream, as fast as it reads. One that wants no more of it, or has ended, is no error here.
+    ///
+    /// # Errors
+    /// When the pipe fails otherwise.
+    pub async fn give_to(self: Arc<Self>, mut stdin: ChildStdin) -> Result<(), MediaError> {
+        let (sender, mut pieces) = mpsc::channel(2);
+        let reading = spawn_blocking(move || self.read(|piece| sender.blocking_send(piece).is_ok()));
+        while let Some(piece) = pieces.recv().await {
+            match stdin.write_all(&piece).await {
+                Ok(()) => {}
+                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => break,
+                Err(error) => return Err(pipe_failed(&error)),
+            }
+        }
+        drop((pieces, stdin));
+        let read = reading.await.expect("reading packets does not panic: this is a bug");
+        // A file that became shorter: the decoder sees its end too early, and its frames are then too few.
+        read.or_else(|error| {
+            tracing::warn!(%error, "a video file could not be read");
+            Ok(())
+        })
+    }
+
     /// The stream in pieces, until `take` wants no more of them. Blocks.
-    pub fn write(&self, mut take: impl FnMut(Vec<u8>) -> bool) -> io::Result<()> {
+    fn read(&self, mut take: impl FnMut(Vec<u8>) -> bool) -> io::Result<()> {
         let mut piece = self.head.clone();
         for packet in &self.packets {
             let mut block = vec![0x81, 0, 0, if packet.key { 0x80 } else { 0 }];
