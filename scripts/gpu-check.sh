@@ -16,6 +16,7 @@ device=${DEVICE:-cuda:0} model=${MODEL:-synth:r1} limit=${SECONDS_EACH:-150} out
 batches=${BATCHES:-1,8,32,64,128} clients=${CLIENTS:-1,8,32,64} quants=${QUANT-q8}
 [ -x "$binary" ] || { echo "there is no $binary: build it with \`make build-cuda\`, or name it" >&2; exit 2; }
 mkdir -p "$out"
+clip=$(find models/nano/demo -name '*.mp4' 2>/dev/null | sort | head -1)
 failed=0
 
 part() { # NAME COMMAND…: runs a part, keeps its output, says how it ended
@@ -59,8 +60,6 @@ quantised() {
 
 # Pictures of H.264 are defined to the bit: those of the GPU must be those of the processor.
 decoder() {
-  local clip
-  clip=$(find models/nano/demo -name '*.mp4' 2>/dev/null | sort | head -1)
   if [[ $device != cuda* ]] || [ -z "$clip" ] || ! ffmpeg -hide_banner -hwaccels 2>/dev/null | grep -q cuda; then
     skip "video decoder" "no GPU, no clip in models/nano/demo, or no ffmpeg that can use NVDEC"
     return
@@ -72,8 +71,6 @@ decoder() {
 }
 
 server() {
-  local clip
-  clip=$(find models/nano/demo -name '*.mp4' 2>/dev/null | sort | head -1)
   if ! command -v ffmpeg >/dev/null || ! command -v ffprobe >/dev/null || [ -z "$clip" ]; then
     skip "server" "no ffmpeg or no clip in models/nano/demo"
     return

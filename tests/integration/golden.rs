@@ -126,9 +126,7 @@ impl Checkpoint {
             (flat(got) - flat(expected)).unwrap().abs().unwrap().max(0).unwrap().to_scalar::<f64>().unwrap();
         assert!(difference <= tolerance, "{name} differs by {difference:e}");
     }
-}
 
-impl Checkpoint {
     /// Error of the prompt's logits, relative to their own spread.
     fn error_of(&self, logits: &Tensor) -> f64 {
         let flat = |tensor: &Tensor| tensor.flatten_all().unwrap().to_dtype(DType::F64).unwrap();
