@@ -18,7 +18,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
-from transformers.modeling_utils import no_init_weights
+
+try:
+    from transformers.modeling_utils import no_init_weights
+except ImportError:  # since 5
+    from transformers.initialization import no_init_weights
 
 IMAGE_TOKEN = -200
 # The published proportions, in every preset.

@@ -3,6 +3,8 @@
 //! Called by the networks of this folder. [`Gathered`] is the reference, in plain tensor operations: it runs
 //! everywhere and for any sizes. Where CUDA's kernels fit the model, [`choose`] takes those.
 
+use std::cell::OnceCell;
+
 use candle_core::{D, DType, Device};
 
 use super::{
@@ -27,24 +29,59 @@ pub struct LayerCache {
 pub struct Projected {
     /// `[rows, heads + 2 kv_heads, head_dim]`: queries, keys, values; contiguous.
     pub qkv: Tensor,
+    /// `[(heads + 2 kv_heads) x head_dim]`, to be added yet.
+    pub bias: Option<Tensor>,
     pub num_heads: usize,
     pub num_kv_heads: usize,
 }
 
-impl Projected {
-    /// Queries and keys, `[rows, heads + kv_heads, head_dim]`: what turns with the position.
-    pub fn turning(&self) -> Result<Tensor> {
-        self.qkv.narrow(1, 0, self.num_heads + self.num_kv_heads)
-    }
-
+/// Rows that can attend: queries and keys are turned.
+#[derive(Debug)]
+pub struct Rows {
+    /// `[rows, heads, head_dim]`
+    pub queries: Tensor,
     /// `[rows, kv_heads, head_dim]`
-    pub fn values(&self) -> Result<Tensor> {
-        self.qkv.narrow(1, self.num_heads + self.num_kv_heads, self.num_kv_heads)
+    pub keys: Tensor,
+    /// `[rows, kv_heads, head_dim]`
+    pub values: Tensor,
+}
+
+impl Rows {
+    /// Of one tensor that has all three, `[rows, heads + 2 kv_heads, head_dim]`.
+    pub fn of(all: &Tensor, projected: &Projected) -> Result<Self> {
+        let Projected { num_heads, num_kv_heads, .. } = *projected;
+        Ok(Rows {
+            queries: all.narrow(1, 0, num_heads)?,
+            keys: all.narrow(1, num_heads, num_kv_heads)?,
+            values: all.narrow(1, num_heads + num_kv_heads, num_kv_heads)?,
+        })
     }
 }
 
-/// Cosines and sines of the rows' positions, `[rows, head_dim / 2]` each.
-pub type Turn = (Tensor, Tensor);
+/// Cosines and sines of all positions, `[context, head_dim / 2]` each.
+#[derive(Debug)]
+pub struct Rotary {
+    pub cos: Tensor,
+    pub sin: Tensor,
+    of_rows: OnceCell<(Tensor, Tensor)>,
+}
+
+impl Rotary {
+    /// For the layers of one step.
+    pub fn new(cos: Tensor, sin: Tensor) -> Self {
+        Rotary { cos, sin, of_rows: OnceCell::new() }
+    }
+
+    /// Those of the step's rows, `[rows, head_dim / 2]` each; looked up once a step.
+    fn of_rows(&self, step: &Step) -> Result<&(Tensor, Tensor)> {
+        if let Some(rows) = self.of_rows.get() {
+            return Ok(rows);
+        }
+        let rows = |table: &Tensor| table.index_select(&step.positions, 0);
+        let rows = (rows(&self.cos)?, rows(&self.sin)?);
+        Ok(self.of_rows.get_or_init(|| rows))
+    }
+}
 
 /// A paged cache, and attention of one query a sequence over it.
 pub trait PagedAttention: std::fmt::Debug + Send + Sync {
@@ -60,18 +97,17 @@ pub trait PagedAttention: std::fmt::Debug + Send + Sync {
     /// Puts `keys` and `values`, `[rows, kv_heads, head_dim]`, where the step says.
     fn write(&self, cache: &LayerCache, keys: &Tensor, values: &Tensor, step: &Step) -> Result<()>;
 
-    /// Turns queries and keys, and puts keys and values where the step says. Gives both turned,
-    /// `[rows, heads + kv_heads, head_dim]`.
+    /// Adds the bias, turns queries and keys, and puts keys and values where the step says.
     fn turn_and_write(
         &self,
         cache: &LayerCache,
         projected: &Projected,
-        turn: &Turn,
+        rotary: &Rotary,
         step: &Step,
-    ) -> Result<Tensor> {
-        let (turned, keys) = turned(projected, turn)?;
-        self.write(cache, &keys, &projected.values()?, step)?;
-        Ok(turned)
+    ) -> Result<Rows> {
+        let rows = turned(projected, rotary, step)?;
+        self.write(cache, &rows.keys, &rows.values, step)?;
+        Ok(rows)
     }
 
     /// All keys and values of one sequence, `[context_len, kv_heads, head_dim]` each.
@@ -79,32 +115,45 @@ pub trait PagedAttention: std::fmt::Debug + Send + Sync {
 
     /// Attention of one prompt's rows, as [`attend_causally`] has it.
     fn prefill(&self, queries: &Tensor, keys: &Tensor, values: &Tensor, prefill: &Prefill) -> Result<Tensor> {
-        attend_causally(queries, keys, values, prefill.mask.as_ref())
+        attend_causally(queries, keys, values, prefill.mask()?.as_ref())
     }
 
     /// `queries` `[sequences, heads, head_dim]`, each the last token of its sequence, to the same shape.
     fn decode(&self, queries: &Tensor, cache: &LayerCache, decodes: &Decodes) -> Result<Tensor>;
+
+    /// Whether a step of decodes copies nothing from the host, and so may be recorded.
+    fn can_be_recorded(&self) -> bool {
+        false
+    }
 }
 
 /// The fastest that fits the model on this device.
-pub fn choose(device: &Device, shape: &ModelShape) -> Box<dyn PagedAttention> {
+///
+/// # Errors
+/// When the device fails.
+pub fn choose(device: &Device, shape: &ModelShape) -> Result<Box<dyn PagedAttention>> {
     #[cfg(feature = "cuda")]
     if device.is_cuda() && super::cuda::paged::Kernels::fit(shape) {
-        return Box::new(super::cuda::paged::Kernels::from_env());
+        return Ok(Box::new(super::cuda::paged::Kernels::new(device)?));
     }
     tracing::debug!(?device, shape.head_dim, "attention by gathering blocks");
-    Box::new(Gathered)
+    Ok(Box::new(Gathered))
 }
 
-/// `queries` `[batch, heads, m, d]` over `keys` and `values` `[batch, heads, n, d]`: `[batch, heads, m, d]`. `mask`
-/// `[rows, n]` in f32 is added to the scores, to each of the `m / rows` groups of queries. Scores are scaled and their
-/// softmax is taken in f32; as much of the batch at a time as [`MAX_SCORE_BYTES`] hold, one at least.
-pub fn attend(queries: &Tensor, keys: &Tensor, values: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
+/// `queries` `[batch, heads, m, d]` over `keys` and `values` `[batch, heads, n, d]`: `[batch, heads, m, d]`. Scores are scaled and their
+/// softmax is taken in f32. Where there are scores at all, it is as much of the batch at a time as [`MAX_SCORE_BYTES`] hold, one at least.
+pub fn attend(queries: &Tensor, keys: &Tensor, values: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if queries.device().is_cuda()
+        && let Some(attended) = super::cuda::flash::attend(queries, keys, values, false)?
+    {
+        return Ok(attended);
+    }
     let (batch, heads, m, _) = queries.dims4()?;
     let at_once = fitting(heads * m * keys.dim(2)?, MAX_SCORE_BYTES);
     in_parts(batch, at_once, 0, |start, len| {
-        let part = |x: &Tensor| x.narrow(0, start, len);
-        attend_at_once(&part(queries)?, &part(keys)?, &part(values)?, mask)
+        let part = |x: &Tensor| x.narrow(0, start, len)?.contiguous();
+        attend_at_once(&part(queries)?, &part(keys)?, &part(values)?, None)
     })
 }
 
@@ -173,11 +222,21 @@ fn attend_within(
     })
 }
 
-/// Queries and keys turned, `[rows, heads + kv_heads, head_dim]`, and the keys of them.
-pub fn turned(projected: &Projected, (cos, sin): &Turn) -> Result<(Tensor, Tensor)> {
-    let turned = ops::rotate(&projected.turning()?, cos, sin)?;
-    let keys = turned.narrow(1, projected.num_heads, projected.num_kv_heads)?;
-    Ok((turned, keys))
+/// With the bias added, queries and keys turned.
+pub fn turned(projected: &Projected, rotary: &Rotary, step: &Step) -> Result<Rows> {
+    let (cos, sin) = rotary.of_rows(step)?;
+    let qkv = match &projected.bias {
+        Some(bias) => projected.qkv.broadcast_add(&bias.reshape(&projected.qkv.dims()[1..])?)?,
+        None => projected.qkv.clone(),
+    };
+    let Rows { values, .. } = Rows::of(&qkv, projected)?;
+    let turning = projected.num_heads + projected.num_kv_heads;
+    let turned = ops::rotate(&qkv.narrow(1, 0, turning)?, cos, sin)?;
+    Ok(Rows {
+        queries: turned.narrow(1, 0, projected.num_heads)?,
+        keys: turned.narrow(1, projected.num_heads, projected.num_kv_heads)?,
+        values,
+    })
 }
 
 /// All rows of a step, in order, `[rows, heads, head_dim]`: the decodes together, then each prompt.
@@ -185,13 +244,10 @@ pub fn attend_step(
     paged: &dyn PagedAttention,
     cache: &LayerCache,
     projected: &Projected,
-    turn: &Turn,
+    rotary: &Rotary,
     step: &Step,
 ) -> Result<Tensor> {
-    let turned = paged.turn_and_write(cache, projected, turn, step)?;
-    let queries = turned.narrow(1, 0, projected.num_heads)?;
-    let keys = turned.narrow(1, projected.num_heads, projected.num_kv_heads)?;
-    let values = projected.values()?;
+    let Rows { queries, keys, values } = paged.turn_and_write(cache, projected, rotary, step)?;
     let mut parts = Vec::with_capacity(1 + step.prefills.len());
     if let Some(decodes) = &step.decodes {
         parts.push(paged.decode(&queries.narrow(0, 0, decodes.len())?, cache, decodes)?);
@@ -340,16 +396,21 @@ mod tests {
             ..StepInput::default()
         };
         let step = Step::new(&input, block_size, &Device::Cpu).unwrap();
-        let projected = Projected { qkv: noise((10, 8, dim), 4), num_heads, num_kv_heads };
-        let table = |seed| noise((1, 10, dim / 2), seed).squeeze(0).unwrap();
-        let turn = (table(5), table(6));
-        let turned = Gathered.turn_and_write(&cache, &projected, &turn, &step).unwrap();
+        let (qkv, bias) = (noise((10, 8, dim), 4), noise((1, 8, dim), 7));
+        let biased = values(&qkv.broadcast_add(&bias).unwrap());
+        let bias = Some(bias.flatten_all().unwrap());
+        let projected = Projected { qkv, bias, num_heads, num_kv_heads };
+        let table = |seed| noise((1, 20, dim / 2), seed).squeeze(0).unwrap();
+        let rotary = Rotary::new(table(5), table(6));
+        let rows = Gathered.turn_and_write(&cache, &projected, &rotary, &step).unwrap();
+        let turned = Tensor::cat(&[rows.queries, rows.keys], 1).unwrap();
         let (keys, fresh) = Gathered.read(&cache, &step.prefills[0].blocks, 10).unwrap();
 
         let sizes = rope_reference::Sizes { num_heads, num_kv_heads, dim, block_size, vector: 4 };
-        let (cos, sin) = (values(&turn.0), values(&turn.1));
+        let (cos, sin) = rotary.of_rows(&step).unwrap();
+        let (cos, sin) = (values(cos), values(sin));
         let slots: Vec<i64> = slots.into_iter().map(|slot| slot as i64).collect();
-        let plain = sizes.rope_and_cache(&values(&projected.qkv), (&cos, &sin), &slots, 4);
+        let plain = sizes.rope_and_cache(&biased, (&cos, &sin), &slots, 4);
         assert_eq!(plain.turned, values(&turned));
         assert_eq!(sizes.keys_at(&plain.keys, &slots), values(&keys));
         assert_eq!(sizes.values_at(&plain.values, &slots), values(&fresh));

@@ -116,6 +116,21 @@ impl Linear {
 
     /// `[…, in]` to `[…, out]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        ops::finish_rows(&self.product(x)?, self.bias(), None, false)
+    }
+
+    /// [`Linear::forward`], and `residual` added.
+    pub fn forward_add(&self, x: &Tensor, residual: &Tensor) -> Result<Tensor> {
+        ops::finish_rows(&self.product(x)?, self.bias(), Some(residual), false)
+    }
+
+    /// [`Linear::forward`], and GELU by tanh of it.
+    pub fn forward_gelu(&self, x: &Tensor) -> Result<Tensor> {
+        ops::finish_rows(&self.product(x)?, self.bias(), None, true)
+    }
+
+    /// `x W^T`, without the bias.
+    pub fn product(&self, x: &Tensor) -> Result<Tensor> {
         let mut dims = x.dims().to_vec();
         // One product over all rows, not one a batch.
         let rows = x.flatten_to(dims.len() - 2)?.contiguous()?;
@@ -125,11 +140,12 @@ impl Linear {
         };
         dims.pop();
         dims.push(y.dim(1)?);
-        let y = match &self.bias {
-            Some(bias) => y.broadcast_add(bias)?,
-            None => y,
-        };
         y.reshape(dims)
+    }
+
+    /// `[out]`
+    pub fn bias(&self) -> Option<&Tensor> {
+        self.bias.as_ref()
     }
 
     /// The same with floats of `dtype`, which are the weights as they are rounded now.

@@ -43,6 +43,8 @@ pub struct DeviceModel {
     connector: resampler::Resampler,
     language_model: qwen2::Decoder,
     attention: Box<dyn PagedAttention>,
+    #[cfg(feature = "cuda")]
+    graphs: cuda::graph::Graphs,
     device: Device,
     dtype: DType,
 }
@@ -71,7 +73,9 @@ impl DeviceModel {
                 &config.text,
                 config.context,
             )?,
-            attention: attention::choose(device, &shape),
+            attention: attention::choose(device, &shape)?,
+            #[cfg(feature = "cuda")]
+            graphs: cuda::graph::Graphs::from_env(),
             shape,
             device: device.clone(),
             dtype,
@@ -141,8 +145,16 @@ impl VideoLanguageModel for DeviceModel {
     }
 
     fn forward(&mut self, input: &StepInput, pool: &mut KvPool, tap: &mut dyn Tap) -> Result<Tensor> {
-        let cache = pool.device_mut()?;
+        let cache: &DeviceCache = pool.device_mut()?;
+        let attention = (self.attention.as_ref(), cache);
+        #[cfg(feature = "cuda")]
+        if self.device.is_cuda()
+            && !tap.is_watching()
+            && let Some(logits) = self.graphs.run(&self.language_model, attention, input, &self.device)?
+        {
+            return Ok(logits);
+        }
         let step = step::Step::new(input, cache.block_size, &self.device)?;
-        self.language_model.forward(input, &step, (self.attention.as_ref(), cache), tap)
+        self.language_model.forward(&input.visuals, &step, attention, tap)?.to_dtype(DType::F32)
     }
 }

@@ -68,6 +68,45 @@ pub fn silu_mul(x: &Tensor) -> Result<Tensor> {
     gate.silu()? * up
 }
 
+/// The rows of `table` `[n, width]` that `ids` `[rows]` in u32 name: `[rows, width]`.
+pub fn gather_rows(table: &Tensor, ids: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if table.device().is_cuda()
+        && let Some(rows) = super::cuda::fused::gather_rows(table, ids)?
+    {
+        return Ok(rows);
+    }
+    table.index_select(ids, 0)
+}
+
+/// What a layer does to its product `x` `[…, width]`: adds `bias` `[width]`, then `residual` of the shape of `x`; or takes GELU by
+/// tanh of it.
+pub fn finish_rows(
+    x: &Tensor,
+    bias: Option<&Tensor>,
+    residual: Option<&Tensor>,
+    gelu: bool,
+) -> Result<Tensor> {
+    if bias.is_none() && residual.is_none() && !gelu {
+        return Ok(x.clone());
+    }
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda()
+        && let Some(y) = super::cuda::fused::finish_rows(x, bias, residual, gelu)?
+    {
+        return Ok(y);
+    }
+    let mut y = x.clone();
+    if let Some(bias) = bias {
+        y = y.broadcast_add(bias)?;
+    }
+    if let Some(residual) = residual {
+        y = (residual + y)?;
+    }
+    // candle's `gelu` is the one by tanh.
+    if gelu { y.gelu() } else { Ok(y) }
+}
+
 /// What [`rotate`] wants its cosines and sines in, for an `x` of type `dtype`.
 pub fn rotary_dtype(device: &Device, dtype: DType) -> DType {
     if device.is_cuda() { dtype } else { DType::F32 }

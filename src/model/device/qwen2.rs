@@ -5,9 +5,9 @@
 use candle_core::{DType, Device};
 
 use super::{
-    super::{Result, StepInput, Tap, Tensor, config::Qwen2Config, layers::Bits, qwen2::rotary_tables},
+    super::{Result, Tap, Tensor, VisualRows, config::Qwen2Config, layers::Bits, qwen2::rotary_tables},
     DeviceCache,
-    attention::{PagedAttention, Projected, attend_step},
+    attention::{PagedAttention, Projected, Rotary, attend_step},
     layers::{Linear, Loader, RmsNorm, show},
     ops,
     step::Step,
@@ -72,17 +72,17 @@ impl Decoder {
         })
     }
 
-    /// Writes the step to the cache; returns the logits of its `logit_rows`, `[logit_rows, vocab]` in f32.
+    /// Writes the step to the cache; returns the logits of its `logit_rows`, `[logit_rows, vocab]` in the model's type.
     pub fn forward(
         &self,
-        input: &StepInput,
+        visuals: &[VisualRows],
         step: &Step,
         (paged, cache): (&dyn PagedAttention, &DeviceCache),
         tap: &mut dyn Tap,
     ) -> Result<Tensor> {
-        let mut x = self.embed(input, step)?;
+        let mut x = self.embed(visuals, step)?;
         show(tap, "inputs_embeds", None, &x)?;
-        let turn = (self.cos.index_select(&step.positions, 0)?, self.sin.index_select(&step.positions, 0)?);
+        let rotary = Rotary::new(self.cos.clone(), self.sin.clone());
         // What the layer before has yet to add: sums are taken together with the norm that follows.
         let mut delta: Option<Tensor> = None;
         for (index, layer) in self.layers.iter().enumerate() {
@@ -93,7 +93,7 @@ impl Decoder {
             };
             show(tap, "llm_hidden", Some(index), &x)?;
             let projected = self.project(layer, &normed)?;
-            let attended = attend_step(paged, &cache.layers[index], &projected, &turn, step)?;
+            let attended = attend_step(paged, &cache.layers[index], &projected, &rotary, step)?;
             let attended = layer.o_proj.forward(&attended.flatten_from(1)?)?;
             let normed;
             (x, normed) = layer.post_attention_layernorm.add_forward(&x, &attended)?;
@@ -132,9 +132,9 @@ impl Decoder {
     }
 
     /// `[rows, hidden]`: embeddings of the tokens, and the visual ones where they stand.
-    fn embed(&self, input: &StepInput, step: &Step) -> Result<Tensor> {
-        let embedded = self.embed_tokens.index_select(&step.token_ids, 0)?;
-        for visual in &input.visuals {
+    fn embed(&self, visuals: &[VisualRows], step: &Step) -> Result<Tensor> {
+        let embedded = ops::gather_rows(&self.embed_tokens, &step.token_ids)?;
+        for visual in visuals {
             embedded.slice_set(&visual.embeddings.contiguous()?, 0, visual.rows.start)?;
         }
         Ok(embedded)
@@ -143,19 +143,23 @@ impl Decoder {
     /// Queries, keys and values of normed rows `[rows, hidden]`.
     fn project(&self, layer: &Layer, normed: &Tensor) -> Result<Projected> {
         let (num_heads, num_kv_heads) = (self.config.num_attention_heads, self.config.num_key_value_heads);
-        let qkv = layer.qkv_proj.forward(normed)?;
+        let qkv = layer.qkv_proj.product(normed)?;
         let qkv = qkv.reshape((qkv.dim(0)?, num_heads + 2 * num_kv_heads, self.config.head_dim()))?;
-        Ok(Projected { qkv, num_heads, num_kv_heads })
+        Ok(Projected { qkv, bias: layer.qkv_proj.bias().cloned(), num_heads, num_kv_heads })
     }
 
     /// The last norm and the head, for the wanted rows only.
     fn logits(&self, x: &Tensor, step: &Step, tap: &mut dyn Tap) -> Result<Tensor> {
-        if step.logit_rows.dim(0)? == 0 {
-            return Tensor::zeros((0, self.config.vocab_size), DType::F32, &Device::Cpu);
-        }
-        let normed = self.norm.forward(&x.index_select(&step.logit_rows, 0)?)?;
+        let wanted = match &step.logit_rows {
+            None => x.clone(),
+            Some(rows) if rows.dim(0)? == 0 => {
+                return Tensor::zeros((0, self.config.vocab_size), DType::F32, &Device::Cpu);
+            }
+            Some(rows) => ops::gather_rows(x, rows)?,
+        };
+        let normed = self.norm.forward(&wanted)?;
         show(tap, "llm_last_hidden", None, &normed)?;
-        self.lm_head.forward(&normed)?.to_dtype(DType::F32)
+        self.lm_head.forward(&normed)
     }
 }
 

@@ -138,7 +138,7 @@ impl Layer {
         let key_values = self.to_kv.forward(&context)?;
         let keys = heads(&key_values.narrow(2, 0, RESAMPLER_INNER)?)?;
         let values = heads(&key_values.narrow(2, RESAMPLER_INNER, RESAMPLER_INNER)?)?;
-        let attended = attend(&heads(&queries)?, &keys, &values, None)?;
+        let attended = attend(&heads(&queries)?, &keys, &values)?;
         self.to_out.forward(&attended.transpose(1, 2)?.flatten_from(2)?)
     }
 
@@ -151,5 +151,5 @@ impl Layer {
 /// `[chunks, n, heads x head_dim]` to `[chunks, heads, n, head_dim]`.
 fn heads(x: &Tensor) -> Result<Tensor> {
     let (chunks, n, width) = x.dims3()?;
-    x.reshape((chunks, n, NUM_HEADS, width / NUM_HEADS))?.transpose(1, 2)?.contiguous()
+    x.reshape((chunks, n, NUM_HEADS, width / NUM_HEADS))?.transpose(1, 2)
 }

@@ -115,12 +115,11 @@ impl Layer {
         let qkv = self.qkv_proj.forward(&self.layer_norm1.forward(x)?)?;
         let qkv = qkv.reshape((count, patches, 3, self.num_heads, hidden / self.num_heads))?;
         // `[frames, heads, patches, head_dim]`
-        let part = |index: usize| qkv.narrow(2, index, 1)?.squeeze(2)?.transpose(1, 2)?.contiguous();
-        let attended = attend(&part(0)?, &part(1)?, &part(2)?, None)?;
+        let part = |index: usize| qkv.narrow(2, index, 1)?.squeeze(2)?.transpose(1, 2);
+        let attended = attend(&part(0)?, &part(1)?, &part(2)?)?;
         let attended = attended.transpose(1, 2)?.reshape((count, patches, hidden))?;
-        let x = (x + self.out_proj.forward(&attended)?)?;
-        let inner = self.fc1.forward(&self.layer_norm2.forward(&x)?)?;
-        // candle's `gelu` is the one by tanh.
-        &x + self.fc2.forward(&inner.gelu()?)?
+        let x = self.out_proj.forward_add(&attended, x)?;
+        let inner = self.fc1.forward_gelu(&self.layer_norm2.forward(&x)?)?;
+        self.fc2.forward_add(&inner, &x)
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! Made by [`super::DeviceModel`] for each step.
 
-use std::ops::Range;
+use std::{cell::OnceCell, ops::Range};
 
 use candle_core::Device;
 
@@ -40,11 +40,21 @@ pub struct Prefill {
     pub context_len: usize,
     /// `[blocks]` in u32.
     pub blocks: Tensor,
-    /// `[0, rows, 0, context_len]` in u32: where queries and keys begin and end.
-    #[cfg_attr(not(feature = "cuda"), allow(dead_code, reason = "for the kernels of CUDA"))]
-    pub bounds: Tensor,
-    /// `[rows, context_len]` in f32: what may not be seen is minus infinity. None where all of it may.
-    pub mask: Option<Tensor>,
+    /// `[rows]` in u32.
+    positions: Tensor,
+    mask: OnceCell<Option<Tensor>>,
+}
+
+impl Prefill {
+    /// `[rows, context_len]` in f32: what may not be seen is minus infinity. None where all of it may. Made when it is first
+    /// asked for.
+    pub fn mask(&self) -> Result<&Option<Tensor>> {
+        if let Some(mask) = self.mask.get() {
+            return Ok(mask);
+        }
+        let mask = causal_mask(&self.positions, self.context_len)?;
+        Ok(self.mask.get_or_init(|| mask))
+    }
 }
 
 /// See the module.
@@ -56,8 +66,8 @@ pub struct Step {
     pub positions: Tensor,
     /// `[rows]` in i64.
     pub slots: Tensor,
-    /// `[logit_rows]` in u32.
-    pub logit_rows: Tensor,
+    /// `[logit_rows]` in u32; none where all rows are wanted, in order.
+    pub logit_rows: Option<Tensor>,
     pub decodes: Option<Decodes>,
     /// All other sequences, in order.
     pub prefills: Vec<Prefill>,
@@ -80,6 +90,7 @@ impl Step {
         let num_rows = input.token_ids.len();
         let (token_ids, positions) = (next(num_rows)?, next(num_rows)?);
         let logit_rows = next(input.logit_rows.len())?;
+        let wants_all = input.logit_rows.iter().copied().eq(0..num_rows);
         let decodes = Decodes {
             lens: next(num_decodes)?,
             block_tables: next(num_decodes * num_columns)?.reshape((num_decodes, num_columns))?,
@@ -89,8 +100,8 @@ impl Step {
         let prefills = prefills.iter().map(|sequence| {
             Ok(Prefill {
                 blocks: next(sequence.blocks.len())?,
-                bounds: next(4)?,
-                mask: causal_mask(&positions, &sequence.rows, sequence.context_len)?,
+                positions: positions.narrow(0, sequence.rows.start, sequence.rows.len())?,
+                mask: OnceCell::new(),
                 rows: sequence.rows.clone(),
                 context_len: sequence.context_len,
             })
@@ -99,11 +110,12 @@ impl Step {
         let slots: Vec<i64> = input.slot_mapping.iter().map(|&slot| slot as i64).collect();
         let slots = Tensor::from_vec(slots, num_rows, device)?;
         let decodes = (num_decodes > 0).then_some(decodes);
+        let logit_rows = (!wants_all).then_some(logit_rows);
         Ok(Step { token_ids, positions, slots, logit_rows, decodes, prefills })
     }
 }
 
-/// Ids, positions, wanted rows, lengths and padded block tables of the decodes, block tables and bounds of the others.
+/// Ids, positions, wanted rows, lengths and padded block tables of the decodes, block tables of the others.
 fn flatten(input: &StepInput, num_decodes: usize, num_columns: usize) -> Vec<u32> {
     let (decodes, prefills) = input.sequences.split_at(num_decodes);
     let ids = input.token_ids.iter().map(|&id| if id == VISUAL_TOKEN { 0 } else { id });
@@ -117,18 +129,17 @@ fn flatten(input: &StepInput, num_decodes: usize, num_columns: usize) -> Vec<u32
     }
     for sequence in prefills {
         flat.extend(&input.block_tables[sequence.blocks.clone()]);
-        flat.extend([0, sequence.rows.len() as u32, 0, sequence.context_len as u32]);
     }
     flat
 }
 
 /// Each row sees the keys up to its own position. Made on the device: it would be the largest of a step's inputs.
-fn causal_mask(positions: &Tensor, rows: &Range<usize>, context_len: usize) -> Result<Option<Tensor>> {
-    if rows.len() == 1 {
+fn causal_mask(positions: &Tensor, context_len: usize) -> Result<Option<Tensor>> {
+    if positions.dim(0)? == 1 {
         return Ok(None);
     }
     let device = positions.device();
-    let own = positions.narrow(0, rows.start, rows.len())?.unsqueeze(1)?;
+    let own = positions.unsqueeze(1)?;
     let keys = Tensor::arange(0, context_len as u32, device)?.unsqueeze(0)?;
     let hidden = keys.broadcast_gt(&own)?;
     let never = Tensor::full(f32::NEG_INFINITY, hidden.shape(), device)?;
@@ -154,7 +165,7 @@ mod tests {
         let step = Step::new(&input, 16, &Device::Cpu).unwrap();
         assert_eq!(step.token_ids.to_vec1::<u32>().unwrap(), [5, 6, 0, 7, 8]);
         assert_eq!(step.slots.to_vec1::<i64>().unwrap(), [4, 3, 16, 17, 18]);
-        assert_eq!(step.logit_rows.to_vec1::<u32>().unwrap(), [0, 1, 4]);
+        assert_eq!(step.logit_rows.unwrap().to_vec1::<u32>().unwrap(), [0, 1, 4]);
         let decodes = step.decodes.unwrap();
         assert_eq!(decodes.block_tables.to_vec2::<u32>().unwrap(), [[9, 8], [7, 0]]);
         assert_eq!(decodes.lens.to_vec1::<u32>().unwrap(), [21, 4]);
@@ -162,7 +173,7 @@ mod tests {
         let prompt = &step.prefills[0];
         assert_eq!(prompt.blocks.to_vec1::<u32>().unwrap(), [6, 5]);
         assert_eq!(prompt.bounds.to_vec1::<u32>().unwrap(), [0, 3, 0, 19]);
-        let mask = prompt.mask.as_ref().unwrap().to_vec2::<f32>().unwrap();
+        let mask = prompt.mask().unwrap().as_ref().unwrap().to_vec2::<f32>().unwrap();
         for (row, seen) in mask.iter().zip([17, 18, 19]) {
             assert_eq!(row.iter().filter(|&&x| x == 0.0).count(), seen);
             assert!(row[..seen].iter().all(|&x| x == 0.0));

@@ -2,44 +2,99 @@
 //!
 //! Compiled with the feature `cuda` only. A GPU that fails answers every later call with an error: the engine stops then.
 
+pub mod flash;
 pub mod fused;
+pub mod graph;
+pub mod launch;
 pub mod paged;
 pub mod quant;
 mod rope;
 
 use candle_core::{
-    DType, Device,
-    cuda::cudarc::driver::{CudaContext, result, sys::CUdevice_attribute},
+    CudaDevice, DType, Device,
+    cuda::cudarc::driver::{
+        CudaContext, DriverError, result,
+        sys::{CUdevice_attribute, CUmemPool_attribute, CUmemoryPool},
+    },
 };
 
 use super::super::{ModelError, Result};
 
-/// First generation that computes in bf16.
-const BF16_SINCE: i32 = 8;
+/// First generation that computes in bf16, and whose tensor cores [`flash`] is written for.
+const AMPERE: i32 = 8;
 
 /// How many GPUs the driver shows; 0 where there is no driver.
 pub fn num_devices() -> usize {
     CudaContext::device_count().map_or(0, |count| usize::try_from(count).unwrap_or(0))
 }
 
+/// Opens a GPU. All of its work is in one stream of its own: steps can be recorded there ([`graph`]), and no tensor needs
+/// events that tell when it was last used.
+///
+/// # Errors
+/// When there is no such GPU, or its driver fails.
+pub fn open(ordinal: usize) -> Result<Device> {
+    let device = CudaDevice::new_with_stream(ordinal)?;
+    // SAFETY: nothing here makes a second stream.
+    unsafe { device.disable_event_tracking() };
+    let device = Device::Cuda(device);
+    if let Some(pool) = pool(&device)? {
+        // Memory that was freed is kept for the next tensor: else the driver takes it away whenever somebody waits.
+        let attribute = CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+        let mut everything = u64::MAX;
+        // SAFETY: the attribute is a number of 64 bits.
+        unsafe { result::mem_pool::set_attribute(pool, attribute, (&raw mut everything).cast()) }
+            .map_err(failure)?;
+    }
+    Ok(device)
+}
+
+/// Where the device's tensors come from, if it can do that.
+fn pool(device: &Device) -> Result<Option<CUmemoryPool>> {
+    if attribute(device, CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED)? == 0 {
+        return Ok(None);
+    }
+    let stream = device.as_cuda_device()?.cuda_stream();
+    stream.context().bind_to_thread().map_err(failure)?;
+    // SAFETY: the device is one that the driver gave.
+    unsafe { result::device::get_default_mem_pool(stream.context().cu_device()) }.map(Some).map_err(failure)
+}
+
 /// What a GPU computes in by default: bf16, or f16 where it does not know that.
 pub fn native_dtype(device: &Device) -> Result<DType> {
-    let stream = device.as_cuda_device()?.cuda_stream();
-    let attribute = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR;
-    let major = stream.context().attribute(attribute).map_err(|error| ModelError::Cuda(Box::new(error)))?;
-    Ok(if major >= BF16_SINCE { DType::BF16 } else { DType::F16 })
+    Ok(if generation(device)? >= AMPERE { DType::BF16 } else { DType::F16 })
+}
+
+/// Whether a GPU can run the kernels of [`flash`].
+pub fn has_tensor_cores(device: &Device) -> bool {
+    device.is_cuda() && generation(device).is_ok_and(|major| major >= AMPERE)
+}
+
+fn generation(device: &Device) -> Result<i32> {
+    attribute(device, CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)
+}
+
+fn attribute(device: &Device, attribute: CUdevice_attribute) -> Result<i32> {
+    device.as_cuda_device()?.cuda_stream().context().attribute(attribute).map_err(failure)
 }
 
 /// Name of a GPU, for people.
 pub fn name(device: &Device) -> Result<String> {
     let stream = device.as_cuda_device()?.cuda_stream();
-    stream.context().name().map_err(|error| ModelError::Cuda(Box::new(error)))
+    stream.context().name().map_err(failure)
 }
 
 /// Free bytes and all bytes of a GPU.
 pub fn memory(device: &Device) -> Result<(usize, usize)> {
-    let stream = device.as_cuda_device()?.cuda_stream();
-    let cuda = |error| ModelError::Cuda(Box::new(error));
-    stream.context().bind_to_thread().map_err(cuda)?;
-    result::mem_get_info().map_err(cuda)
+    // What loading left behind is free, too.
+    device.synchronize()?;
+    if let Some(pool) = pool(device)? {
+        // SAFETY: the pool is the device's own.
+        unsafe { result::mem_pool::trim_to(pool, 0) }.map_err(failure)?;
+    }
+    result::mem_get_info().map_err(failure)
+}
+
+fn failure(error: DriverError) -> ModelError {
+    ModelError::Cuda(Box::new(error))
 }

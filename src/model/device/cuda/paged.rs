@@ -1,18 +1,20 @@
-//! Paged attention by the kernels of `mistralrs-paged-attn`.
+//! Attention over a paged cache on CUDA.
 //!
-//! They end the process, or compute nothing, where they are called with what they do not know: every condition is
-//! checked before, by [`Kernels::fit`] when a model is loaded and by `checked` at each cache. Their `copy_blocks`
-//! and `swap_blocks` are never used.
+//! By our own kernels ([`super::flash`], [`super::rope`]) where they know the model, else by those of `mistralrs-paged-attn`, in whose layout
+//! the cache is. These end the process, or compute nothing, where they are called with what they do not know: every
+//! condition is checked before, by [`Kernels::fit`] when a model is loaded and by `checked` at each cache. Their
+//! `copy_blocks` and `swap_blocks` are never used.
 
 use candle_core::{DType, Device};
-use mistralrs_paged_attn::{flash_attn_sinks_varlen, paged_attention, reshape_and_cache};
+use mistralrs_paged_attn::{paged_attention, reshape_and_cache};
 
 use super::{
     super::{
         super::{ModelShape, Result, Tensor},
-        attention::{LayerCache, PagedAttention, Projected, Turn, attend_causally, turned},
+        attention::{LayerCache, PagedAttention, Projected, Rotary, Rows, attend_causally, turned},
         step::{Decodes, Prefill, Step},
     },
+    flash,
     rope::rope_and_cache,
 };
 
@@ -26,28 +28,20 @@ const VECTOR_BYTES: usize = 16;
 const MAX_CONTEXT: usize = 8192;
 /// Softcapping that does nothing.
 const NO_CAP: f32 = 1.0;
-/// A window that is none.
-const NO_WINDOW: usize = 0;
-
-/// Widths of a head that [`flash_attn_sinks_varlen`] was compiled for.
-const FLASH_HEAD_DIMS: [usize; 7] = [64, 80, 96, 112, 128, 192, 256];
-/// Set to 1, prompts attend by that kernel, which keeps no scores. Off until a GPU has shown it right.
-const FLASH_VARIABLE: &str = "TINYLLAVA_FLASH_PREFILL";
 
 /// Keys `[blocks, kv_heads, head_dim / x, block_size, x]`, values `[blocks, kv_heads, head_dim, block_size]`.
 #[derive(Debug)]
 pub struct Kernels {
-    flash_prefill: bool,
+    counters: Tensor,
 }
 
 impl Kernels {
-    /// As the environment asks for them.
-    pub fn from_env() -> Self {
-        let flash_prefill = std::env::var(FLASH_VARIABLE).is_ok_and(|value| value == "1");
-        if flash_prefill {
-            tracing::info!("{FLASH_VARIABLE} is set: prompts attend without a matrix of scores");
-        }
-        Kernels { flash_prefill }
+    /// For caches on this device.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn new(device: &Device) -> Result<Self> {
+        Ok(Kernels { counters: flash::counters(device)? })
     }
 
     /// Whether the kernels know a model of these sizes.
@@ -70,24 +64,6 @@ fn checked(dtype: DType, block_size: usize) -> Result<usize> {
 fn whole_rows(x: &Tensor) -> Result<Tensor> {
     let dim = x.dim(2)?;
     if x.stride()[1..] == [dim, 1] { Ok(x.clone()) } else { x.contiguous() }
-}
-
-/// Whether [`flash_attn_sinks_varlen`] knows these sizes: it counts elements in 32 bits, and tiles of 8 rows in 16.
-fn flash_fits(queries: &Tensor, keys: &Tensor, values: &Tensor) -> Result<bool> {
-    let (rows, num_heads, dim) = queries.dims3()?;
-    let (context_len, num_kv_heads, key_dim) = keys.dims3()?;
-    let dtype = queries.dtype();
-    Ok(FLASH_HEAD_DIMS.contains(&dim)
-        && key_dim == dim
-        && values.dims() == keys.dims()
-        && (keys.dtype(), values.dtype()) == (dtype, dtype)
-        && matches!(dtype, DType::F32 | DType::F16 | DType::BF16)
-        && num_heads.is_multiple_of(num_kv_heads)
-        && rows > 0
-        && rows <= context_len
-        && rows.div_ceil(8) <= u16::MAX.into()
-        && queries.elem_count() <= i32::MAX as usize
-        && keys.elem_count() <= i32::MAX as usize)
 }
 
 impl PagedAttention for Kernels {
@@ -115,15 +91,15 @@ impl PagedAttention for Kernels {
         &self,
         cache: &LayerCache,
         projected: &Projected,
-        turn: &Turn,
+        rotary: &Rotary,
         step: &Step,
-    ) -> Result<Tensor> {
-        if let Some(turned) = rope_and_cache(projected, cache, turn, &step.slots)? {
-            return Ok(turned);
+    ) -> Result<Rows> {
+        if let Some(all) = rope_and_cache(projected, cache, rotary, step)? {
+            return Rows::of(&all, projected);
         }
-        let (turned, keys) = turned(projected, turn)?;
-        self.write(cache, &keys, &projected.values()?, step)?;
-        Ok(turned)
+        let rows = turned(projected, rotary, step)?;
+        self.write(cache, &rows.keys, &rows.values, step)?;
+        Ok(rows)
     }
 
     fn read(&self, cache: &LayerCache, blocks: &Tensor, context_len: usize) -> Result<(Tensor, Tensor)> {
@@ -138,21 +114,24 @@ impl PagedAttention for Kernels {
     }
 
     fn prefill(&self, queries: &Tensor, keys: &Tensor, values: &Tensor, prefill: &Prefill) -> Result<Tensor> {
-        if !(self.flash_prefill && flash_fits(queries, keys, values)?) {
-            return attend_causally(queries, keys, values, prefill.mask.as_ref());
+        // Of one sequence: `[1, heads, rows, head_dim]`.
+        let side = |x: &Tensor| x.transpose(0, 1)?.unsqueeze(0);
+        match flash::attend(&side(queries)?, &side(keys)?, &side(values)?, true)? {
+            Some(attended) => attended.squeeze(0)?.transpose(0, 1),
+            None => attend_causally(queries, keys, values, prefill.mask()?.as_ref()),
         }
-        let scale = 1.0 / (queries.dim(2)? as f32).sqrt();
-        // Of one sequence: `[1, heads, rows, head_dim]`. Its last row sees the last key, and no window narrows that.
-        let queries = queries.transpose(0, 1)?.unsqueeze(0)?;
-        let (of_queries, of_keys) = (prefill.bounds.narrow(0, 0, 2)?, prefill.bounds.narrow(0, 2, 2)?);
-        let attended =
-            flash_attn_sinks_varlen(&queries, keys, values, None, &of_queries, &of_keys, scale, NO_WINDOW)?;
-        attended.squeeze(0)?.transpose(0, 1)
     }
 
     fn decode(&self, queries: &Tensor, cache: &LayerCache, decodes: &Decodes) -> Result<Tensor> {
         let queries = whole_rows(queries)?;
-        let scale = 1.0 / (queries.dim(2)? as f32).sqrt();
+        let (_, heads, dim) = queries.dims3()?;
+        if flash::knows(dim, heads / cache.values.dim(1)?)
+            && flash::can_run(queries.device(), queries.dtype())
+            && let Some(attended) = flash::decode(&queries, cache, decodes, &self.counters)?
+        {
+            return Ok(attended);
+        }
+        let scale = 1.0 / (dim as f32).sqrt();
         let longest = decodes.context_lens.iter().copied().max().unwrap_or(0);
         paged_attention(
             &queries,
@@ -168,5 +147,9 @@ impl PagedAttention for Kernels {
             NO_CAP,
             None,
         )
+    }
+
+    fn can_be_recorded(&self) -> bool {
+        super::launch::FUSED.is_there()
     }
 }

@@ -51,23 +51,47 @@ __device__ void silu_mul(const T *x, T *out, unsigned rows, unsigned width) {
   narrow(gate / (1.0f + expf(-gate)) * up, out[i]);
 }
 
-// One block a row. Turns the queries and keys of `qkv` [rows, heads + 2 kv_heads, dim] by `cos` and `sin` [rows, dim / 2], element
-// i with element i + dim / 2, into `out` [rows, heads + kv_heads, dim]. Puts the turned keys into `keys` [blocks, kv_heads, dim / x,
-// block_size, x], x elements being 16 bytes, and the values into `values` [blocks, kv_heads, dim, block_size], at the row's slot; a
-// negative slot is none.
+// One block a row of `out` [rows, width]: the row of `table` that `ids` names.
 template <typename T>
-__device__ void rope_and_cache(const T *qkv, const T *cos, const T *sin, const long long *slots, T *out, T *keys, T *values,
-                               unsigned heads, unsigned kv_heads, unsigned dim, unsigned block_size) {
+__device__ void gather_rows(const T *table, const unsigned *ids, T *out, unsigned width) {
+  const T *from = table + (unsigned long long)ids[blockIdx.x] * width;
+  T *to = out + (unsigned long long)blockIdx.x * width;
+  for (unsigned i = threadIdx.x; i < width; i += blockDim.x) to[i] = from[i];
+}
+
+// What a layer does to what it gave, `x` [rows, width]: adds `bias` [width] where there is one, then `residual` [rows, width] where
+// there is one, or takes GELU by tanh where `gelu` is not 0. One block a row.
+template <typename T>
+__device__ void finish_rows(const T *x, const T *bias, const T *residual, T *out, unsigned width, unsigned gelu) {
+  const unsigned long long start = (unsigned long long)blockIdx.x * width;
+  for (unsigned i = threadIdx.x; i < width; i += blockDim.x) {
+    float y = widen(x[start + i]);
+    if (bias) y += widen(bias[i]);
+    if (residual) y += widen(residual[start + i]);
+    if (gelu) y = y / (1.0f + expf(-1.5957691216057308f * (y + 0.044715f * y * y * y)));
+    narrow(y, out[start + i]);
+  }
+}
+
+// One block a row. Adds `bias` to `qkv` [rows, heads + 2 kv_heads, dim] where there is one, and turns queries and keys by the row's
+// position in `cos` and `sin` [positions, dim / 2], element i with element i + dim / 2, into `out` of the same shape. Puts the turned keys
+// into `keys` [blocks, kv_heads, dim / x, block_size, x], x elements being 16 bytes, and the values into `values` [blocks, kv_heads,
+// dim, block_size], at the row's slot; a negative slot is none.
+template <typename T>
+__device__ void rope_and_cache(const T *qkv, const T *bias, const T *cos, const T *sin, const unsigned *positions,
+                               const long long *slots, T *out, T *keys, T *values, unsigned heads, unsigned kv_heads,
+                               unsigned dim, unsigned block_size) {
   const unsigned half = dim / 2, turning = heads + kv_heads, x = 16 / sizeof(T);
-  const unsigned long long row = blockIdx.x;
+  const unsigned long long row = blockIdx.x, turn = (unsigned long long)positions[row] * half;
   const T *from = qkv + row * (turning + kv_heads) * dim;
-  T *to = out + row * turning * dim;
+  T *to = out + row * (turning + kv_heads) * dim;
   const long long slot = slots[row];
   const unsigned long long block = slot < 0 ? 0 : slot / block_size, place = slot < 0 ? 0 : slot % block_size;
   for (unsigned i = threadIdx.x; i < turning * half; i += blockDim.x) {
     const unsigned head = i / half, low = i % half, high = low + half;
-    const float a = widen(from[head * dim + low]), b = widen(from[head * dim + high]);
-    const float c = widen(cos[row * half + low]), s = widen(sin[row * half + low]);
+    float a = widen(from[head * dim + low]), b = widen(from[head * dim + high]);
+    if (bias) a += widen(bias[head * dim + low]), b += widen(bias[head * dim + high]);
+    const float c = widen(cos[turn + low]), s = widen(sin[turn + low]);
     T turned_low, turned_high;
     narrow(a * c - b * s, turned_low);
     narrow(b * c + a * s, turned_high);
@@ -78,9 +102,13 @@ __device__ void rope_and_cache(const T *qkv, const T *cos, const T *sin, const l
     own[((unsigned long long)(low / x) * block_size + place) * x + low % x] = turned_low;
     own[((unsigned long long)(high / x) * block_size + place) * x + high % x] = turned_high;
   }
-  if (slot < 0) return;
-  for (unsigned i = threadIdx.x; i < kv_heads * dim; i += blockDim.x)
-    values[(block * kv_heads * dim + i) * block_size + place] = from[turning * dim + i];
+  for (unsigned i = threadIdx.x; i < kv_heads * dim; i += blockDim.x) {
+    const unsigned at = turning * dim + i;
+    float value = widen(from[at]);
+    if (bias) value += widen(bias[at]);
+    narrow(value, to[at]);
+    if (slot >= 0) values[(block * kv_heads * dim + i) * block_size + place] = to[at];
+  }
 }
 
 // A block of 32 weights as ggml has it: a scale, and a code each in 8 bits, or in 4: elements 0 to 15 in the low halves, the
@@ -157,10 +185,17 @@ __device__ void quant_rows(const Block *weight, const T *x, T *out, unsigned row
   extern "C" __global__ void silu_mul_##name(const T *x, T *out, unsigned rows, unsigned width) {                      \
     silu_mul(x, out, rows, width);                                                                                     \
   }                                                                                                                    \
-  extern "C" __global__ void rope_and_cache_##name(const T *qkv, const T *cos, const T *sin, const long long *slots,    \
-                                                   T *out, T *keys, T *values, unsigned heads, unsigned kv_heads,       \
-                                                   unsigned dim, unsigned block_size) {                                 \
-    rope_and_cache(qkv, cos, sin, slots, out, keys, values, heads, kv_heads, dim, block_size);                         \
+  extern "C" __global__ void gather_rows_##name(const T *table, const unsigned *ids, T *out, unsigned width) {          \
+    gather_rows(table, ids, out, width);                                                                               \
+  }                                                                                                                    \
+  extern "C" __global__ void finish_rows_##name(const T *x, const T *bias, const T *residual, T *out, unsigned width,   \
+                                                unsigned gelu) {                                                       \
+    finish_rows(x, bias, residual, out, width, gelu);                                                                  \
+  }                                                                                                                    \
+  extern "C" __global__ void rope_and_cache_##name(                                                                    \
+      const T *qkv, const T *bias, const T *cos, const T *sin, const unsigned *positions, const long long *slots,       \
+      T *out, T *keys, T *values, unsigned heads, unsigned kv_heads, unsigned dim, unsigned block_size) {               \
+    rope_and_cache(qkv, bias, cos, sin, positions, slots, out, keys, values, heads, kv_heads, dim, block_size);         \
   }                                                                                                                    \
   FOR_BLOCK(T, name, q8)                                                                                               \
   FOR_BLOCK(T, name, q4)

@@ -1,0 +1,231 @@
+//! Our own kernels of `kernels/attention.cu`: attention by tensor cores, which keeps no matrix of scores.
+//!
+//! Called by [`super::super::attention`] for whole matrices, and by [`super::paged`] for decoding. They are for f16 and bf16, and for cards
+//! that [`super::has_tensor_cores`]; the plain operations are their reference and stand in elsewhere.
+
+use std::f32::consts::LOG2_E;
+
+use candle_core::{DType, Device};
+
+use super::{
+    super::{
+        super::{Result, Tensor},
+        attention::LayerCache,
+        step::Decodes,
+    },
+    launch::{ATTENTION, Argument, address, count, ensure, fresh},
+};
+
+/// Threads of a block.
+const THREADS: u32 = 128;
+/// Queries of a block.
+const TILE: usize = 64;
+/// Widths of a head the kernels are compiled for; those of whole matrices take narrower ones too.
+const WIDTHS: [usize; 3] = [64, 80, 128];
+/// Elements that are read at once: 16 bytes.
+const VECTOR: usize = 8;
+/// Most query heads that share a KV head.
+pub const MAX_GROUP: usize = 8;
+/// Tokens that a block's warps take at a time.
+const PART: usize = 64;
+/// Blocks that a step is cut into where its sequences are fewer: enough for any card to be busy.
+const BLOCKS: usize = 512;
+/// Most sequences times KV heads of a step.
+const MAX_COUNTERS: usize = 1 << 14;
+
+/// Whether the kernels compute in this type on this device.
+pub fn can_run(device: &Device, dtype: DType) -> bool {
+    matches!(dtype, DType::F16 | DType::BF16) && super::has_tensor_cores(device) && ATTENTION.is_there()
+}
+
+/// `queries` `[batch, heads, m, d]` over `keys` and `values` `[batch, kv_heads, n, d]`, to `[batch, heads, m, d]`; where
+/// `is_causal` the last query sees the last key, and each one before it one key less. Consecutive heads share a KV head. None where
+/// the kernels do not know the type or the width.
+pub fn attend(
+    queries: &Tensor,
+    keys: &Tensor,
+    values: &Tensor,
+    is_causal: bool,
+) -> Result<Option<Tensor>> {
+    let ((batch, heads, m, d), (_, kv_heads, n, _)) = (queries.dims4()?, keys.dims4()?);
+    let dtype = queries.dtype();
+    let Some(width) = WIDTHS.into_iter().find(|&width| width >= d) else { return Ok(None) };
+    if !d.is_multiple_of(VECTOR) || !can_run(queries.device(), dtype) {
+        return Ok(None);
+    }
+    let fits = keys.dims() == [batch, kv_heads, n, d]
+        && values.dims() == keys.dims()
+        && (keys.dtype(), values.dtype()) == (dtype, dtype)
+        && heads.is_multiple_of(kv_heads)
+        && (m > 0 && n > 0)
+        && (!is_causal || m <= n);
+    ensure(fits, "queries that do not fit their keys")?;
+    let (queries, keys, values) = (aligned(queries)?, aligned(keys)?, aligned(values)?);
+    // As the product that follows wants it: `[batch, m, heads, d]`.
+    let out = fresh(&[batch, m, heads, d], dtype, queries.device())?;
+    let turned = out.transpose(1, 2)?;
+    let mut sizes = vec![];
+    for x in [&queries, &keys, &values, &turned] {
+        for &stride in &x.stride()[..3] {
+            sizes.push(count(stride)?);
+        }
+    }
+    for size in [m, n, d, heads / kv_heads, usize::from(is_causal)] {
+        sizes.push(count(size)?);
+    }
+    sizes.push(scale(d).to_bits());
+    let arguments = [
+        address(&queries)?,
+        address(&keys)?,
+        address(&values)?,
+        address(&out)?,
+        Argument::Words(sizes),
+    ];
+    let grid = (count(m.div_ceil(TILE))?, count(heads)?, count(batch)?);
+    let name = format!("attend_{}_{width}", dtype.as_str());
+    // SAFETY: sizes and strides are those of the tensors; pieces of 16 bytes are aligned.
+    unsafe { ATTENTION.launch(&name, &queries, grid, THREADS, &arguments) }?;
+    Ok(Some(turned))
+}
+
+/// `x` as the kernel reads it: an element's neighbours beside it, and pieces of 16 bytes where such can be.
+fn aligned(x: &Tensor) -> Result<Tensor> {
+    let strides = x.stride();
+    let fits = strides[3] == 1
+        && strides[..3].iter().all(|stride| stride.is_multiple_of(VECTOR))
+        && x.layout().start_offset().is_multiple_of(VECTOR);
+    if fits { Ok(x.clone()) } else { x.force_contiguous() }
+}
+
+/// What scores are multiplied with before they are powers of two.
+fn scale(d: usize) -> f32 {
+    LOG2_E / (d as f32).sqrt()
+}
+
+/// What counts the parts of a sequence that are done: 0 between steps.
+pub fn counters(device: &Device) -> Result<Tensor> {
+    Tensor::zeros(MAX_COUNTERS, DType::U32, device)
+}
+
+/// Whether [`decode`] knows a model of these sizes.
+pub fn knows(head_dim: usize, group: usize) -> bool {
+    WIDTHS.contains(&head_dim) && group <= MAX_GROUP
+}
+
+/// One query a sequence, `[sequences, heads, d]` with whole rows, over a cache as [`super::paged`] lays it out; to the same shape.
+/// None where there are too many of them.
+pub fn decode(
+    queries: &Tensor,
+    cache: &LayerCache,
+    decodes: &Decodes,
+    counters: &Tensor,
+) -> Result<Option<Tensor>> {
+    let (sequences, heads, d) = queries.dims3()?;
+    let (_, kv_heads, _, block_size, x) = cache.keys.dims5()?;
+    let dtype = queries.dtype();
+    let group = heads / kv_heads;
+    if sequences * kv_heads > MAX_COUNTERS {
+        return Ok(None);
+    }
+    let longest = decodes.context_lens.iter().copied().max().unwrap_or(0);
+    let (partition, parts) = parts(longest, sequences * kv_heads);
+    let fits = knows(d, group)
+        && (group * kv_heads, x) == (heads, VECTOR)
+        && block_size.is_multiple_of(4)
+        && queries.stride()[1..] == [d, 1]
+        && queries.stride()[0].is_multiple_of(4)
+        && queries.layout().start_offset().is_multiple_of(4)
+        && (cache.keys.dtype(), cache.values.dtype()) == (dtype, dtype)
+        && cache.values.dims()[1..] == [kv_heads, d, block_size]
+        && (cache.keys.is_contiguous() && cache.values.is_contiguous())
+        && decodes.block_tables.dim(0)? == sequences
+        && decodes.block_tables.dim(1)? * block_size >= longest
+        && decodes.lens.dims() == [sequences];
+    ensure(fits, "queries that do not fit their cache")?;
+    let tables = decodes.block_tables.contiguous()?;
+    let out = fresh(queries.dims(), dtype, queries.device())?;
+    let partial = if parts > 1 { sequences * kv_heads * parts * MAX_GROUP * (d + 2) } else { 1 };
+    let partial = fresh(&[partial], DType::F32, queries.device())?;
+    let mut sizes = vec![];
+    for size in [queries.stride()[0], kv_heads, group, tables.dim(1)?, block_size, partition, parts] {
+        sizes.push(count(size)?);
+    }
+    sizes.push(scale(d).to_bits());
+    let arguments = [
+        address(queries)?,
+        address(&cache.keys)?,
+        address(&cache.values)?,
+        address(&tables)?,
+        address(&decodes.lens)?,
+        address(&out)?,
+        address(&partial)?,
+        address(counters)?,
+        Argument::Words(sizes),
+    ];
+    let grid = (count(parts)?, count(kv_heads)?, count(sequences)?);
+    let name = format!("attend_paged_{}_{d}", dtype.as_str());
+    // SAFETY: sizes are those of the tensors. Lengths are the scheduler's: no longer than `longest`, at least 1, and each
+    // sequence's table names blocks of the cache for all of it.
+    unsafe { ATTENTION.launch(&name, queries, grid, THREADS, &arguments) }?;
+    Ok(Some(out))
+}
+
+/// Tokens of a part and how many parts the longest context has, for `rows` sequences times KV heads.
+fn parts(longest: usize, rows: usize) -> (usize, usize) {
+    let longest = longest.max(1);
+    let wanted = (BLOCKS / rows.max(1)).clamp(1, longest.div_ceil(PART));
+    let partition = longest.div_ceil(wanted).next_multiple_of(PART);
+    (partition, longest.div_ceil(partition))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::super::attention, *};
+
+    #[test]
+    fn the_kernels_compile_where_nvrtc_is_installed() {
+        match ATTENTION.compiled() {
+            Ok(ptx) => {
+                for (kernel, width) in ["attend", "attend_paged"].into_iter().flat_map(|k| WIDTHS.map(|w| (k, w))) {
+                    for kind in ["f16", "bf16"] {
+                        assert!(ptx.contains(&format!(".entry {kernel}_{kind}_{width}(")), "{kernel} {kind} {width}");
+                    }
+                }
+            }
+            Err(reason) if reason.contains("not installed") => println!("skipped: {reason}"),
+            Err(reason) => panic!("{reason}"),
+        }
+    }
+
+    #[test]
+    fn parts_cover_the_longest_context() {
+        for (longest, rows) in [(1, 2), (64, 2), (65, 2), (640, 2), (640, 256), (8192, 2), (8192, 1024)] {
+            let (partition, parts) = parts(longest, rows);
+            assert!(partition.is_multiple_of(PART) && partition * parts >= longest, "{longest} {rows}");
+            assert!(partition * (parts - 1) < longest, "{longest} {rows}");
+            assert!(parts == 1 || parts * rows <= BLOCKS, "{longest} {rows}");
+        }
+    }
+
+    #[test]
+    fn the_kernel_agrees_with_the_plain_operations_where_there_is_a_gpu() {
+        let Ok(gpu) = super::super::open(0) else { return println!("skipped: no GPU") };
+        let noise = |dims: [usize; 4], seed: usize| {
+            let len = dims.iter().product::<usize>();
+            let values: Vec<f32> = (0..len).map(|i| ((i * 37 + seed * 101) as f32 * 0.013).sin()).collect();
+            Tensor::from_vec(values, dims.to_vec(), &Device::Cpu).unwrap()
+        };
+        for (dtype, tolerance) in [(DType::F16, 2e-3), (DType::BF16, 2e-2)] {
+            for (batch, heads, m, n, d) in [(3, 4, 70, 130, 72), (1, 2, 5, 7, 128), (2, 8, 64, 64, 64)] {
+                let (q, k, v) = (noise([batch, heads, m, d], 1), noise([batch, heads, n, d], 2), noise([batch, heads, n, d], 3));
+                let expected = attention::attend(&q, &k, &v).unwrap();
+                let there = |x: &Tensor| x.to_dtype(dtype).unwrap().to_device(&gpu).unwrap();
+                let got = attend(&there(&q), &there(&k), &there(&v), false).unwrap().unwrap();
+                let got = got.to_device(&Device::Cpu).unwrap().to_dtype(DType::F32).unwrap();
+                let off = (got - expected).unwrap().abs().unwrap().max_all().unwrap();
+                let off = off.to_scalar::<f32>().unwrap();
+                assert!(off < tolerance, "{dtype:?} {m} {n} {d}: {off}");
+            }
+        }
+    }
+}

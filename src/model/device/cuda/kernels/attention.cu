@@ -1,0 +1,340 @@
+// Attention by tensor cores, for compute capability 8.0 and later: no score is ever written to memory. Compiled by NVRTC when it is first
+// needed; no header is included. Elements are f16 or bf16, sums f32. The order of things is that of FlashAttention-2
+// (arXiv 2307.08691): keys and values come in tiles, and what was summed is scaled anew when a larger score appears.
+
+typedef unsigned u32;
+typedef unsigned long long u64;
+typedef unsigned short u16;
+
+struct f16 {};
+struct bf16 {};
+
+// c += a b for 16 rows, 8 columns and 16 products each, as the tensor cores have them spread over a warp.
+__device__ inline void multiply(bf16, float *c, const u32 *a, u32 b0, u32 b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+__device__ inline void multiply(f16, float *c, const u32 *a, u32 b0, u32 b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Two numbers rounded, the first in the lower half.
+__device__ inline u32 pack(bf16, float low, float high) {
+  u32 both;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  return both;
+}
+__device__ inline u32 pack(f16, float low, float high) {
+  u32 both;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  return both;
+}
+
+__device__ inline u32 shared_address(const void *at) { return (u32)__cvta_generic_to_shared(at); }
+
+// Four matrices of 8 x 8 elements; each lane names a row of one of them.
+__device__ inline void load_matrices(u32 *out, const u16 *row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3]) : "r"(shared_address(row)) : "memory");
+}
+__device__ inline void load_matrices_transposed(u32 *out, const u16 *row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3]) : "r"(shared_address(row)) : "memory");
+}
+
+// 16 bytes to shared memory while the threads go on; zeros where `is_there` is false.
+__device__ inline void copy_async(u16 *to, const u16 *from, bool is_there) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(is_there ? 16 : 0) : "memory");
+}
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ inline void await_copies() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
+
+// Largest or sum over the four lanes that share a row.
+__device__ inline float row_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+__device__ inline float row_sum(float x) {
+  x += __shfl_xor_sync(0xffffffffu, x, 1);
+  return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
+// Elements from one batch, head and row to the next.
+struct Strides { u32 batch, head, row; };
+// `m` queries and `n` keys of `d` elements. `group` query heads share a KV head. `scale` is that of the scores, times log2(e). Where
+// `causal`, the last query sees the last key.
+struct Sizes { Strides q, k, v, out; u32 m, n, d, group, causal; float scale; };
+
+constexpr u32 TILE = 64, WARPS = 4, NONE = 0xff800000;  // NONE: the bits of minus infinity
+
+// One tile of rows, `TILE` x `d`, to shared memory; rows from `end` on are zeros.
+template <u32 D>
+__device__ inline void load_tile(u16 *tile, const u16 *from, u32 stride, u32 start, u32 end, u32 d) {
+  const u32 pieces = d / 8;
+  for (u32 i = threadIdx.x; i < TILE * pieces; i += WARPS * 32) {
+    const u32 row = i / pieces, piece = i % pieces;
+    const bool is_there = start + row < end;
+    copy_async(tile + row * (D + 8) + piece * 8, from + (u64)(is_there ? start + row : 0) * stride + piece * 8, is_there);
+  }
+}
+
+// A block for `TILE` queries of one head, a warp for 16 of them. D is `d` rounded up to a multiple of 16.
+template <typename T, u32 D>
+__device__ void attend(const u16 *q, const u16 *k, const u16 *v, u16 *out, const Sizes &sizes) {
+  __shared__ __align__(16) u16 keys[TILE * (D + 8)], values[TILE * (D + 8)];
+  const T kind{};
+  const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, head = blockIdx.y, kv_head = head / sizes.group;
+  const u32 m = sizes.m, n = sizes.n, d = sizes.d, first = blockIdx.x * TILE;
+  q += (u64)blockIdx.z * sizes.q.batch + (u64)head * sizes.q.head;
+  k += (u64)blockIdx.z * sizes.k.batch + (u64)kv_head * sizes.k.head;
+  v += (u64)blockIdx.z * sizes.v.batch + (u64)kv_head * sizes.v.head;
+  out += (u64)blockIdx.z * sizes.out.batch + (u64)head * sizes.out.head;
+
+  for (u32 i = threadIdx.x; i < TILE * (D - d); i += WARPS * 32) {
+    const u32 at = i / (D - d) * (D + 8) + d + i % (D - d);
+    keys[at] = values[at] = 0;
+  }
+  // The queries pass through the keys' place.
+  load_tile<D>(keys, q, sizes.q.row, first, m, d);
+  commit_copies();
+  await_copies();
+  __syncthreads();
+  u32 queries[D / 16][4];
+#pragma unroll
+  for (u32 step = 0; step < D / 16; step++)
+    load_matrices(queries[step], keys + (warp * 16 + lane % 16) * (D + 8) + step * 16 + lane / 16 * 8);
+  __syncthreads();
+
+  // A thread has columns of two rows: `row` and `row + 8`.
+  const u32 row = first + warp * 16 + lane / 4;
+  const u32 end = sizes.causal ? min(n, n - m + first + TILE) : n;
+  float sums[D / 8][4] = {}, totals[2] = {}, largest[2] = {__uint_as_float(NONE), __uint_as_float(NONE)};
+  load_tile<D>(keys, k, sizes.k.row, 0, n, d);
+  commit_copies();
+  for (u32 start = 0; start < end; start += TILE) {
+    await_copies();
+    __syncthreads();
+    load_tile<D>(values, v, sizes.v.row, start, n, d);
+    commit_copies();
+
+    float scores[TILE / 8][4] = {};
+#pragma unroll
+    for (u32 step = 0; step < D / 16; step++) {
+#pragma unroll
+      for (u32 column = 0; column < TILE / 8; column += 2) {
+        u32 b[4];
+        load_matrices(b, keys + (column * 8 + lane / 16 * 8 + lane % 8) * (D + 8) + step * 16 + lane / 8 % 2 * 8);
+        multiply(kind, scores[column], queries[step], b[0], b[1]);
+        multiply(kind, scores[column + 1], queries[step], b[2], b[3]);
+      }
+    }
+
+    const bool at_edge = start + TILE > n || (sizes.causal && start + TILE > n - m + first + 1);
+    if (at_edge) {
+#pragma unroll
+      for (u32 column = 0; column < TILE / 8; column++)
+#pragma unroll
+        for (u32 i = 0; i < 4; i++) {
+          const u32 key = start + column * 8 + lane % 4 * 2 + i % 2;
+          if (key >= n || (sizes.causal && key > n - m + row + i / 2 * 8)) scores[column][i] = __uint_as_float(NONE);
+        }
+    }
+#pragma unroll
+    for (u32 half = 0; half < 2; half++) {
+      float top = largest[half];
+#pragma unroll
+      for (u32 column = 0; column < TILE / 8; column++)
+        top = fmaxf(top, fmaxf(scores[column][2 * half], scores[column][2 * half + 1]));
+      top = row_max(top);
+      const float shrink = exp2f((largest[half] - top) * sizes.scale), shift = top * sizes.scale;
+      largest[half] = top;
+      float total = 0;
+#pragma unroll
+      for (u32 column = 0; column < TILE / 8; column++)
+#pragma unroll
+        for (u32 i = 2 * half; i < 2 * half + 2; i++) {
+          scores[column][i] = exp2f(scores[column][i] * sizes.scale - shift);
+          total += scores[column][i];
+        }
+      totals[half] = totals[half] * shrink + total;
+#pragma unroll
+      for (u32 column = 0; column < D / 8; column++)
+#pragma unroll
+        for (u32 i = 2 * half; i < 2 * half + 2; i++) sums[column][i] *= shrink;
+    }
+
+    await_copies();
+    __syncthreads();
+    if (start + TILE < end) load_tile<D>(keys, k, sizes.k.row, start + TILE, n, d);
+    commit_copies();
+#pragma unroll
+    for (u32 step = 0; step < TILE / 16; step++) {
+      const float *low = scores[2 * step], *high = scores[2 * step + 1];
+      const u32 a[4] = {pack(kind, low[0], low[1]), pack(kind, low[2], low[3]), pack(kind, high[0], high[1]), pack(kind, high[2], high[3])};
+#pragma unroll
+      for (u32 column = 0; column < D / 8; column += 2) {
+        u32 b[4];
+        load_matrices_transposed(b, values + (step * 16 + lane % 16) * (D + 8) + column * 8 + lane / 16 * 8);
+        multiply(kind, sums[column], a, b[0], b[1]);
+        multiply(kind, sums[column + 1], a, b[2], b[3]);
+      }
+    }
+  }
+
+#pragma unroll
+  for (u32 half = 0; half < 2; half++) {
+    const float inverse = 1.0f / row_sum(totals[half]);
+    if (row + half * 8 >= m) continue;
+    u16 *to = out + (u64)(row + half * 8) * sizes.out.row + lane % 4 * 2;
+#pragma unroll
+    for (u32 column = 0; column < D / 8; column++)
+      if (column * 8 < d)
+        *(u32 *)(to + column * 8) = pack(kind, sums[column][2 * half] * inverse, sums[column][2 * half + 1] * inverse);
+  }
+}
+
+// A step's queries over a paged cache: keys [blocks, kv_heads, D / 8, block_size, 8], values [blocks, kv_heads, D, block_size]. A
+// sequence's context is cut into `parts` of `partition` tokens.
+struct Paged { u32 q_row, kv_heads, group, columns, block_size, partition, parts; float scale; };
+
+constexpr u32 MAX_GROUP = 8, STEP = 16;
+
+// A block for one part of one sequence's context and one KV head, whose query heads, 8 at most, are the rows of its products. Warps take
+// turns at `STEP` tokens and read keys and values as they lie: which product of a matrix stands for which element is of no
+// account, as long as both sides agree. So a lane takes four neighbours where the tensor cores would have two pairs.
+// What the parts give is joined by the block that ends last. `counters` [sequences, kv_heads] are 0 before and after.
+template <typename T, u32 D>
+__device__ void attend_paged(const u16 *q, const u16 *keys, const u16 *values, const u32 *tables, const u32 *lens, u16 *out,
+                             float *partial, u32 *counters, const Paged &sizes) {
+  __shared__ float of_warp[WARPS][MAX_GROUP][D], tops[WARPS][MAX_GROUP], weights[WARPS][MAX_GROUP];
+  __shared__ u32 is_last;
+  const T kind{};
+  const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, column = lane % 4;
+  const u32 part = blockIdx.x, kv_head = blockIdx.y, sequence = blockIdx.z, block_size = sizes.block_size, group = sizes.group;
+  const u32 len = lens[sequence], first = part * sizes.partition;
+  if (first >= len) return;
+  const u32 end = min(len, first + sizes.partition);
+  const u32 *table = tables + (u64)sequence * sizes.columns;
+  q += (u64)sequence * sizes.q_row + (u64)kv_head * group * D;
+  out += ((u64)sequence * sizes.kv_heads + kv_head) * group * D;
+
+  uint2 queries[D / 16];
+#pragma unroll
+  for (u32 step = 0; step < D / 16; step++)
+    queries[step] = row < group ? *(const uint2 *)(q + row * D + step * 16 + column * 4) : make_uint2(0, 0);
+
+  float sums[D / 8][4] = {}, total = 0, largest = __uint_as_float(NONE);
+  for (u32 start = first + warp * STEP; start < end; start += WARPS * STEP) {
+    // Fours of tokens lie in one block; those past the end are read from the last one, and count for nothing.
+    const u32 of_keys = start + row / 2 * 4, of_values = start + column * 4;
+    const u64 key_block = table[min(of_keys, len - 1) / block_size], value_block = table[min(of_values, len - 1) / block_size];
+    const u16 *k = keys + (key_block * sizes.kv_heads + kv_head) * D * block_size +
+                   (column / 2 * block_size + of_keys % block_size + row % 2) * 8 + column % 2 * 4;
+    const u16 *v = values + (value_block * sizes.kv_heads + kv_head) * D * block_size + row * block_size + of_values % block_size;
+    float scores[2][4] = {};
+#pragma unroll
+    for (u32 step = 0; step < D / 16; step++) {
+      const u32 a[4] = {queries[step].x, 0, queries[step].y, 0};
+      const uint2 low = *(const uint2 *)(k + step * 16 * block_size), high = *(const uint2 *)(k + step * 16 * block_size + 16);
+      multiply(kind, scores[0], a, low.x, low.y);
+      multiply(kind, scores[1], a, high.x, high.y);
+    }
+    float top = largest;
+#pragma unroll
+    for (u32 i = 0; i < 4; i++) {
+      if (of_values + i >= end) scores[i / 2][i % 2] = __uint_as_float(NONE);
+      top = fmaxf(top, scores[i / 2][i % 2]);
+    }
+    top = row_max(top);
+    const float shrink = exp2f((largest - top) * sizes.scale), shift = top * sizes.scale;
+    largest = top;
+    total *= shrink;
+#pragma unroll
+    for (u32 i = 0; i < 4; i++) {
+      float &score = scores[i / 2][i % 2];
+      score = exp2f(score * sizes.scale - shift);
+      total += score;
+    }
+#pragma unroll
+    for (u32 i = 0; i < D / 8; i++) sums[i][0] *= shrink, sums[i][1] *= shrink;
+    const u32 a[4] = {pack(kind, scores[0][0], scores[0][1]), 0, pack(kind, scores[1][0], scores[1][1]), 0};
+    // What lies past the end may be anything, and nothing times that must be nothing.
+    const auto is_there = [&](u32 i) { return of_values + i < end; };
+    const uint2 mask = make_uint2((is_there(0) ? 0xffff : 0) | (is_there(1) ? 0xffff0000 : 0),
+                                  (is_there(2) ? 0xffff : 0) | (is_there(3) ? 0xffff0000 : 0));
+#pragma unroll
+    for (u32 i = 0; i < D / 8; i++) {
+      const uint2 four = *(const uint2 *)(v + i * 8 * block_size);
+      multiply(kind, sums[i], a, four.x & mask.x, four.y & mask.y);
+    }
+  }
+
+  total = row_sum(total);
+#pragma unroll
+  for (u32 i = 0; i < D / 8; i++) {
+    of_warp[warp][row][i * 8 + column * 2] = sums[i][0];
+    of_warp[warp][row][i * 8 + column * 2 + 1] = sums[i][1];
+  }
+  if (column == 0) tops[warp][row] = largest, weights[warp][row] = total;
+  __syncthreads();
+  const u32 active = (len + sizes.partition - 1) / sizes.partition;
+  partial += ((u64)sequence * sizes.kv_heads + kv_head) * sizes.parts * MAX_GROUP * (D + 2);
+  for (u32 i = threadIdx.x; i < group * D; i += WARPS * 32) {
+    const u32 own = i / D, element = i % D;
+    float top = tops[0][own], sum = 0, weight = 0;
+    for (u32 other = 1; other < WARPS; other++) top = fmaxf(top, tops[other][own]);
+    for (u32 other = 0; other < WARPS; other++) {
+      const float share = exp2f((tops[other][own] - top) * sizes.scale);
+      sum += share * of_warp[other][own][element];
+      weight += share * weights[other][own];
+    }
+    if (active == 1) {
+      out[i] = (u16)pack(kind, sum / weight, 0);
+    } else {
+      float *to = partial + ((u64)part * MAX_GROUP + own) * (D + 2);
+      to[element] = sum;
+      if (element == 0) to[D] = top, to[D + 1] = weight;
+    }
+  }
+  if (active == 1) return;
+  __threadfence();
+  __syncthreads();
+  u32 *counter = counters + sequence * sizes.kv_heads + kv_head;
+  if (threadIdx.x == 0) is_last = atomicAdd(counter, 1) == active - 1;
+  __syncthreads();
+  if (!is_last) return;
+  __threadfence();
+  for (u32 i = threadIdx.x; i < group * D; i += WARPS * 32) {
+    const u32 own = i / D, element = i % D;
+    const volatile float *from = partial + own * (D + 2);
+    float top = __uint_as_float(NONE), sum = 0, weight = 0;
+    for (u32 other = 0; other < active; other++) top = fmaxf(top, from[(u64)other * MAX_GROUP * (D + 2) + D]);
+    for (u32 other = 0; other < active; other++) {
+      const volatile float *its = from + (u64)other * MAX_GROUP * (D + 2);
+      const float share = exp2f((its[D] - top) * sizes.scale);
+      sum += share * its[element];
+      weight += share * its[D + 1];
+    }
+    out[i] = (u16)pack(kind, sum / weight, 0);
+  }
+  if (threadIdx.x == 0) *counter = 0;
+}
+
+#define FOR(T, D)                                                                                                       \
+  extern "C" __global__ void __launch_bounds__(WARPS * 32) attend_##T##_##D(const u16 *q, const u16 *k, const u16 *v,    \
+                                                                            u16 *out, const Sizes sizes) {               \
+    attend<T, D>(q, k, v, out, sizes);                                                                                   \
+  }
+#define FOR_PAGED(T, D)                                                                                                  \
+  extern "C" __global__ void __launch_bounds__(WARPS * 32)                                                               \
+  attend_paged_##T##_##D(const u16 *q, const u16 *keys, const u16 *values, const u32 *tables, const u32 *lens, u16 *out, \
+                         float *partial, u32 *counters, const Paged sizes) {                                             \
+    attend_paged<T, D>(q, keys, values, tables, lens, out, partial, counters, sizes);                                    \
+  }
+FOR(f16, 64) FOR(f16, 80) FOR(f16, 128)
+FOR(bf16, 64) FOR(bf16, 80) FOR(bf16, 128)
+FOR_PAGED(f16, 64) FOR_PAGED(f16, 80) FOR_PAGED(f16, 128)
+FOR_PAGED(bf16, 64) FOR_PAGED(bf16, 80) FOR_PAGED(bf16, 128)
