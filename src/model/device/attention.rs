@@ -121,6 +121,11 @@ pub trait PagedAttention: std::fmt::Debug + Send + Sync {
     /// `queries` `[sequences, heads, head_dim]`, each the last token of its sequence, to the same shape.
     fn decode(&self, queries: &Tensor, cache: &LayerCache, decodes: &Decodes) -> Result<Tensor>;
 
+    /// What the kernels of CUDA count with, where this is by them.
+    fn counters(&self) -> Option<&Tensor> {
+        None
+    }
+
     /// Whether a step of decodes copies nothing from the host, and so may be recorded.
     fn can_be_recorded(&self) -> bool {
         false

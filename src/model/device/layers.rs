@@ -143,6 +143,15 @@ impl Linear {
         y.reshape(dims)
     }
 
+    /// The weight `[out, in]`, unless it is quantised.
+    #[cfg(feature = "cuda")]
+    pub fn floats(&self) -> Option<&Tensor> {
+        match &self.weight {
+            Matrix::Floats(weight) => Some(weight),
+            Matrix::Quant(_) => None,
+        }
+    }
+
     /// `[out]`
     pub fn bias(&self) -> Option<&Tensor> {
         self.bias.as_ref()
@@ -202,6 +211,12 @@ impl RmsNorm {
     /// Over the last dimension.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         ops::rms_norm(x, &self.weight, self.eps)
+    }
+
+    /// The weight, and what keeps the root from zero.
+    #[cfg(feature = "cuda")]
+    pub fn parts(&self) -> (&Tensor, f64) {
+        (&self.weight, self.eps)
     }
 
     /// `x + delta`, and its norm.

@@ -13,31 +13,32 @@ use super::{
     step::Step,
 };
 
+/// One of the decoder's.
 #[derive(Debug)]
-struct Layer {
-    input_layernorm: RmsNorm,
+pub struct Layer {
+    pub input_layernorm: RmsNorm,
     /// `[q | k | v]`
-    qkv_proj: Linear,
-    o_proj: Linear,
-    post_attention_layernorm: RmsNorm,
+    pub qkv_proj: Linear,
+    pub o_proj: Linear,
+    pub post_attention_layernorm: RmsNorm,
     /// `[gate | up]`
-    gate_up_proj: Linear,
-    down_proj: Linear,
+    pub gate_up_proj: Linear,
+    pub down_proj: Linear,
 }
 
 /// The language model with its head.
 #[derive(Debug)]
 pub struct Decoder {
-    config: Qwen2Config,
+    pub config: Qwen2Config,
     /// `[vocab, hidden]`, always floats: rows are looked up.
-    embed_tokens: Tensor,
-    layers: Vec<Layer>,
-    norm: RmsNorm,
+    pub embed_tokens: Tensor,
+    pub layers: Vec<Layer>,
+    pub norm: RmsNorm,
     /// The embeddings themselves where both are tied and not quantised.
-    lm_head: Linear,
+    pub lm_head: Linear,
     /// `[context, head_dim / 2]` each, as [`ops::rotate`] wants them.
-    cos: Tensor,
-    sin: Tensor,
+    pub cos: Tensor,
+    pub sin: Tensor,
 }
 
 impl Decoder {
@@ -80,6 +81,13 @@ impl Decoder {
         (paged, cache): (&dyn PagedAttention, &DeviceCache),
         tap: &mut dyn Tap,
     ) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if !tap.is_watching()
+            && visuals.is_empty()
+            && let Some(few) = super::cuda::decode::Few::of(self, step, paged)?
+        {
+            return few.forward(cache);
+        }
         let mut x = self.embed(visuals, step)?;
         show(tap, "inputs_embeds", None, &x)?;
         let rotary = Rotary::new(self.cos.clone(), self.sin.clone());
@@ -124,10 +132,7 @@ impl Decoder {
 
     /// Bytes of all matrices a step reads.
     pub fn num_bytes(&self) -> usize {
-        let layer = |layer: &Layer| {
-            let matrices = [&layer.qkv_proj, &layer.o_proj, &layer.gate_up_proj, &layer.down_proj];
-            matrices.map(Linear::num_bytes).iter().sum::<usize>()
-        };
+        let layer = |layer: &Layer| layer.matrices().map(Linear::num_bytes).iter().sum::<usize>();
         self.lm_head.num_bytes() + self.layers.iter().map(layer).sum::<usize>()
     }
 
@@ -164,6 +169,11 @@ impl Decoder {
 }
 
 impl Layer {
+    /// What a step reads most of.
+    pub fn matrices(&self) -> [&Linear; 4] {
+        [&self.qkv_proj, &self.o_proj, &self.gate_up_proj, &self.down_proj]
+    }
+
     fn load(loader: &Loader<'_>, config: &Qwen2Config) -> Result<Self> {
         let (attention, mlp) = (loader.pp("self_attn"), loader.pp("mlp"));
         let norm = |name: &str| RmsNorm::load(&loader.pp(name), config.rms_norm_eps);

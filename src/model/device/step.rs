@@ -27,6 +27,12 @@ impl Decodes {
         self.context_lens.len()
     }
 
+    /// Tokens of the longest.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code, reason = "for the kernels of CUDA"))]
+    pub fn longest(&self) -> usize {
+        self.context_lens.iter().copied().max().unwrap_or(0)
+    }
+
     /// The block table of one of them, without padding.
     pub fn blocks_of(&self, index: usize) -> Result<Tensor> {
         self.block_tables.get(index)?.narrow(0, 0, self.context_lens[index].div_ceil(self.block_size))

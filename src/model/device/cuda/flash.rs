@@ -1,7 +1,7 @@
 //! Our own kernels of `kernels/attention.cu`: attention by tensor cores, which keeps no matrix of scores.
 //!
-//! Called by [`super::super::attention`] for whole matrices, and by [`super::paged`] for decoding. They are for f16 and bf16, and for cards
-//! that [`super::has_tensor_cores`]; the plain operations are their reference and stand in elsewhere.
+//! Called by [`super::super::attention`] for whole matrices, and by [`super::paged`] and [`super::decode`] for decoding. They are for f16 and
+//! bf16, and for cards that have tensor cores for both; the plain operations are their reference and stand in elsewhere.
 
 use std::f32::consts::LOG2_E;
 
@@ -13,7 +13,7 @@ use super::{
         attention::LayerCache,
         step::Decodes,
     },
-    launch::{ATTENTION, Argument, address, count, ensure, fresh},
+    launch::{Argument, Grid, Source, address, count, ensure, fresh, start_of, tensor_kernels},
 };
 
 /// Threads of a block.
@@ -30,12 +30,14 @@ pub const MAX_GROUP: usize = 8;
 const PART: usize = 64;
 /// Blocks that a step is cut into where its sequences are fewer: enough for any card to be busy.
 const BLOCKS: usize = 512;
+/// Most parts of a context.
+const MAX_PARTS: usize = 128;
 /// Most sequences times KV heads of a step.
-const MAX_COUNTERS: usize = 1 << 14;
+pub const MAX_COUNTERS: usize = 1 << 14;
 
-/// Whether the kernels compute in this type on this device.
-pub fn can_run(device: &Device, dtype: DType) -> bool {
-    matches!(dtype, DType::F16 | DType::BF16) && super::has_tensor_cores(device) && ATTENTION.is_there()
+/// The kernels, where they compute in this type on this device.
+pub fn kernels(device: &Device, dtype: DType) -> Option<&'static Source> {
+    if matches!(dtype, DType::F16 | DType::BF16) { tensor_kernels(device) } else { None }
 }
 
 /// `queries` `[batch, heads, m, d]` over `keys` and `values` `[batch, kv_heads, n, d]`, to `[batch, heads, m, d]`; where
@@ -50,9 +52,9 @@ pub fn attend(
     let ((batch, heads, m, d), (_, kv_heads, n, _)) = (queries.dims4()?, keys.dims4()?);
     let dtype = queries.dtype();
     let Some(width) = WIDTHS.into_iter().find(|&width| width >= d) else { return Ok(None) };
-    if !d.is_multiple_of(VECTOR) || !can_run(queries.device(), dtype) {
+    let Some(kernels) = kernels(queries.device(), dtype).filter(|_| d.is_multiple_of(VECTOR)) else {
         return Ok(None);
-    }
+    };
     let fits = keys.dims() == [batch, kv_heads, n, d]
         && values.dims() == keys.dims()
         && (keys.dtype(), values.dtype()) == (dtype, dtype)
@@ -84,7 +86,7 @@ pub fn attend(
     let grid = (count(m.div_ceil(TILE))?, count(heads)?, count(batch)?);
     let name = format!("attend_{}_{width}", dtype.as_str());
     // SAFETY: sizes and strides are those of the tensors; pieces of 16 bytes are aligned.
-    unsafe { ATTENTION.launch(&name, &queries, grid, THREADS, &arguments) }?;
+    unsafe { kernels.launch(&name, &queries, Grid::of(grid, THREADS), &arguments) }?;
     Ok(Some(turned))
 }
 
@@ -112,68 +114,112 @@ pub fn knows(head_dim: usize, group: usize) -> bool {
     WIDTHS.contains(&head_dim) && group <= MAX_GROUP
 }
 
-/// One query a sequence, `[sequences, heads, d]` with whole rows, over a cache as [`super::paged`] lays it out; to the same shape.
-/// None where there are too many of them.
+/// What is to be done to rows as a product gave them, before they attend.
+#[derive(Debug, Clone, Copy)]
+pub struct Unturned<'a> {
+    /// `[(heads + 2 kv_heads) x d]`
+    pub bias: Option<&'a Tensor>,
+    /// `[context, d / 2]` each.
+    pub turn: (&'a Tensor, &'a Tensor),
+    /// `[sequences]` in i64: where keys and values go.
+    pub slots: &'a Tensor,
+}
+
+/// What [`decode`] works with.
+#[derive(Debug, Clone, Copy)]
+pub struct Workspace<'a> {
+    pub kernels: &'static Source,
+    /// As [`counters`] makes them.
+    pub counters: &'a Tensor,
+    /// [`scratch_len`] elements in f32.
+    pub scratch: &'a Tensor,
+}
+
+/// One query a sequence over a cache as [`super::paged`] lays it out, to `out` `[sequences, heads, d]`. `queries` are whole rows of that
+/// shape; where they are `unturned`, rows of `[heads + 2 kv_heads, d]`: then keys and values are put into the cache first.
 pub fn decode(
+    Workspace { kernels, counters, scratch }: Workspace<'_>,
     queries: &Tensor,
+    unturned: Option<Unturned<'_>>,
     cache: &LayerCache,
     decodes: &Decodes,
-    counters: &Tensor,
-) -> Result<Option<Tensor>> {
-    let (sequences, heads, d) = queries.dims3()?;
+    out: &Tensor,
+) -> Result<()> {
+    let (sequences, heads, d) = out.dims3()?;
     let (_, kv_heads, _, block_size, x) = cache.keys.dims5()?;
     let dtype = queries.dtype();
     let group = heads / kv_heads;
-    if sequences * kv_heads > MAX_COUNTERS {
-        return Ok(None);
-    }
-    let longest = decodes.context_lens.iter().copied().max().unwrap_or(0);
+    let longest = decodes.longest();
     let (partition, parts) = parts(longest, sequences * kv_heads);
+    let of_row = if unturned.is_some() { heads + 2 * kv_heads } else { heads };
     let fits = knows(d, group)
         && (group * kv_heads, x) == (heads, VECTOR)
+        && sequences * kv_heads <= MAX_COUNTERS
         && block_size.is_multiple_of(4)
+        && queries.dims() == [sequences, of_row, d]
         && queries.stride()[1..] == [d, 1]
         && queries.stride()[0].is_multiple_of(4)
         && queries.layout().start_offset().is_multiple_of(4)
-        && (cache.keys.dtype(), cache.values.dtype()) == (dtype, dtype)
+        && [&cache.keys, &cache.values, out].iter().all(|x| x.dtype() == dtype && x.is_contiguous())
         && cache.values.dims()[1..] == [kv_heads, d, block_size]
-        && (cache.keys.is_contiguous() && cache.values.is_contiguous())
         && decodes.block_tables.dim(0)? == sequences
+        && decodes.block_tables.is_contiguous()
         && decodes.block_tables.dim(1)? * block_size >= longest
-        && decodes.lens.dims() == [sequences];
+        && decodes.lens.dims() == [sequences]
+        && scratch.elem_count() >= scratch_len(longest, sequences, kv_heads, d);
     ensure(fits, "queries that do not fit their cache")?;
-    let tables = decodes.block_tables.contiguous()?;
-    let out = fresh(queries.dims(), dtype, queries.device())?;
-    let partial = if parts > 1 { sequences * kv_heads * parts * MAX_GROUP * (d + 2) } else { 1 };
-    let partial = fresh(&[partial], DType::F32, queries.device())?;
     let mut sizes = vec![];
-    for size in [queries.stride()[0], kv_heads, group, tables.dim(1)?, block_size, partition, parts] {
+    let columns = decodes.block_tables.dim(1)?;
+    for size in [queries.stride()[0], kv_heads, group, columns, block_size, partition, parts] {
         sizes.push(count(size)?);
     }
     sizes.push(scale(d).to_bits());
+    let (name, fresh) = match unturned {
+        None => ("attend_paged", vec![0; 6]),
+        Some(Unturned { bias, turn: (cos, sin), slots }) => {
+            let fits = bias.is_none_or(|bias| bias.dims() == [of_row * d] && bias.dtype() == dtype)
+                && (cos.dim(1)? == d / 2 && sin.dims() == cos.dims())
+                && [cos, sin].iter().all(|table| table.dtype() == dtype && table.is_contiguous())
+                && (slots.dims(), slots.dtype()) == (&[sequences], DType::I64);
+            ensure(fits, "rows that cannot be turned")?;
+            let bias = bias.map_or(Ok(0), start_of)?;
+            let places = [slots, &cache.keys, &cache.values].map(start_of);
+            let [slots, keys, values] = places;
+            ("attend_fresh", vec![bias, start_of(cos)?, start_of(sin)?, slots?, keys?, values?])
+        }
+    };
     let arguments = [
         address(queries)?,
         address(&cache.keys)?,
         address(&cache.values)?,
-        address(&tables)?,
+        address(&decodes.block_tables)?,
         address(&decodes.lens)?,
-        address(&out)?,
-        address(&partial)?,
+        address(out)?,
+        address(scratch)?,
         address(counters)?,
         Argument::Words(sizes),
+        Argument::Longs(fresh),
     ];
-    let grid = (count(parts)?, count(kv_heads)?, count(sequences)?);
-    let name = format!("attend_paged_{}_{d}", dtype.as_str());
+    let blocks = (count(parts)?, count(kv_heads)?, count(sequences)?);
+    let grid = Grid { begins_early: unturned.is_some(), ..Grid::of(blocks, THREADS) };
+    let name = format!("{name}_{}_{d}", dtype.as_str());
     // SAFETY: sizes are those of the tensors. Lengths are the scheduler's: no longer than `longest`, at least 1, and each
     // sequence's table names blocks of the cache for all of it.
-    unsafe { ATTENTION.launch(&name, queries, grid, THREADS, &arguments) }?;
-    Ok(Some(out))
+    unsafe { kernels.launch(&name, queries, grid, &arguments) }
+}
+
+/// Elements that [`decode`] needs to put the parts of long contexts together.
+pub fn scratch_len(longest: usize, sequences: usize, kv_heads: usize, d: usize) -> usize {
+    match parts(longest, sequences * kv_heads) {
+        (_, 1) => 1,
+        (_, parts) => sequences * kv_heads * parts * MAX_GROUP * (d + 4),
+    }
 }
 
 /// Tokens of a part and how many parts the longest context has, for `rows` sequences times KV heads.
 fn parts(longest: usize, rows: usize) -> (usize, usize) {
     let longest = longest.max(1);
-    let wanted = (BLOCKS / rows.max(1)).clamp(1, longest.div_ceil(PART));
+    let wanted = (BLOCKS / rows.max(1)).clamp(1, longest.div_ceil(PART).min(MAX_PARTS));
     let partition = longest.div_ceil(wanted).next_multiple_of(PART);
     (partition, longest.div_ceil(partition))
 }
@@ -183,27 +229,12 @@ mod tests {
     use super::{super::super::attention, *};
 
     #[test]
-    fn the_kernels_compile_where_nvrtc_is_installed() {
-        match ATTENTION.compiled() {
-            Ok(ptx) => {
-                for (kernel, width) in ["attend", "attend_paged"].into_iter().flat_map(|k| WIDTHS.map(|w| (k, w))) {
-                    for kind in ["f16", "bf16"] {
-                        assert!(ptx.contains(&format!(".entry {kernel}_{kind}_{width}(")), "{kernel} {kind} {width}");
-                    }
-                }
-            }
-            Err(reason) if reason.contains("not installed") => println!("skipped: {reason}"),
-            Err(reason) => panic!("{reason}"),
-        }
-    }
-
-    #[test]
     fn parts_cover_the_longest_context() {
-        for (longest, rows) in [(1, 2), (64, 2), (65, 2), (640, 2), (640, 256), (8192, 2), (8192, 1024)] {
+        for (longest, rows) in [(1, 2), (64, 2), (65, 2), (640, 2), (640, 256), (8192, 2), (32_768, 2), (8192, 1024)] {
             let (partition, parts) = parts(longest, rows);
             assert!(partition.is_multiple_of(PART) && partition * parts >= longest, "{longest} {rows}");
             assert!(partition * (parts - 1) < longest, "{longest} {rows}");
-            assert!(parts == 1 || parts * rows <= BLOCKS, "{longest} {rows}");
+            assert!(parts <= MAX_PARTS && (parts == 1 || parts * rows <= BLOCKS), "{longest} {rows}");
         }
     }
 

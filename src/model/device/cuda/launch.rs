@@ -2,15 +2,20 @@
 //!
 //! Used by the operations of this folder. The kernels look at no size: whoever calls one checks all of them.
 
-use std::sync::OnceLock;
+use std::{ffi::c_void, sync::OnceLock};
 
 use candle_core::{
     DType, Device, Storage,
     backend::BackendStorage,
     cuda::{
-        CudaDType, CudaStorage, WrapErr,
+        CudaDType, CudaStorage,
         cudarc::{
-            driver::{DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg},
+            driver::{
+                DevicePtr, DeviceRepr,
+                sys::{
+                    self, CUlaunchAttribute, CUlaunchAttributeID, CUlaunchAttributeValue, CUlaunchConfig,
+                },
+            },
             nvrtc,
         },
     },
@@ -19,11 +24,29 @@ use half::{bf16, f16};
 
 use super::super::super::{ModelError, Result, Tensor};
 
-/// Norms, activations, rotary positions, quantised products.
+/// Norms, activations, rotary positions, quantised products: for any card.
 pub static FUSED: Source = Source::new("fused_kernels", include_str!("kernels/fused.cu"), None);
-/// Attention by tensor cores, for cards that [`super::has_tensor_cores`].
-pub static ATTENTION: Source =
-    Source::new("attention_kernels", include_str!("kernels/attention.cu"), Some("compute_80"));
+const TENSOR_CODE: &str = concat!(
+    include_str!("kernels/tensor_cores.cu"),
+    include_str!("kernels/attention.cu"),
+    include_str!("kernels/products.cu")
+);
+static AMPERE: Source = Source::new("tensor_kernels", TENSOR_CODE, Some("compute_80"));
+/// The same, whose kernels may begin before the one before them has ended.
+static HOPPER: Source = Source::new("tensor_kernels", TENSOR_CODE, Some("compute_90"));
+
+/// Attention and small products by tensor cores; none where the device has none, or they cannot be compiled.
+pub fn tensor_kernels(device: &Device) -> Option<&'static Source> {
+    if !device.is_cuda() {
+        return None;
+    }
+    let source = match super::generation(device).ok()? {
+        ..super::AMPERE => return None,
+        super::AMPERE => &AMPERE,
+        _ => &HOPPER,
+    };
+    source.is_there().then_some(source)
+}
 
 /// A file of kernels, compiled once a process when it is first needed.
 #[derive(Debug)]
@@ -33,6 +56,30 @@ pub struct Source {
     /// What it is compiled for: any card that the compiler knows, or one of these and later.
     arch: Option<&'static str>,
     ptx: OnceLock<Option<String>>,
+}
+
+/// How a kernel is spread over the device.
+#[derive(Debug, Clone, Copy)]
+pub struct Grid {
+    pub blocks: (u32, u32, u32),
+    /// Of a block.
+    pub threads: u32,
+    /// Of a block, beside what the kernel says itself.
+    pub shared_bytes: u32,
+    /// The kernel waits itself for the one before it.
+    pub begins_early: bool,
+}
+
+impl Grid {
+    /// Blocks in one dimension.
+    pub fn rows(blocks: u32, threads: u32) -> Self {
+        Grid::of((blocks, 1, 1), threads)
+    }
+
+    /// So many blocks of so many threads.
+    pub fn of(blocks: (u32, u32, u32), threads: u32) -> Self {
+        Grid { blocks, threads, shared_bytes: 0, begins_early: false }
+    }
 }
 
 impl Source {
@@ -50,7 +97,11 @@ impl Source {
             Ok(ptx) => Some(ptx),
             Err(reason) => {
                 let kernels = self.module;
-                tracing::warn!(reason, kernels, "no kernels of our own: other operations stand in, which are slower");
+                tracing::warn!(
+                    reason,
+                    kernels,
+                    "no kernels of our own: other operations stand in, which are slower"
+                );
                 None
             }
         };
@@ -68,7 +119,7 @@ impl Source {
         }
     }
 
-    /// Calls the kernel `name` on the device of `like`, with blocks of `threads` threads.
+    /// Calls the kernel `name` on the device of `like`.
     ///
     /// # Safety
     /// The arguments must be those of the kernel, and what they point to as large as it takes it to be.
@@ -76,26 +127,44 @@ impl Source {
         &self,
         name: &str,
         like: &Tensor,
-        grid: (u32, u32, u32),
-        threads: u32,
+        grid: Grid,
         arguments: &[Argument],
     ) -> Result<()> {
         let Some(ptx) = self.ptx() else { return bug("a kernel that could not be compiled") };
-        let function = like.device().as_cuda_device()?.get_or_load_custom_func(name, self.module, ptx)?;
-        let config = LaunchConfig { grid_dim: grid, block_dim: (threads, 1, 1), shared_mem_bytes: 0 };
-        let mut builder = function.builder();
-        for argument in arguments {
-            match argument {
-                Argument::Address(address) => builder.arg(address),
-                Argument::Number(number) => builder.arg(number),
-                Argument::Real(real) => builder.arg(real),
-                // The driver knows how many of them the kernel takes.
-                Argument::Words(words) => builder.arg(&words[0]),
-            };
+        let device = like.device().as_cuda_device()?;
+        let function = device.get_or_load_custom_func(name, self.module, ptx)?;
+        let stream = device.cuda_stream();
+        stream.context().bind_to_thread().map_err(super::failure)?;
+        let mut early = CUlaunchAttribute {
+            id: CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let begins_early = grid.begins_early && std::ptr::eq(self, &raw const HOPPER);
+        let config = CUlaunchConfig {
+            gridDimX: grid.blocks.0,
+            gridDimY: grid.blocks.1,
+            gridDimZ: grid.blocks.2,
+            blockDimX: grid.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: grid.shared_bytes,
+            hStream: stream.cu_stream(),
+            attrs: &raw mut early,
+            numAttrs: begins_early.into(),
+        };
+        let mut pointers: Vec<*mut c_void> = arguments.iter().map(Argument::pointer).collect();
+        // SAFETY: the arguments are the caller's; all that is pointed to lives until the call returns, which copies it.
+        unsafe {
+            sys::cuLaunchKernelEx(
+                &raw const config,
+                function.cu_function(),
+                pointers.as_mut_ptr(),
+                std::ptr::null_mut(),
+            )
         }
-        // SAFETY: the caller's.
-        unsafe { builder.launch(config) }.w()?;
-        Ok(())
+        .result()
+        .map_err(super::failure)
     }
 }
 
@@ -108,6 +177,21 @@ pub enum Argument {
     Real(f32),
     /// A structure of words.
     Words(Vec<u32>),
+    /// A structure of addresses, and of words in pairs.
+    Longs(Vec<u64>),
+}
+
+impl Argument {
+    /// Where the driver finds it. How many words a structure has it knows from the kernel.
+    fn pointer(&self) -> *mut c_void {
+        match self {
+            Argument::Address(address) => std::ptr::from_ref(address).cast_mut().cast(),
+            Argument::Number(number) => std::ptr::from_ref(number).cast_mut().cast(),
+            Argument::Real(real) => std::ptr::from_ref(real).cast_mut().cast(),
+            Argument::Words(words) => words.as_ptr().cast_mut().cast(),
+            Argument::Longs(longs) => longs.as_ptr().cast_mut().cast(),
+        }
+    }
 }
 
 impl From<u32> for Argument {
@@ -122,8 +206,13 @@ impl From<f32> for Argument {
     }
 }
 
-/// Where the first element of `x` is. Good for as long as `x` lives.
+/// Where the first element of `x` is, as an argument.
 pub fn address(x: &Tensor) -> Result<Argument> {
+    start_of(x).map(Argument::Address)
+}
+
+/// Where the first element of `x` is. Good for as long as `x` lives.
+pub fn start_of(x: &Tensor) -> Result<u64> {
     fn start<T: CudaDType + DeviceRepr>(storage: &CudaStorage) -> Result<u64> {
         Ok(storage.as_cuda_slice::<T>()?.device_ptr(&storage.device().cuda_stream()).0)
     }
@@ -137,7 +226,7 @@ pub fn address(x: &Tensor) -> Result<Argument> {
         DType::I64 => start::<i64>(storage),
         other => candle_core::bail!("a kernel over {other:?}: this is a bug"),
     }?;
-    Ok(Argument::Address(start + (layout.start_offset() * x.dtype().size_in_bytes()) as u64))
+    Ok(start + (layout.start_offset() * x.dtype().size_in_bytes()) as u64)
 }
 
 /// [`address`], or that of nothing.
@@ -163,4 +252,38 @@ pub fn ensure(is_right: bool, what: &str) -> Result<()> {
 
 fn bug<T>(what: &str) -> Result<T> {
     Err(ModelError::Msg(format!("{what}: this is a bug")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn assert_has(source: &Source, kernels: &[String]) {
+        match source.compiled() {
+            Ok(ptx) => kernels
+                .iter()
+                .for_each(|name| assert!(ptx.contains(&format!(".entry {name}(")), "{name}")),
+            Err(reason) if reason.contains("not installed") => println!("skipped: {reason}"),
+            Err(reason) => panic!("{reason}"),
+        }
+    }
+
+    #[test]
+    fn the_kernels_compile_where_nvrtc_is_installed() {
+        let products = ["q8", "q4"].map(|block| [1, 2, 4, 8].map(|rows| format!("quant_rows_{block}_{rows}")));
+        let others = ["add_rms_norm", "silu_mul", "gather_rows", "finish_rows", "rope_and_cache"];
+        let any_type = products.concat().into_iter().chain(others.map(str::to_owned));
+        let names = any_type.flat_map(|name| ["f32", "f16", "bf16"].map(|kind| format!("{name}_{kind}")));
+        assert_has(&FUSED, &names.collect::<Vec<_>>());
+
+        let mut names = vec!["look_up".to_owned()];
+        for kind in ["f16", "bf16"] {
+            names.extend(["product", "normed_product", "normed_gated_product"].map(|name| format!("{name}_{kind}")));
+            for name in ["attend", "attend_paged", "attend_fresh"] {
+                names.extend([64, 80, 128].map(|width| format!("{name}_{kind}_{width}")));
+            }
+        }
+        assert_has(&AMPERE, &names);
+        assert_has(&HOPPER, &names);
+    }
 }

@@ -2,6 +2,7 @@
 //!
 //! Compiled with the feature `cuda` only. A GPU that fails answers every later call with an error: the engine stops then.
 
+pub mod decode;
 pub mod flash;
 pub mod fused;
 pub mod graph;
@@ -20,7 +21,7 @@ use candle_core::{
 
 use super::super::{ModelError, Result};
 
-/// First generation that computes in bf16, and whose tensor cores [`flash`] is written for.
+/// First generation that computes in bf16, and whose tensor cores our kernels are written for.
 const AMPERE: i32 = 8;
 
 /// How many GPUs the driver shows; 0 where there is no driver.
@@ -65,17 +66,17 @@ pub fn native_dtype(device: &Device) -> Result<DType> {
     Ok(if generation(device)? >= AMPERE { DType::BF16 } else { DType::F16 })
 }
 
-/// Whether a GPU can run the kernels of [`flash`].
-pub fn has_tensor_cores(device: &Device) -> bool {
-    device.is_cuda() && generation(device).is_ok_and(|major| major >= AMPERE)
-}
-
 fn generation(device: &Device) -> Result<i32> {
     attribute(device, CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)
 }
 
 fn attribute(device: &Device, attribute: CUdevice_attribute) -> Result<i32> {
     device.as_cuda_device()?.cuda_stream().context().attribute(attribute).map_err(failure)
+}
+
+/// How many of its blocks a GPU runs at once, if they are large.
+pub fn num_multiprocessors(device: &Device) -> Result<i32> {
+    attribute(device, CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
 }
 
 /// Name of a GPU, for people.

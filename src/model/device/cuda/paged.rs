@@ -14,7 +14,8 @@ use super::{
         attention::{LayerCache, PagedAttention, Projected, Rotary, Rows, attend_causally, turned},
         step::{Decodes, Prefill, Step},
     },
-    flash,
+    flash::{self, Workspace},
+    launch::{FUSED, fresh},
     rope::rope_and_cache,
 };
 
@@ -125,14 +126,19 @@ impl PagedAttention for Kernels {
     fn decode(&self, queries: &Tensor, cache: &LayerCache, decodes: &Decodes) -> Result<Tensor> {
         let queries = whole_rows(queries)?;
         let (_, heads, dim) = queries.dims3()?;
-        if flash::knows(dim, heads / cache.values.dim(1)?)
-            && flash::can_run(queries.device(), queries.dtype())
-            && let Some(attended) = flash::decode(&queries, cache, decodes, &self.counters)?
+        let kv_heads = cache.values.dim(1)?;
+        if flash::knows(dim, heads / kv_heads)
+            && decodes.len() * kv_heads <= flash::MAX_COUNTERS
+            && let Some(kernels) = flash::kernels(queries.device(), queries.dtype())
         {
-            return Ok(attended);
+            let out = fresh(queries.dims(), queries.dtype(), queries.device())?;
+            let len = flash::scratch_len(decodes.longest(), decodes.len(), kv_heads, dim);
+            let scratch = fresh(&[len], DType::F32, queries.device())?;
+            let workspace = Workspace { kernels, counters: &self.counters, scratch: &scratch };
+            flash::decode(workspace, &queries, None, cache, decodes, &out)?;
+            return Ok(out);
         }
         let scale = 1.0 / (dim as f32).sqrt();
-        let longest = decodes.context_lens.iter().copied().max().unwrap_or(0);
         paged_attention(
             &queries,
             None,
@@ -142,14 +148,18 @@ impl PagedAttention for Kernels {
             &decodes.block_tables.contiguous()?,
             &decodes.lens,
             None,
-            longest,
+            decodes.longest(),
             scale,
             NO_CAP,
             None,
         )
     }
 
+    fn counters(&self) -> Option<&Tensor> {
+        Some(&self.counters)
+    }
+
     fn can_be_recorded(&self) -> bool {
-        super::launch::FUSED.is_there()
+        FUSED.is_there()
     }
 }

@@ -8,7 +8,7 @@ use candle_core::quantized::{GgmlDType, QTensor};
 use super::{
     super::super::{Result, Tensor},
     fused::{THREADS, named},
-    launch::{Argument, FUSED, address, count, ensure, fresh},
+    launch::{Argument, FUSED, Grid, address, count, ensure, fresh},
 };
 
 /// Threads of a warp, which computes an output.
@@ -49,7 +49,7 @@ pub fn multiply(x: &Tensor, weight: &QTensor) -> Result<Option<Tensor>> {
     ];
     let (name, blocks) = (format!("quant_rows_{block}_{at_once}"), count(outputs)?.div_ceil(THREADS / WARP));
     // SAFETY: the sizes are those of the tensors, and `weight` outlives the call: its memory is freed in the same stream.
-    unsafe { FUSED.launch(&named(&name, &x), &x, (blocks, 1, 1), THREADS, &arguments) }?;
+    unsafe { FUSED.launch(&named(&name, &x), &x, Grid::rows(blocks, THREADS), &arguments) }?;
     Ok(Some(out))
 }
 

@@ -11,7 +11,7 @@ use super::{
         step::Step,
     },
     fused::{THREADS, named},
-    launch::{FUSED, address, address_or_none, count, ensure, fresh},
+    launch::{FUSED, Grid, address, address_or_none, count, ensure, fresh},
 };
 
 /// Adds the bias, turns queries and keys, and writes keys and values to `cache` where the step says. Gives all of them,
@@ -46,7 +46,7 @@ pub fn rope_and_cache(
     ];
     // SAFETY: sizes are as `check` found them. Positions and slots are the scheduler's, which has no others than those of the
     // context and of the cache.
-    unsafe { FUSED.launch(&named("rope_and_cache", &qkv), &qkv, (count(rows)?, 1, 1), THREADS, &arguments) }?;
+    unsafe { FUSED.launch(&named("rope_and_cache", &qkv), &qkv, Grid::rows(count(rows)?, THREADS), &arguments) }?;
     Ok(Some(out))
 }
 

@@ -1,49 +1,5 @@
-// Attention by tensor cores, for compute capability 8.0 and later: no score is ever written to memory. Compiled by NVRTC when it is first
-// needed; no header is included. Elements are f16 or bf16, sums f32. The order of things is that of FlashAttention-2
-// (arXiv 2307.08691): keys and values come in tiles, and what was summed is scaled anew when a larger score appears.
-
-typedef unsigned u32;
-typedef unsigned long long u64;
-typedef unsigned short u16;
-
-struct f16 {};
-struct bf16 {};
-
-// c += a b for 16 rows, 8 columns and 16 products each, as the tensor cores have them spread over a warp.
-__device__ inline void multiply(bf16, float *c, const u32 *a, u32 b0, u32 b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-__device__ inline void multiply(f16, float *c, const u32 *a, u32 b0, u32 b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-// Two numbers rounded, the first in the lower half.
-__device__ inline u32 pack(bf16, float low, float high) {
-  u32 both;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-  return both;
-}
-__device__ inline u32 pack(f16, float low, float high) {
-  u32 both;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-  return both;
-}
-
-__device__ inline u32 shared_address(const void *at) { return (u32)__cvta_generic_to_shared(at); }
-
-// Four matrices of 8 x 8 elements; each lane names a row of one of them.
-__device__ inline void load_matrices(u32 *out, const u16 *row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3]) : "r"(shared_address(row)) : "memory");
-}
-__device__ inline void load_matrices_transposed(u32 *out, const u16 *row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3]) : "r"(shared_address(row)) : "memory");
-}
+// Attention: no score is ever written to memory. The order of things is that of FlashAttention-2 (arXiv 2307.08691): keys and values
+// come in tiles, and what was summed is scaled anew when a larger score appears.
 
 // 16 bytes to shared memory while the threads go on; zeros where `is_there` is false.
 __device__ inline void copy_async(u16 *to, const u16 *from, bool is_there) {
@@ -200,47 +156,107 @@ __device__ void attend(const u16 *q, const u16 *k, const u16 *v, u16 *out, const
 // sequence's context is cut into `parts` of `partition` tokens.
 struct Paged { u32 q_row, kv_heads, group, columns, block_size, partition, parts; float scale; };
 
-constexpr u32 MAX_GROUP = 8, STEP = 16;
+// Where queries, keys and values come as a product gave them, `q` being all three: what is to be done to them before. Bias [heads + 2
+// kv_heads, D], cosines and sines [positions, D / 2]; the last token of each sequence goes to its slot, unless that is negative.
+struct Fresh { const u16 *bias, *cos, *sin; const long long *slots; u16 *keys, *values; };
+
+constexpr u32 MAX_GROUP = 8, STEP = 16, MAX_PARTS = 128;
+
+// Element `i` of D / 2 of a head, and the one it is turned with, biased and turned.
+template <typename T, u32 D>
+__device__ inline void turn(T kind, const u16 *from, const u16 *bias, const u16 *cos, const u16 *sin, u32 i, u16 &low, u16 &high) {
+  float a = widen(kind, from[i]), b = widen(kind, from[i + D / 2]);
+  if (bias) a += widen(kind, bias[i]), b += widen(kind, bias[i + D / 2]);
+  const float c = widen(kind, cos[i]), s = widen(kind, sin[i]);
+  low = narrow(kind, a * c - b * s);
+  high = narrow(kind, b * c + a * s);
+}
 
 // A block for one part of one sequence's context and one KV head, whose query heads, 8 at most, are the rows of its products. Warps take
 // turns at `STEP` tokens and read keys and values as they lie: which product of a matrix stands for which element is of no
 // account, as long as both sides agree. So a lane takes four neighbours where the tensor cores would have two pairs.
 // What the parts give is joined by the block that ends last. `counters` [sequences, kv_heads] are 0 before and after.
-template <typename T, u32 D>
+template <typename T, u32 D, bool IS_FRESH>
 __device__ void attend_paged(const u16 *q, const u16 *keys, const u16 *values, const u32 *tables, const u32 *lens, u16 *out,
-                             float *partial, u32 *counters, const Paged &sizes) {
+                             float *partial, u32 *counters, const Paged &sizes, const Fresh &fresh) {
   __shared__ float of_warp[WARPS][MAX_GROUP][D], tops[WARPS][MAX_GROUP], weights[WARPS][MAX_GROUP];
+  __shared__ float shares[MAX_PARTS][MAX_GROUP + 1];
+  __shared__ __align__(16) u16 turned[MAX_GROUP][D];
   __shared__ u32 is_last;
   const T kind{};
   const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, column = lane % 4;
   const u32 part = blockIdx.x, kv_head = blockIdx.y, sequence = blockIdx.z, block_size = sizes.block_size, group = sizes.group;
+  let_next_begin();
   const u32 len = lens[sequence], first = part * sizes.partition;
   if (first >= len) return;
   const u32 end = min(len, first + sizes.partition);
   const u32 *table = tables + (u64)sequence * sizes.columns;
-  q += (u64)sequence * sizes.q_row + (u64)kv_head * group * D;
   out += ((u64)sequence * sizes.kv_heads + kv_head) * group * D;
-
-  uint2 queries[D / 16];
-#pragma unroll
-  for (u32 step = 0; step < D / 16; step++)
-    queries[step] = row < group ? *(const uint2 *)(q + row * D + step * 16 + column * 4) : make_uint2(0, 0);
-
-  float sums[D / 8][4] = {}, total = 0, largest = __uint_as_float(NONE);
-  for (u32 start = first + warp * STEP; start < end; start += WARPS * STEP) {
+  uint2 low[D / 16], high[D / 16], of_step[D / 8];
+  const auto load = [&](u32 start) {
     // Fours of tokens lie in one block; those past the end are read from the last one, and count for nothing.
     const u32 of_keys = start + row / 2 * 4, of_values = start + column * 4;
     const u64 key_block = table[min(of_keys, len - 1) / block_size], value_block = table[min(of_values, len - 1) / block_size];
     const u16 *k = keys + (key_block * sizes.kv_heads + kv_head) * D * block_size +
                    (column / 2 * block_size + of_keys % block_size + row % 2) * 8 + column % 2 * 4;
     const u16 *v = values + (value_block * sizes.kv_heads + kv_head) * D * block_size + row * block_size + of_values % block_size;
+#pragma unroll
+    for (u32 step = 0; step < D / 16; step++) {
+      low[step] = *(const uint2 *)(k + step * 16 * block_size);
+      high[step] = *(const uint2 *)(k + step * 16 * block_size + 16);
+    }
+#pragma unroll
+    for (u32 i = 0; i < D / 8; i++) of_step[i] = *(const uint2 *)(v + i * 8 * block_size);
+  };
+  // What the cache has from earlier steps does not depend on the kernel before.
+  u32 start = first + warp * STEP;
+  if (start < end) load(start);
+  await_previous();
+
+  uint2 queries[D / 16];
+  const u16 *own = q + (u64)sequence * sizes.q_row + (u64)kv_head * group * D;
+  if (IS_FRESH) {
+    const u64 turning = (u64)(len - 1) * (D / 2), heads = (u64)sizes.kv_heads * group;
+    const u16 *cos = fresh.cos + turning, *sin = fresh.sin + turning, *bias = fresh.bias;
+    for (u32 i = threadIdx.x; i < group * (D / 2); i += WARPS * 32) {
+      const u32 head = i / (D / 2), element = i % (D / 2);
+      turn<T, D>(kind, own + head * D, bias ? bias + (kv_head * group + head) * D : nullptr, cos, sin, element,
+                 turned[head][element], turned[head][element + D / 2]);
+    }
+    // The part that ends with the new token puts it into the cache first.
+    const long long slot = fresh.slots[sequence];
+    if (end == len && slot >= 0) {
+      const u64 at = ((u64)slot / block_size * sizes.kv_heads + kv_head) * D * block_size, place = (u64)slot % block_size;
+      const u16 *key = q + (u64)sequence * sizes.q_row + (heads + kv_head) * D, *value = key + (u64)sizes.kv_heads * D;
+      const u16 *key_bias = bias ? bias + (heads + kv_head) * D : nullptr;
+      for (u32 i = threadIdx.x; i < D / 2; i += WARPS * 32) {
+        u16 low, high;
+        turn<T, D>(kind, key, key_bias, cos, sin, i, low, high);
+        fresh.keys[at + (i / 8 * block_size + place) * 8 + i % 8] = low;
+        fresh.keys[at + ((i + D / 2) / 8 * block_size + place) * 8 + i % 8] = high;
+      }
+      const u16 *value_bias = bias ? bias + (heads + sizes.kv_heads + kv_head) * D : nullptr;
+      for (u32 i = threadIdx.x; i < D; i += WARPS * 32)
+        fresh.values[at + i * block_size + place] =
+            bias ? narrow(kind, widen(kind, value[i]) + widen(kind, value_bias[i])) : value[i];
+    }
+    __syncthreads();
+    own = turned[0];
+    if (start < len && start + STEP >= len) load(start);
+  }
+#pragma unroll
+  for (u32 step = 0; step < D / 16; step++)
+    queries[step] = row < group ? *(const uint2 *)(own + row * D + step * 16 + column * 4) : make_uint2(0, 0);
+
+  float sums[D / 8][4] = {}, total = 0, largest = __uint_as_float(NONE);
+  for (; start < end; start += WARPS * STEP) {
+    const u32 of_values = start + column * 4;
     float scores[2][4] = {};
 #pragma unroll
     for (u32 step = 0; step < D / 16; step++) {
       const u32 a[4] = {queries[step].x, 0, queries[step].y, 0};
-      const uint2 low = *(const uint2 *)(k + step * 16 * block_size), high = *(const uint2 *)(k + step * 16 * block_size + 16);
-      multiply(kind, scores[0], a, low.x, low.y);
-      multiply(kind, scores[1], a, high.x, high.y);
+      multiply(kind, scores[0], a, low[step].x, low[step].y);
+      multiply(kind, scores[1], a, high[step].x, high[step].y);
     }
     float top = largest;
 #pragma unroll
@@ -266,37 +282,36 @@ __device__ void attend_paged(const u16 *q, const u16 *keys, const u16 *values, c
     const uint2 mask = make_uint2((is_there(0) ? 0xffff : 0) | (is_there(1) ? 0xffff0000 : 0),
                                   (is_there(2) ? 0xffff : 0) | (is_there(3) ? 0xffff0000 : 0));
 #pragma unroll
-    for (u32 i = 0; i < D / 8; i++) {
-      const uint2 four = *(const uint2 *)(v + i * 8 * block_size);
-      multiply(kind, sums[i], a, four.x & mask.x, four.y & mask.y);
-    }
+    for (u32 i = 0; i < D / 8; i++) multiply(kind, sums[i], a, of_step[i].x & mask.x, of_step[i].y & mask.y);
+    if (start + WARPS * STEP < end) load(start + WARPS * STEP);
   }
 
   total = row_sum(total);
 #pragma unroll
-  for (u32 i = 0; i < D / 8; i++) {
-    of_warp[warp][row][i * 8 + column * 2] = sums[i][0];
-    of_warp[warp][row][i * 8 + column * 2 + 1] = sums[i][1];
-  }
+  for (u32 i = 0; i < D / 8; i++) *(float2 *)&of_warp[warp][row][i * 8 + column * 2] = make_float2(sums[i][0], sums[i][1]);
   if (column == 0) tops[warp][row] = largest, weights[warp][row] = total;
   __syncthreads();
   const u32 active = (len + sizes.partition - 1) / sizes.partition;
-  partial += ((u64)sequence * sizes.kv_heads + kv_head) * sizes.parts * MAX_GROUP * (D + 2);
+  // Of each part and head D sums, the largest score, and the weight; padded to whole pieces of 16 bytes.
+  constexpr u32 PART = D + 4;
+  partial += ((u64)sequence * sizes.kv_heads + kv_head) * sizes.parts * MAX_GROUP * PART;
   for (u32 i = threadIdx.x; i < group * D; i += WARPS * 32) {
-    const u32 own = i / D, element = i % D;
-    float top = tops[0][own], sum = 0, weight = 0;
-    for (u32 other = 1; other < WARPS; other++) top = fmaxf(top, tops[other][own]);
+    const u32 head = i / D, element = i % D;
+    float top = tops[0][head], sum = 0, weight = 0;
+#pragma unroll
+    for (u32 other = 1; other < WARPS; other++) top = fmaxf(top, tops[other][head]);
+#pragma unroll
     for (u32 other = 0; other < WARPS; other++) {
-      const float share = exp2f((tops[other][own] - top) * sizes.scale);
-      sum += share * of_warp[other][own][element];
-      weight += share * weights[other][own];
+      const float share = exp2f((tops[other][head] - top) * sizes.scale);
+      sum += share * of_warp[other][head][element];
+      weight += share * weights[other][head];
     }
     if (active == 1) {
-      out[i] = (u16)pack(kind, sum / weight, 0);
+      out[i] = narrow(kind, sum / weight);
     } else {
-      float *to = partial + ((u64)part * MAX_GROUP + own) * (D + 2);
+      float *to = partial + ((u64)part * MAX_GROUP + head) * PART;
       to[element] = sum;
-      if (element == 0) to[D] = top, to[D + 1] = weight;
+      if (element == 0) *(float2 *)(to + D) = make_float2(top, weight);
     }
   }
   if (active == 1) return;
@@ -307,18 +322,40 @@ __device__ void attend_paged(const u16 *q, const u16 *keys, const u16 *values, c
   __syncthreads();
   if (!is_last) return;
   __threadfence();
-  for (u32 i = threadIdx.x; i < group * D; i += WARPS * 32) {
-    const u32 own = i / D, element = i % D;
-    const volatile float *from = partial + own * (D + 2);
-    float top = __uint_as_float(NONE), sum = 0, weight = 0;
-    for (u32 other = 0; other < active; other++) top = fmaxf(top, from[(u64)other * MAX_GROUP * (D + 2) + D]);
-    for (u32 other = 0; other < active; other++) {
-      const volatile float *its = from + (u64)other * MAX_GROUP * (D + 2);
-      const float share = exp2f((its[D] - top) * sizes.scale);
-      sum += share * its[element];
-      weight += share * its[D + 1];
+  // How much each part counts, for each head, by the lanes that share it.
+  constexpr u32 HELPERS = WARPS * 32 / MAX_GROUP;
+  const u32 head = threadIdx.x / HELPERS, helper = threadIdx.x % HELPERS;
+  float top = __uint_as_float(NONE), weight = 0;
+  for (u32 other = helper; other < active; other += HELPERS) {
+    const float2 its = __ldcg((const float2 *)(partial + ((u64)other * MAX_GROUP + head) * PART + D));
+    const float shrink = weight == 0 ? 0 : exp2f((top - fmaxf(top, its.x)) * sizes.scale);
+    top = fmaxf(top, its.x);
+    weight = weight * shrink + its.y * exp2f((its.x - top) * sizes.scale);
+    shares[other][head] = its.x;
+  }
+#pragma unroll
+  for (u32 distance = HELPERS / 2; distance > 0; distance /= 2) {
+    const float its_top = __shfl_xor_sync(0xffffffffu, top, distance), its_weight = __shfl_xor_sync(0xffffffffu, weight, distance);
+    const float both = fmaxf(top, its_top);
+    // Of a lane that had no part, the weight is 0.
+    weight = (weight == 0 ? 0 : weight * exp2f((top - both) * sizes.scale)) + (its_weight == 0 ? 0 : its_weight * exp2f((its_top - both) * sizes.scale));
+    top = both;
+  }
+  for (u32 other = helper; other < active; other += HELPERS) shares[other][head] = exp2f((shares[other][head] - top) * sizes.scale) / weight;
+  __syncwarp();
+  // The same lanes add up their head.
+  if (head < group) {
+    for (u32 element = helper * 4; element < D; element += HELPERS * 4) {
+      const float *from = partial + (u64)head * PART + element;
+      float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll 8
+      for (u32 other = 0; other < active; other++) {
+        const float4 its = __ldcg((const float4 *)(from + (u64)other * MAX_GROUP * PART));
+        const float share = shares[other][head];
+        sum.x += share * its.x, sum.y += share * its.y, sum.z += share * its.z, sum.w += share * its.w;
+      }
+      *(uint2 *)(out + head * D + element) = make_uint2(pack(kind, sum.x, sum.y), pack(kind, sum.z, sum.w));
     }
-    out[i] = (u16)pack(kind, sum / weight, 0);
   }
   if (threadIdx.x == 0) *counter = 0;
 }
@@ -328,13 +365,12 @@ __device__ void attend_paged(const u16 *q, const u16 *keys, const u16 *values, c
                                                                             u16 *out, const Sizes sizes) {               \
     attend<T, D>(q, k, v, out, sizes);                                                                                   \
   }
-#define FOR_PAGED(T, D)                                                                                                  \
+#define FOR_PAGED(name, T, D, is_fresh)                                                                                  \
   extern "C" __global__ void __launch_bounds__(WARPS * 32)                                                               \
-  attend_paged_##T##_##D(const u16 *q, const u16 *keys, const u16 *values, const u32 *tables, const u32 *lens, u16 *out, \
-                         float *partial, u32 *counters, const Paged sizes) {                                             \
-    attend_paged<T, D>(q, keys, values, tables, lens, out, partial, counters, sizes);                                    \
+  name##_##T##_##D(const u16 *q, const u16 *keys, const u16 *values, const u32 *tables, const u32 *lens, u16 *out,       \
+                   float *partial, u32 *counters, const Paged sizes, const Fresh fresh) {                                \
+    attend_paged<T, D, is_fresh>(q, keys, values, tables, lens, out, partial, counters, sizes, fresh);                   \
   }
-FOR(f16, 64) FOR(f16, 80) FOR(f16, 128)
-FOR(bf16, 64) FOR(bf16, 80) FOR(bf16, 128)
-FOR_PAGED(f16, 64) FOR_PAGED(f16, 80) FOR_PAGED(f16, 128)
-FOR_PAGED(bf16, 64) FOR_PAGED(bf16, 80) FOR_PAGED(bf16, 128)
+#define FOR_ALL(T, D) FOR(T, D) FOR_PAGED(attend_paged, T, D, false) FOR_PAGED(attend_fresh, T, D, true)
+FOR_ALL(f16, 64) FOR_ALL(f16, 80) FOR_ALL(f16, 128)
+FOR_ALL(bf16, 64) FOR_ALL(bf16, 80) FOR_ALL(bf16, 128)
