@@ -227,7 +227,7 @@ pub struct EngineConfig {
     pub max_running_sequences: usize,
     /// Sequences waiting for a place in a step (requests still fetching or decoding included), for all engines together.
     pub max_waiting_sequences: usize,
-    /// Prompt tokens computed in one step.
+    /// Prompt tokens computed in one step; 0: as many as a CPU should.
     pub max_prefill_tokens: usize,
     /// Frames encoded in one step; 0: two of 384 x 384, or as many smaller ones as have the same pixels.
     pub max_encode_frames: usize,
@@ -245,7 +245,18 @@ pub struct EngineConfig {
 /// the kernels where frames are small.
 const ENCODE_STEP_PIXELS: usize = 2 * 384 * 384;
 
+/// Prompt tokens computed in one step on a CPU, unless the configuration says.
+const PREFILL_TOKENS: usize = 512;
+
 impl EngineConfig {
+    /// Prompt tokens that are computed in one step.
+    pub fn prefill_tokens_a_step(&self) -> usize {
+        match self.max_prefill_tokens {
+            0 => PREFILL_TOKENS,
+            tokens => tokens,
+        }
+    }
+
     /// Frames of `image_size` x `image_size` pixels that are encoded in one step.
     pub fn encode_frames_a_step(&self, image_size: usize) -> usize {
         match self.max_encode_frames {
@@ -381,7 +392,7 @@ impl Default for EngineConfig {
             kv_cache_in_16_bits: false,
             max_running_sequences: 64,
             max_waiting_sequences: 128,
-            max_prefill_tokens: 512,
+            max_prefill_tokens: 0,
             max_encode_frames: 0,
             max_cached_videos: 32,
             max_context_tokens: 0,

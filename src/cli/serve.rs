@@ -103,9 +103,10 @@ pub struct ServeArgs {
     /// Requests that wait, for all devices together; more are answered 429.
     #[arg(long, value_name = "N", default_value_t = 128)]
     pub max_waiting: usize,
-    /// Prompt tokens computed in one step: less is smoother for running streams, more starts new ones sooner.
-    #[arg(long, value_name = "N", default_value_t = 512)]
-    pub max_prefill_tokens: usize,
+    /// Prompt tokens computed in one step: less is smoother for running streams, more starts new ones sooner [default: 512, or 2048
+    /// on a GPU].
+    #[arg(long, value_name = "N")]
+    pub max_prefill_tokens: Option<usize>,
     /// Frames encoded in one step [default: two of 384 x 384, more of smaller ones].
     #[arg(long, value_name = "N")]
     pub max_encode_frames: Option<usize>,
@@ -179,7 +180,9 @@ impl ServeArgs {
             max_cached_videos: defaults.max_cached_videos.max(self.max_videos_per_request),
             max_running_sequences: self.max_running.max(1),
             max_waiting_sequences: self.max_waiting,
-            max_prefill_tokens: self.max_prefill_tokens.max(1),
+            max_prefill_tokens: self
+                .max_prefill_tokens
+                .map_or(defaults.max_prefill_tokens, |tokens| tokens.max(1)),
             max_encode_frames: self
                 .max_encode_frames
                 .map_or(defaults.max_encode_frames, |frames| frames.max(1)),

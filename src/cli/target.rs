@@ -13,6 +13,8 @@ use crate::{
 
 /// Frames encoded in one step unless the command line says: a whole video.
 const ENCODE_FRAMES: usize = 16;
+/// Prompt tokens computed in one step unless the command line says: most prompts at once.
+const PREFILL_TOKENS: usize = 2048;
 
 /// A device and what the model computes in there.
 #[derive(Debug, Clone)]
@@ -62,6 +64,9 @@ impl Target {
         let mut config = config;
         if config.max_encode_frames == 0 {
             config.max_encode_frames = ENCODE_FRAMES;
+        }
+        if config.max_prefill_tokens == 0 {
+            config.max_prefill_tokens = PREFILL_TOKENS;
         }
         if options.kv_cache_mib.is_none()
             && let Some(bytes) = placement::cache_bytes(&self.device, options.gpu_memory_utilization)

@@ -155,7 +155,7 @@ impl Worker {
             block_size: config.block_size,
             num_blocks: limits.num_blocks,
             max_running_sequences: config.max_running_sequences,
-            max_prefill_tokens: config.max_prefill_tokens,
+            max_prefill_tokens: config.prefill_tokens_a_step(),
             max_encode_frames: config.encode_frames_a_step(model.shape().image_size),
             max_cached_videos: config.max_cached_videos,
             prefix_cache: config.prefix_cache,

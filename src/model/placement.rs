@@ -104,7 +104,8 @@ fn open_gpu(ordinal: usize) -> Result<Device, PlacementError> {
     // One line of it: what follows is a backtrace.
     let first_line =
         |error: super::ModelError| error.to_string().lines().next().unwrap_or_default().to_owned();
-    super::device::cuda::open(ordinal).map_err(|error| PlacementError::Unusable { ordinal, reason: first_line(error) })
+    super::device::cuda::open(ordinal)
+        .map_err(|error| PlacementError::Unusable { ordinal, reason: first_line(error) })
 }
 
 #[cfg(not(feature = "cuda"))]

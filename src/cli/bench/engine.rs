@@ -213,9 +213,12 @@ impl Bench<'_> {
     async fn decode(&self, batch: usize) -> anyhow::Result<Row> {
         let mut steps = Vec::new();
         for _ in 0..self.args.repeat {
-            let sequences = (0..batch).map(|_| self.sequence(0, self.args.decode_steps + 1));
-            let streams =
-                sequences.map(|sequence| submit(&self.started.engine, sequence)).collect::<Result<_, _>>()?;
+            // Made once: a device would be done with the first before the last was there.
+            let sequences = vec![self.sequence(0, self.args.decode_steps + 1); batch];
+            let streams = sequences
+                .into_iter()
+                .map(|sequence| submit(&self.started.engine, sequence))
+                .collect::<Result<_, _>>()?;
             finish(streams).await?;
             let reports = self.reports.take();
             let pure =

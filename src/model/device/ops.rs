@@ -35,7 +35,10 @@ pub fn add_rms_norm(x: &Tensor, delta: &Tensor, weight: &Tensor, eps: f64) -> Re
 pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     if x.device().is_cuda() {
-        return candle_nn::ops::layer_norm(&x.contiguous()?, weight, bias, eps as f32);
+        return match super::cuda::fused::layer_norm(x, weight, bias, eps)? {
+            Some(normed) => Ok(normed),
+            None => candle_nn::ops::layer_norm(&x.contiguous()?, weight, bias, eps as f32),
+        };
     }
     let wide = x.to_dtype(DType::F32)?;
     let centred = wide.broadcast_sub(&wide.mean_keepdim(D::Minus1)?)?;

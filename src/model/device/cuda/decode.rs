@@ -123,7 +123,10 @@ impl<'a> Few<'a> {
     fn look_up(&self, table: &Tensor, ids: &Tensor, out: &Tensor) -> Result<()> {
         // Sixteen bytes at a time.
         let width = table.dim(1)? / 8;
-        ensure(table.is_contiguous() && table.layout().start_offset().is_multiple_of(8), "rows of a table that is not whole")?;
+        ensure(
+            table.is_contiguous() && table.layout().start_offset().is_multiple_of(8),
+            "rows of a table that is not whole",
+        )?;
         let arguments = [address(table)?, address(ids)?, address(out)?, count(width)?.into()];
         let grid = Grid { begins_early: true, ..Grid::rows(count(out.dim(0)?)?, 256) };
         // SAFETY: ids are those of tokens that there are.
@@ -149,7 +152,8 @@ impl<'a> Few<'a> {
             && out.elem_count() == rows * width;
         ensure(fits, "a product of other rows")?;
         let place = |x: Option<&Tensor>| x.map_or(Ok(0), start_of);
-        let words = |low: usize, high: u32| Ok::<_, ModelError>(u64::from(count(low)?) | u64::from(high) << 32);
+        let words =
+            |low: usize, high: u32| Ok::<_, ModelError>(u64::from(count(low)?) | u64::from(high) << 32);
         let product = Argument::Longs(vec![
             start_of(weight)?,
             start_of(x)?,

@@ -43,12 +43,7 @@ pub fn kernels(device: &Device, dtype: DType) -> Option<&'static Source> {
 /// `queries` `[batch, heads, m, d]` over `keys` and `values` `[batch, kv_heads, n, d]`, to `[batch, heads, m, d]`; where
 /// `is_causal` the last query sees the last key, and each one before it one key less. Consecutive heads share a KV head. None where
 /// the kernels do not know the type or the width.
-pub fn attend(
-    queries: &Tensor,
-    keys: &Tensor,
-    values: &Tensor,
-    is_causal: bool,
-) -> Result<Option<Tensor>> {
+pub fn attend(queries: &Tensor, keys: &Tensor, values: &Tensor, is_causal: bool) -> Result<Option<Tensor>> {
     let ((batch, heads, m, d), (_, kv_heads, n, _)) = (queries.dims4()?, keys.dims4()?);
     let dtype = queries.dtype();
     let Some(width) = WIDTHS.into_iter().find(|&width| width >= d) else { return Ok(None) };
@@ -76,13 +71,8 @@ pub fn attend(
         sizes.push(count(size)?);
     }
     sizes.push(scale(d).to_bits());
-    let arguments = [
-        address(&queries)?,
-        address(&keys)?,
-        address(&values)?,
-        address(&out)?,
-        Argument::Words(sizes),
-    ];
+    let arguments =
+        [address(&queries)?, address(&keys)?, address(&values)?, address(&out)?, Argument::Words(sizes)];
     let grid = (count(m.div_ceil(TILE))?, count(heads)?, count(batch)?);
     let name = format!("attend_{}_{width}", dtype.as_str());
     // SAFETY: sizes and strides are those of the tensors; pieces of 16 bytes are aligned.
@@ -230,7 +220,9 @@ mod tests {
 
     #[test]
     fn parts_cover_the_longest_context() {
-        for (longest, rows) in [(1, 2), (64, 2), (65, 2), (640, 2), (640, 256), (8192, 2), (32_768, 2), (8192, 1024)] {
+        for (longest, rows) in
+            [(1, 2), (64, 2), (65, 2), (640, 2), (640, 256), (8192, 2), (32_768, 2), (8192, 1024)]
+        {
             let (partition, parts) = parts(longest, rows);
             assert!(partition.is_multiple_of(PART) && partition * parts >= longest, "{longest} {rows}");
             assert!(partition * (parts - 1) < longest, "{longest} {rows}");
@@ -248,7 +240,11 @@ mod tests {
         };
         for (dtype, tolerance) in [(DType::F16, 2e-3), (DType::BF16, 2e-2)] {
             for (batch, heads, m, n, d) in [(3, 4, 70, 130, 72), (1, 2, 5, 7, 128), (2, 8, 64, 64, 64)] {
-                let (q, k, v) = (noise([batch, heads, m, d], 1), noise([batch, heads, n, d], 2), noise([batch, heads, n, d], 3));
+                let (q, k, v) = (
+                    noise([batch, heads, m, d], 1),
+                    noise([batch, heads, n, d], 2),
+                    noise([batch, heads, n, d], 3),
+                );
                 let expected = attention::attend(&q, &k, &v).unwrap();
                 let there = |x: &Tensor| x.to_dtype(dtype).unwrap().to_device(&gpu).unwrap();
                 let got = attend(&there(&q), &there(&k), &there(&v), false).unwrap().unwrap();

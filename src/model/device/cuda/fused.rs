@@ -12,6 +12,8 @@ use super::{
 
 /// Threads of a block; whole warps, 32 at most.
 pub(super) const THREADS: u32 = 256;
+/// What a thread reads at once where it can.
+const VECTOR_BYTES: usize = 16;
 
 /// `x + delta` and its norm.
 pub fn add_rms_norm(
@@ -25,7 +27,10 @@ pub fn add_rms_norm(
     }
     let (x, delta) = (x.contiguous()?, delta.contiguous()?);
     let (rows, width) = rows(&x)?;
-    ensure(x.dims() == delta.dims() && weight.dims() == [width as usize], "a sum of rows of different widths")?;
+    ensure(
+        x.dims() == delta.dims() && weight.dims() == [width as usize],
+        "a sum of rows of different widths",
+    )?;
     ensure(x.dtype() == delta.dtype() && x.dtype() == weight.dtype(), "a sum of different types")?;
     let both = fresh(&[&[2], x.dims()].concat(), x.dtype(), x.device())?;
     let arguments = [
@@ -37,9 +42,35 @@ pub fn add_rms_norm(
         width.into(),
         (eps as f32).into(),
     ];
+    let (name, _) = widest("add_rms_norm", width, &[&x, &delta, weight]);
     // SAFETY: each row of `x`, `delta` and of both halves of `both`, and `weight`, have `width` elements.
-    unsafe { FUSED.launch(&named("add_rms_norm", &x), &x, Grid::rows(rows, THREADS), &arguments) }?;
+    unsafe { FUSED.launch(&name, &x, Grid::rows(rows, THREADS), &arguments) }?;
     Ok(Some((both.get(0)?, both.get(1)?)))
+}
+
+/// `(x - mean) / deviation x weight + bias` over the last dimension.
+pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Option<Tensor>> {
+    if !FUSED.is_there() {
+        return Ok(None);
+    }
+    let x = x.contiguous()?;
+    let (rows, width) = rows(&x)?;
+    let of_width = |y: &Tensor| y.dims() == [width as usize] && y.dtype() == x.dtype();
+    ensure(of_width(weight) && of_width(bias), "a norm of another width")?;
+    let out = fresh(x.dims(), x.dtype(), x.device())?;
+    let arguments = [
+        address(&x)?,
+        address(weight)?,
+        address(bias)?,
+        address(&out)?,
+        rows.into(),
+        width.into(),
+        (eps as f32).into(),
+    ];
+    let (name, _) = widest("layer_norm", width, &[&x, weight, bias]);
+    // SAFETY: each row of `x` and `out`, `weight` and `bias` have `width` elements.
+    unsafe { FUSED.launch(&name, &x, Grid::rows(rows.div_ceil(THREADS / 32), THREADS), &arguments) }?;
+    Ok(Some(out))
 }
 
 /// `[…, 2 width]`, gate then up, to `silu(gate) x up`.
@@ -54,10 +85,10 @@ pub fn silu_mul(x: &Tensor) -> Result<Option<Tensor>> {
         *last /= 2;
     }
     let out = fresh(&dims, x.dtype(), x.device())?;
-    let blocks = count(out.elem_count().div_ceil(THREADS as usize))?;
     let arguments = [address(&x)?, address(&out)?, rows.into(), (both / 2).into()];
+    let (name, at_once) = widest("silu_mul", both / 2, &[&x]);
     // SAFETY: the kernel looks at the number of elements.
-    unsafe { FUSED.launch(&named("silu_mul", &x), &x, Grid::rows(blocks, THREADS), &arguments) }?;
+    unsafe { FUSED.launch(&name, &x, elements(&out, at_once)?, &arguments) }?;
     Ok(Some(out))
 }
 
@@ -92,7 +123,10 @@ pub fn finish_rows(
     let (rows, width) = rows(&x)?;
     let residual = residual.map(Tensor::contiguous).transpose()?;
     ensure(bias.is_none_or(|bias| bias.dims() == [width as usize]), "a bias of another width")?;
-    ensure(residual.as_ref().is_none_or(|residual| residual.dims() == x.dims()), "a residual of another shape")?;
+    ensure(
+        residual.as_ref().is_none_or(|residual| residual.dims() == x.dims()),
+        "a residual of another shape",
+    )?;
     let others = [bias, residual.as_ref()];
     ensure(others.iter().flatten().all(|other| other.dtype() == x.dtype()), "a sum of different types")?;
     let out = fresh(x.dims(), x.dtype(), x.device())?;
@@ -101,17 +135,36 @@ pub fn finish_rows(
         address_or_none(bias)?,
         address_or_none(residual.as_ref())?,
         address(&out)?,
+        rows.into(),
         width.into(),
         u32::from(gelu).into(),
     ];
-    // SAFETY: each row of what is there has `width` elements.
-    unsafe { FUSED.launch(&named("finish_rows", &x), &x, Grid::rows(rows, THREADS), &arguments) }?;
+    let tensors = [Some(&x), bias, residual.as_ref()];
+    let (name, at_once) = widest("finish_rows", width, &tensors.into_iter().flatten().collect::<Vec<_>>());
+    // SAFETY: each row of what is there has `width` elements; the kernel looks at their number.
+    unsafe { FUSED.launch(&name, &x, elements(&out, at_once)?, &arguments) }?;
     Ok(Some(out))
 }
 
 /// The kernel of this name for the type of `x`.
 pub(super) fn named(kernel: &str, x: &Tensor) -> String {
     format!("{kernel}_{}", x.dtype().as_str())
+}
+
+/// The kernel of this name for rows of `width` in these tensors, whose first has the type; and how many elements it takes at once.
+fn widest(kernel: &str, width: u32, tensors: &[&Tensor]) -> (String, usize) {
+    let name = named(kernel, tensors[0]);
+    let most = VECTOR_BYTES / tensors[0].dtype().size_in_bytes();
+    let fits = |n: usize| n.is_multiple_of(most);
+    match fits(width as usize) && tensors.iter().all(|x| fits(x.layout().start_offset())) {
+        true => (format!("{name}_wide"), most),
+        false => (name, 1),
+    }
+}
+
+/// A thread for every so many elements.
+fn elements(out: &Tensor, at_once: usize) -> Result<Grid> {
+    Ok(Grid::rows(count(out.elem_count().div_ceil(at_once * THREADS as usize))?, THREADS))
 }
 
 /// Rows and width of contiguous elements.
@@ -137,9 +190,12 @@ mod tests {
             let values: Vec<f32> = noise(rows * width, seed).collect();
             Tensor::from_vec(values, (rows, width), &Device::Cpu).unwrap()
         };
-        for (dtype, tolerance) in [(DType::F32, 1e-5), (DType::F16, 4e-3), (DType::BF16, 3e-2)] {
-            let (x, delta) = (tensor(5, 2050, 1), tensor(5, 2050, 2));
-            let weight = tensor(1, 2050, 3).squeeze(0).unwrap();
+        let types = [(DType::F32, 1e-5), (DType::F16, 4e-3), (DType::BF16, 3e-2)];
+        // Rows that are read in pieces of 16 bytes, and others.
+        for ((dtype, tolerance), width) in types.into_iter().flat_map(|kind| [2048, 2050].map(|w| (kind, w)))
+        {
+            let (x, delta) = (tensor(5, width, 1), tensor(5, width, 2));
+            let weight = tensor(1, width, 3).squeeze(0).unwrap();
             let there = |x: &Tensor| x.to_dtype(dtype).unwrap().to_device(&gpu).unwrap();
             let close = |got: &Tensor, expected: &Tensor| {
                 let got = got.to_device(&Device::Cpu).unwrap().to_dtype(DType::F32).unwrap();
@@ -147,6 +203,8 @@ mod tests {
                 let off = off.to_scalar::<f32>().unwrap();
                 assert!(off < tolerance, "{dtype:?}: {off}");
             };
+            let normed = layer_norm(&there(&x), &there(&weight), &there(&weight), 1e-6).unwrap().unwrap();
+            close(&normed, &ops::layer_norm(&x, &weight, &weight, 1e-6).unwrap());
             let (sum, normed) =
                 add_rms_norm(&there(&x), &there(&delta), &there(&weight), 1e-6).unwrap().unwrap();
             let (plain_sum, plain_normed) = ops::add_rms_norm(&x, &delta, &weight, 1e-6).unwrap();
@@ -156,9 +214,11 @@ mod tests {
             let ids = Tensor::new(&[4u32, 0, 0, 3], &Device::Cpu).unwrap();
             let gathered = gather_rows(&there(&x), &ids.to_device(&gpu).unwrap()).unwrap().unwrap();
             close(&gathered, &ops::gather_rows(&x, &ids).unwrap());
-            for (bias, residual, gelu) in
-                [(Some(&weight), None, true), (Some(&weight), Some(&delta), false), (None, Some(&delta), false)]
-            {
+            for (bias, residual, gelu) in [
+                (Some(&weight), None, true),
+                (Some(&weight), Some(&delta), false),
+                (None, Some(&delta), false),
+            ] {
                 let (own_bias, own_residual) = (bias.map(there), residual.map(there));
                 let finished = finish_rows(&there(&x), own_bias.as_ref(), own_residual.as_ref(), gelu);
                 close(&finished.unwrap().unwrap(), &ops::finish_rows(&x, bias, residual, gelu).unwrap());

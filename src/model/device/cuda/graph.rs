@@ -10,9 +10,7 @@ use candle_core::{
     CudaDevice, DType, Device, TensorId,
     cuda::cudarc::driver::{
         CudaGraph,
-        sys::{
-            self, CUgraphInstantiate_flags, CUgraphNode, CUgraphNodeType, CUstreamCaptureMode,
-        },
+        sys::{self, CUgraphInstantiate_flags, CUgraphNode, CUgraphNodeType, CUstreamCaptureMode},
     },
 };
 
@@ -292,9 +290,13 @@ mod tests {
 
     #[test]
     fn a_step_takes_the_next_larger_recording() {
-        for (sequences, context_len, expected) in
-            [(1, 1, (1, 32)), (3, 512, (4, 32)), (5, 513, (8, 64)), (65, 600, (96, 64)), (128, 8192, (128, 512))]
-        {
+        for (sequences, context_len, expected) in [
+            (1, 1, (1, 32)),
+            (3, 512, (4, 32)),
+            (5, 513, (8, 64)),
+            (65, 600, (96, 64)),
+            (128, 8192, (128, 512)),
+        ] {
             let size = Size::of(&step(sequences, context_len), 16).unwrap();
             assert_eq!((size.sequences, size.columns), expected);
         }

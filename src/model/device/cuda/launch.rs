@@ -12,9 +12,7 @@ use candle_core::{
         cudarc::{
             driver::{
                 DevicePtr, DeviceRepr,
-                sys::{
-                    self, CUlaunchAttribute, CUlaunchAttributeID, CUlaunchAttributeValue, CUlaunchConfig,
-                },
+                sys::{self, CUlaunchAttribute, CUlaunchAttributeID, CUlaunchAttributeValue, CUlaunchConfig},
             },
             nvrtc,
         },
@@ -123,13 +121,7 @@ impl Source {
     ///
     /// # Safety
     /// The arguments must be those of the kernel, and what they point to as large as it takes it to be.
-    pub unsafe fn launch(
-        &self,
-        name: &str,
-        like: &Tensor,
-        grid: Grid,
-        arguments: &[Argument],
-    ) -> Result<()> {
+    pub unsafe fn launch(&self, name: &str, like: &Tensor, grid: Grid, arguments: &[Argument]) -> Result<()> {
         let Some(ptx) = self.ptx() else { return bug("a kernel that could not be compiled") };
         let device = like.device().as_cuda_device()?;
         let function = device.get_or_load_custom_func(name, self.module, ptx)?;
@@ -260,9 +252,9 @@ mod tests {
 
     fn assert_has(source: &Source, kernels: &[String]) {
         match source.compiled() {
-            Ok(ptx) => kernels
-                .iter()
-                .for_each(|name| assert!(ptx.contains(&format!(".entry {name}(")), "{name}")),
+            Ok(ptx) => {
+                kernels.iter().for_each(|name| assert!(ptx.contains(&format!(".entry {name}(")), "{name}"))
+            }
             Err(reason) if reason.contains("not installed") => println!("skipped: {reason}"),
             Err(reason) => panic!("{reason}"),
         }
@@ -270,15 +262,23 @@ mod tests {
 
     #[test]
     fn the_kernels_compile_where_nvrtc_is_installed() {
-        let products = ["q8", "q4"].map(|block| [1, 2, 4, 8].map(|rows| format!("quant_rows_{block}_{rows}")));
-        let others = ["add_rms_norm", "silu_mul", "gather_rows", "finish_rows", "rope_and_cache"];
-        let any_type = products.concat().into_iter().chain(others.map(str::to_owned));
+        let products =
+            ["q8", "q4"].map(|block| [1, 2, 4, 8].map(|rows| format!("quant_rows_{block}_{rows}")));
+        let rows = ["add_rms_norm", "layer_norm", "silu_mul", "finish_rows"];
+        let any_type = products
+            .concat()
+            .into_iter()
+            .chain(rows.iter().chain(&["gather_rows", "rope_and_cache"]).map(|&name| name.into()));
         let names = any_type.flat_map(|name| ["f32", "f16", "bf16"].map(|kind| format!("{name}_{kind}")));
-        assert_has(&FUSED, &names.collect::<Vec<_>>());
+        let wide =
+            rows.iter().flat_map(|name| ["f32", "f16", "bf16"].map(|kind| format!("{name}_{kind}_wide")));
+        assert_has(&FUSED, &names.chain(wide).collect::<Vec<_>>());
 
         let mut names = vec!["look_up".to_owned()];
         for kind in ["f16", "bf16"] {
-            names.extend(["product", "normed_product", "normed_gated_product"].map(|name| format!("{name}_{kind}")));
+            names.extend(
+                ["product", "normed_product", "normed_gated_product"].map(|name| format!("{name}_{kind}")),
+            );
             for name in ["attend", "attend_paged", "attend_fresh"] {
                 names.extend([64, 80, 128].map(|width| format!("{name}_{kind}_{width}")));
             }

@@ -46,11 +46,19 @@ pub fn rope_and_cache(
     ];
     // SAFETY: sizes are as `check` found them. Positions and slots are the scheduler's, which has no others than those of the
     // context and of the cache.
-    unsafe { FUSED.launch(&named("rope_and_cache", &qkv), &qkv, Grid::rows(count(rows)?, THREADS), &arguments) }?;
+    unsafe {
+        FUSED.launch(&named("rope_and_cache", &qkv), &qkv, Grid::rows(count(rows)?, THREADS), &arguments)
+    }?;
     Ok(Some(out))
 }
 
-fn check(projected: &Projected, qkv: &Tensor, cache: &LayerCache, rotary: &Rotary, step: &Step) -> Result<()> {
+fn check(
+    projected: &Projected,
+    qkv: &Tensor,
+    cache: &LayerCache,
+    rotary: &Rotary,
+    step: &Step,
+) -> Result<()> {
     let (rows, heads, dim) = qkv.dims3()?;
     let (num_blocks, kv_heads, pieces, block_size, x) = cache.keys.dims5()?;
     let dtype = qkv.dtype();
@@ -91,9 +99,8 @@ mod tests {
         let (cos, sin) = (noise(9 * dim / 2, 2), noise(9 * dim / 2, 3));
         let (positions, slots) = ([8u32, 0, 3, 3, 1], [17i64, 63, -1, 0, 40]);
         let biased: Vec<f32> = qkv.iter().zip(bias.iter().cycle()).map(|(x, bias)| x + bias).collect();
-        let of_rows = |table: &[f32]| {
-            positions.map(|at| table[at as usize * dim / 2..][..dim / 2].to_vec()).concat()
-        };
+        let of_rows =
+            |table: &[f32]| positions.map(|at| table[at as usize * dim / 2..][..dim / 2].to_vec()).concat();
         for (dtype, tolerance) in [(DType::F32, 1e-6), (DType::F16, 4e-3), (DType::BF16, 4e-2)] {
             let vector = 16 / dtype.size_in_bytes();
             let sizes = Sizes { num_heads, num_kv_heads, dim, block_size, vector };

@@ -20,35 +20,116 @@ __device__ inline void narrow(float x, bf16 &out) {
   out.bits = x != x ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
 
-// One block a row. `out` holds all sums `x + delta`, then all of their norms.
-template <typename T>
-__device__ void add_rms_norm(const T *x, const T *delta, const T *weight, T *out, unsigned rows, unsigned width, float eps) {
-  const unsigned long long start = (unsigned long long)blockIdx.x * width;
-  T *sum = out + start, *normed = out + (unsigned long long)rows * width + start;
-  float squares = 0;
-  for (unsigned i = threadIdx.x; i < width; i += blockDim.x) {
-    narrow(widen(x[start + i]) + widen(delta[start + i]), sum[i]);
-    const float rounded = widen(sum[i]);
-    squares += rounded * rounded;
-  }
-  for (int distance = 16; distance > 0; distance /= 2) squares += __shfl_xor_sync(0xffffffffu, squares, distance);
+// Neighbours that are read and written at once: N is 1, or 16 bytes' worth where a row is a multiple of that.
+template <typename T, unsigned N> struct alignas(N * sizeof(T)) some { T of[N]; };
+
+// The sum over a block of its threads' numbers.
+__device__ inline float block_sum(float x) {
   __shared__ float of_warp[32];
-  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = squares;
+  for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(0xffffffffu, x, distance);
+  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = x;
   __syncthreads();
   float total = 0;
   for (unsigned warp = 0; warp < blockDim.x / 32; warp++) total += of_warp[warp];
-  const float scale = 1.0f / sqrtf(total / width + eps);
-  for (unsigned i = threadIdx.x; i < width; i += blockDim.x) narrow(widen(sum[i]) * scale * widen(weight[i]), normed[i]);
+  return total;
 }
 
-// One thread an element of `out` [rows, width]; `x` [rows, 2 width] holds gates, then ups.
-template <typename T>
+// One block a row. `out` holds all sums `x + delta`, then all of their norms.
+template <typename T, unsigned N>
+__device__ void add_rms_norm(const T *x, const T *delta, const T *weight, T *out, unsigned rows, unsigned width, float eps) {
+  using Some = some<T, N>;
+  const unsigned long long start = (unsigned long long)blockIdx.x * width;
+  T *sum = out + start, *normed = out + (unsigned long long)rows * width + start;
+  float squares = 0;
+  for (unsigned i = threadIdx.x * N; i < width; i += blockDim.x * N) {
+    const Some a = *(const Some *)(x + start + i), b = *(const Some *)(delta + start + i);
+    Some y;
+#pragma unroll
+    for (unsigned j = 0; j < N; j++) {
+      narrow(widen(a.of[j]) + widen(b.of[j]), y.of[j]);
+      const float rounded = widen(y.of[j]);
+      squares += rounded * rounded;
+    }
+    *(Some *)(sum + i) = y;
+  }
+  const float scale = 1.0f / sqrtf(block_sum(squares) / width + eps);
+  for (unsigned i = threadIdx.x * N; i < width; i += blockDim.x * N) {
+    const Some a = *(const Some *)(sum + i), w = *(const Some *)(weight + i);
+    Some y;
+#pragma unroll
+    for (unsigned j = 0; j < N; j++) narrow(widen(a.of[j]) * scale * widen(w.of[j]), y.of[j]);
+    *(Some *)(normed + i) = y;
+  }
+}
+
+// One warp a row, which it reads thrice: the second and the third time from its cache.
+template <typename T, unsigned N>
+__device__ void layer_norm(const T *x, const T *weight, const T *bias, T *out, unsigned rows, unsigned width, float eps) {
+  using Some = some<T, N>;
+  const unsigned row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (row >= rows) return;
+  x += (unsigned long long)row * width;
+  out += (unsigned long long)row * width;
+  const auto sum = [&](float shift, bool is_squared) {
+    float total = 0;
+    for (unsigned i = lane * N; i < width; i += 32 * N) {
+      const Some a = *(const Some *)(x + i);
+#pragma unroll
+      for (unsigned j = 0; j < N; j++) {
+        const float y = widen(a.of[j]) - shift;
+        total += is_squared ? y * y : y;
+      }
+    }
+    for (int distance = 16; distance > 0; distance /= 2) total += __shfl_xor_sync(0xffffffffu, total, distance);
+    return total;
+  };
+  const float mean = sum(0, false) / width, scale = 1.0f / sqrtf(sum(mean, true) / width + eps);
+  for (unsigned i = lane * N; i < width; i += 32 * N) {
+    const Some a = *(const Some *)(x + i), w = *(const Some *)(weight + i), b = *(const Some *)(bias + i);
+    Some y;
+#pragma unroll
+    for (unsigned j = 0; j < N; j++) narrow((widen(a.of[j]) - mean) * scale * widen(w.of[j]) + widen(b.of[j]), y.of[j]);
+    *(Some *)(out + i) = y;
+  }
+}
+
+// N elements of `out` [rows, width] a thread; `x` [rows, 2 width] holds gates, then ups.
+template <typename T, unsigned N>
 __device__ void silu_mul(const T *x, T *out, unsigned rows, unsigned width) {
-  const unsigned long long i = (unsigned long long)blockIdx.x * blockDim.x + threadIdx.x;
+  using Some = some<T, N>;
+  const unsigned long long i = ((unsigned long long)blockIdx.x * blockDim.x + threadIdx.x) * N;
   if (i >= (unsigned long long)rows * width) return;
   const unsigned long long row = i / width, column = i % width;
-  const float gate = widen(x[2 * row * width + column]), up = widen(x[(2 * row + 1) * width + column]);
-  narrow(gate / (1.0f + expf(-gate)) * up, out[i]);
+  const Some gates = *(const Some *)(x + 2 * row * width + column), ups = *(const Some *)(x + (2 * row + 1) * width + column);
+  Some y;
+#pragma unroll
+  for (unsigned j = 0; j < N; j++) {
+    const float gate = widen(gates.of[j]);
+    narrow(gate / (1.0f + expf(-gate)) * widen(ups.of[j]), y.of[j]);
+  }
+  *(Some *)(out + i) = y;
+}
+
+// What a layer does to what it gave, `x` [rows, width]: adds `bias` [width] where there is one, then `residual` [rows, width] where
+// there is one, or takes GELU by tanh where `gelu` is not 0. N elements a thread.
+template <typename T, unsigned N>
+__device__ void finish_rows(const T *x, const T *bias, const T *residual, T *out, unsigned rows, unsigned width, unsigned gelu) {
+  using Some = some<T, N>;
+  const unsigned long long i = ((unsigned long long)blockIdx.x * blockDim.x + threadIdx.x) * N;
+  if (i >= (unsigned long long)rows * width) return;
+  const Some a = *(const Some *)(x + i);
+  Some b, r, y;
+  if (bias) b = *(const Some *)(bias + i % width);
+  if (residual) r = *(const Some *)(residual + i);
+#pragma unroll
+  for (unsigned j = 0; j < N; j++) {
+    float z = widen(a.of[j]);
+    if (bias) z += widen(b.of[j]);
+    if (residual) z += widen(r.of[j]);
+    if (gelu) z = z / (1.0f + expf(-1.5957691216057308f * (z + 0.044715f * z * z * z)));
+    narrow(z, y.of[j]);
+  }
+  *(Some *)(out + i) = y;
 }
 
 // One block a row of `out` [rows, width]: the row of `table` that `ids` names.
@@ -57,20 +138,6 @@ __device__ void gather_rows(const T *table, const unsigned *ids, T *out, unsigne
   const T *from = table + (unsigned long long)ids[blockIdx.x] * width;
   T *to = out + (unsigned long long)blockIdx.x * width;
   for (unsigned i = threadIdx.x; i < width; i += blockDim.x) to[i] = from[i];
-}
-
-// What a layer does to what it gave, `x` [rows, width]: adds `bias` [width] where there is one, then `residual` [rows, width] where
-// there is one, or takes GELU by tanh where `gelu` is not 0. One block a row.
-template <typename T>
-__device__ void finish_rows(const T *x, const T *bias, const T *residual, T *out, unsigned width, unsigned gelu) {
-  const unsigned long long start = (unsigned long long)blockIdx.x * width;
-  for (unsigned i = threadIdx.x; i < width; i += blockDim.x) {
-    float y = widen(x[start + i]);
-    if (bias) y += widen(bias[i]);
-    if (residual) y += widen(residual[start + i]);
-    if (gelu) y = y / (1.0f + expf(-1.5957691216057308f * (y + 0.044715f * y * y * y)));
-    narrow(y, out[start + i]);
-  }
 }
 
 // One block a row. Adds `bias` to `qkv` [rows, heads + 2 kv_heads, dim] where there is one, and turns queries and keys by the row's
@@ -137,8 +204,6 @@ __device__ inline void unpack(const q4 &block, unsigned part, float *weights, un
   low = 4 * part, high = low + 16;
 }
 
-template <typename T> struct alignas(4 * sizeof(T)) four { T of[4]; };
-
 // One warp an output: `out` [rows, outputs] of `x` [rows, inputs] and `weight` [outputs, inputs / 32] blocks; ROWS >= rows.
 template <typename T, typename Block, unsigned ROWS>
 __device__ void quant_rows(const Block *weight, const T *x, T *out, unsigned rows, unsigned outputs, unsigned inputs) {
@@ -157,7 +222,7 @@ __device__ void quant_rows(const Block *weight, const T *x, T *out, unsigned row
     for (unsigned row = 0; row < ROWS; row++) {
       if (row >= rows) break;
       const T *own = x + (unsigned long long)row * inputs + block * 32;
-      const four<T> a = *(const four<T> *)(own + low), b = *(const four<T> *)(own + high);
+      const some<T, 4> a = *(const some<T, 4> *)(own + low), b = *(const some<T, 4> *)(own + high);
 #pragma unroll
       for (unsigned i = 0; i < 4; i++) sums[row] += weights[i] * widen(a.of[i]) + weights[4 + i] * widen(b.of[i]);
     }
@@ -177,20 +242,28 @@ __device__ void quant_rows(const Block *weight, const T *x, T *out, unsigned row
 
 #define FOR_BLOCK(T, name, block) FOR_ROWS(T, name, block, 1) FOR_ROWS(T, name, block, 2) FOR_ROWS(T, name, block, 4) FOR_ROWS(T, name, block, 8)
 
-#define FOR(T, name)                                                                                                  \
+#define FOR_WIDTH(T, name, N)                                                                                          \
   extern "C" __global__ void add_rms_norm_##name(const T *x, const T *delta, const T *weight, T *out, unsigned rows,   \
                                                  unsigned width, float eps) {                                          \
-    add_rms_norm(x, delta, weight, out, rows, width, eps);                                                             \
+    add_rms_norm<T, N>(x, delta, weight, out, rows, width, eps);                                                       \
+  }                                                                                                                    \
+  extern "C" __global__ void layer_norm_##name(const T *x, const T *weight, const T *bias, T *out, unsigned rows,      \
+                                               unsigned width, float eps) {                                            \
+    layer_norm<T, N>(x, weight, bias, out, rows, width, eps);                                                          \
   }                                                                                                                    \
   extern "C" __global__ void silu_mul_##name(const T *x, T *out, unsigned rows, unsigned width) {                      \
-    silu_mul(x, out, rows, width);                                                                                     \
+    silu_mul<T, N>(x, out, rows, width);                                                                               \
   }                                                                                                                    \
+  extern "C" __global__ void finish_rows_##name(const T *x, const T *bias, const T *residual, T *out, unsigned rows,   \
+                                                unsigned width, unsigned gelu) {                                       \
+    finish_rows<T, N>(x, bias, residual, out, rows, width, gelu);                                                      \
+  }
+
+#define FOR(T, name)                                                                                                  \
+  FOR_WIDTH(T, name, 1)                                                                                                \
+  FOR_WIDTH(T, name##_wide, 16 / sizeof(T))                                                                            \
   extern "C" __global__ void gather_rows_##name(const T *table, const unsigned *ids, T *out, unsigned width) {          \
     gather_rows(table, ids, out, width);                                                                               \
-  }                                                                                                                    \
-  extern "C" __global__ void finish_rows_##name(const T *x, const T *bias, const T *residual, T *out, unsigned width,   \
-                                                unsigned gelu) {                                                       \
-    finish_rows(x, bias, residual, out, width, gelu);                                                                  \
   }                                                                                                                    \
   extern "C" __global__ void rope_and_cache_##name(                                                                    \
       const T *qkv, const T *bias, const T *cos, const T *sin, const unsigned *positions, const long long *slots,       \
