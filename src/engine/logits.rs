@@ -4,7 +4,7 @@
 //! Made by the runner for each step. Chooses nothing but largest logits.
 
 use crate::{
-    model::{Result, Tensor},
+    model::{Result, Tensor, device},
     scheduler::TokenId,
 };
 
@@ -40,18 +40,17 @@ impl Logits {
     /// `logits` `[rows, vocab]` in f32, of which ids below `num_ids` may be sampled. `largest_only` says of each row
     /// whether its largest is all that is wanted. What lies in host memory already is not looked at here.
     pub(super) fn fetch(logits: &Tensor, num_ids: usize, largest_only: &[bool]) -> Result<Self> {
-        let allowed = logits.narrow(1, 0, num_ids)?;
         if logits.device().is_cpu() {
             return Ok(Logits {
-                values: allowed.flatten_all()?.to_vec1()?,
+                values: logits.narrow(1, 0, num_ids)?.flatten_all()?.to_vec1()?,
                 num_ids,
                 rows: (0..largest_only.len()).map(Place::Host).collect(),
             });
         }
-        Self::fetch_from_device(&allowed, largest_only)
+        Self::fetch_from_device(logits, num_ids, largest_only)
     }
 
-    fn fetch_from_device(allowed: &Tensor, largest_only: &[bool]) -> Result<Self> {
+    fn fetch_from_device(logits: &Tensor, num_ids: usize, largest_only: &[bool]) -> Result<Self> {
         let mut copied: Vec<u32> = vec![];
         for (row, _) in largest_only.iter().enumerate().filter(|(_, largest_only)| !**largest_only) {
             copied.push(row as u32);
@@ -59,12 +58,11 @@ impl Logits {
         let mut rows: Vec<Place> = vec![];
         if copied.len() < largest_only.len() {
             // The largest itself tells whether there is a finite one.
-            let (ids, largest) = (allowed.argmax(1)?.to_vec1::<u32>()?, allowed.max(1)?.to_vec1::<f32>()?);
-            let place = |(&id, largest): (&u32, &f32)| match largest.is_finite() {
+            let place = |(id, largest): (u32, f32)| match largest.is_finite() {
                 true => Place::Largest(id),
                 false => Place::NotFinite,
             };
-            rows = ids.iter().zip(&largest).map(place).collect();
+            rows = device::largest(logits, num_ids)?.into_iter().map(place).collect();
         }
         rows.resize(largest_only.len(), Place::NotFinite);
         for (place, &row) in copied.iter().enumerate() {
@@ -72,13 +70,13 @@ impl Logits {
         }
         let values = match copied.len() {
             0 => vec![],
-            all if all == largest_only.len() => allowed.flatten_all()?.to_vec1()?,
+            all if all == largest_only.len() => logits.narrow(1, 0, num_ids)?.flatten_all()?.to_vec1()?,
             some => {
-                let index = Tensor::from_vec(copied, some, allowed.device())?;
-                allowed.contiguous()?.index_select(&index, 0)?.flatten_all()?.to_vec1()?
+                let index = Tensor::from_vec(copied, some, logits.device())?;
+                logits.index_select(&index, 0)?.narrow(1, 0, num_ids)?.flatten_all()?.to_vec1()?
             }
         };
-        Ok(Logits { values, num_ids: allowed.dim(1)?, rows })
+        Ok(Logits { values, num_ids, rows })
     }
 
     /// Row `index`.
@@ -120,9 +118,8 @@ mod tests {
 
     #[test]
     fn from_a_device_come_ids_where_only_the_largest_is_wanted_and_logits_elsewhere() {
-        let allowed = logits().narrow(1, 0, 3).unwrap();
         for largest_only in [[true, false, true, false], [true; 4], [false; 4]] {
-            let fetched = Logits::fetch_from_device(&allowed, &largest_only).unwrap();
+            let fetched = Logits::fetch_from_device(&logits(), 3, &largest_only).unwrap();
             for (row, (largest, expected)) in
                 [(1, [1.0, 5.0, 2.0]), (0, [4.0, 3.0, 2.0]), (0, [0.0; 3]), (2, [0.0, 1.0, 7.0])]
                     .iter()

@@ -26,6 +26,7 @@ use super::{
 };
 use attention::{LayerCache, PagedAttention};
 use layers::Loader;
+pub use ops::largest;
 
 /// Keys and values of all layers, in device memory.
 #[derive(Debug, Clone)]

@@ -110,6 +110,20 @@ pub fn finish_rows(
     if gelu { y.gelu() } else { Ok(y) }
 }
 
+/// Of each row of `logits` `[rows, vocab]` in f32 the largest of the first `num_ids`: its id and itself.
+pub fn largest(logits: &Tensor, num_ids: usize) -> Result<Vec<(u32, f32)>> {
+    #[cfg(feature = "cuda")]
+    if logits.device().is_cuda()
+        && let Some(found) = super::cuda::fused::largest(logits, num_ids)?
+    {
+        let found = found.to_vec2::<u32>()?;
+        return Ok(found.iter().map(|row| (row[0], f32::from_bits(row[1]))).collect());
+    }
+    let allowed = logits.narrow(1, 0, num_ids)?.contiguous()?;
+    let (ids, largest) = (allowed.argmax(1)?.to_vec1()?, allowed.max(1)?.to_vec1()?);
+    Ok(ids.into_iter().zip(largest).collect())
+}
+
 /// What [`rotate`] wants its cosines and sines in, for an `x` of type `dtype`.
 pub fn rotary_dtype(device: &Device, dtype: DType) -> DType {
     if device.is_cuda() { dtype } else { DType::F32 }

@@ -2,6 +2,8 @@
 //!
 //! Called by [`super`] once a video's frames are all encoded.
 
+use std::sync::{Mutex, PoisonError};
+
 use super::{
     super::{
         Result, Tap, Tensor,
@@ -38,15 +40,19 @@ pub struct Resampler {
     latents: Tensor,
     layers: Vec<Layer>,
     norm: LayerNorm,
+    /// The longest table of positions so far, `[count, dim]`.
+    positions: Mutex<Tensor>,
 }
 
 impl Resampler {
     /// From `connector._connector`.
     pub fn load(loader: &Loader<'_>, config: &ConnectorConfig) -> Result<Self> {
         let layers = loader.pp("layers");
+        let latents = loader.tensor("latents")?;
         Ok(Resampler {
+            positions: Mutex::new(latents.narrow(0, 0, 0)?),
             linear: Linear::load(&loader.pp("linear"), true)?,
-            latents: loader.tensor("latents")?,
+            latents,
             layers: (0..config.num_resampler_layers)
                 .map(|i| Layer::load(&layers.pp(i)))
                 .collect::<Result<_>>()?,
@@ -108,10 +114,15 @@ impl Resampler {
         self.norm.forward(&latents)?.flatten_to(1)
     }
 
+    /// `[count, dim]`. The table is kept: to compute it takes a CPU half as long as all else takes a GPU.
     fn positions(&self, count: usize) -> Result<Tensor> {
-        let dim = self.config.hidden_size;
-        let table = Tensor::from_vec(position_table(count, dim), (count, dim), self.latents.device())?;
-        table.to_dtype(self.latents.dtype())
+        let mut kept = self.positions.lock().unwrap_or_else(PoisonError::into_inner);
+        if kept.dim(0)? < count {
+            let dim = self.config.hidden_size;
+            let table = Tensor::from_vec(position_table(count, dim), (count, dim), self.latents.device())?;
+            *kept = table.to_dtype(self.latents.dtype())?;
+        }
+        kept.narrow(0, 0, count)
     }
 }
 

@@ -18,7 +18,7 @@ use super::{
 
 /// Threads of a block.
 const THREADS: u32 = 128;
-/// Queries of a block.
+/// Queries of a block; twice as many of narrow heads.
 const TILE: usize = 64;
 /// Widths of a head the kernels are compiled for; those of whole matrices take narrower ones too.
 const WIDTHS: [usize; 3] = [64, 80, 128];
@@ -73,7 +73,8 @@ pub fn attend(queries: &Tensor, keys: &Tensor, values: &Tensor, is_causal: bool)
     sizes.push(scale(d).to_bits());
     let arguments =
         [address(&queries)?, address(&keys)?, address(&values)?, address(&out)?, Argument::Words(sizes)];
-    let grid = (count(m.div_ceil(TILE))?, count(heads)?, count(batch)?);
+    let tile = if width < WIDTHS[2] { 2 * TILE } else { TILE };
+    let grid = (count(m.div_ceil(tile))?, count(heads)?, count(batch)?);
     let name = format!("attend_{}_{width}", dtype.as_str());
     // SAFETY: sizes and strides are those of the tensors; pieces of 16 bytes are aligned.
     unsafe { kernels.launch(&name, &queries, Grid::of(grid, THREADS), &arguments) }?;

@@ -3,7 +3,7 @@
 //! Called by [`super::super::ops`], whose plain operations are their reference and stand in where NVRTC is not installed: then
 //! each of these gives none.
 
-use candle_core::D;
+use candle_core::{D, DType};
 
 use super::{
     super::super::{Result, Tensor},
@@ -146,6 +146,24 @@ pub fn finish_rows(
     Ok(Some(out))
 }
 
+/// Of each row of `logits` `[rows, vocab]` in f32 the first of the largest of the first `num_ids`, and its bits: `[rows, 2]` in u32. An id
+/// beyond all others where there is no number.
+pub fn largest(logits: &Tensor, num_ids: usize) -> Result<Option<Tensor>> {
+    if !FUSED.is_there() {
+        return Ok(None);
+    }
+    let (rows, vocab) = logits.dims2()?;
+    ensure(
+        logits.dtype() == DType::F32 && logits.is_contiguous() && num_ids <= vocab,
+        "logits of another shape",
+    )?;
+    let out = fresh(&[rows, 2], DType::U32, logits.device())?;
+    let arguments = [address(logits)?, address(&out)?, count(num_ids)?.into(), count(vocab)?.into()];
+    // SAFETY: rows are `vocab` wide, and no more than that is looked at.
+    unsafe { FUSED.launch("largest_f32", logits, Grid::rows(count(rows)?, 1024), &arguments) }?;
+    Ok(Some(out))
+}
+
 /// The kernel of this name for the type of `x`.
 pub(super) fn named(kernel: &str, x: &Tensor) -> String {
     format!("{kernel}_{}", x.dtype().as_str())
@@ -175,9 +193,26 @@ fn rows(x: &Tensor) -> Result<(u32, u32)> {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{DType, Device};
+    use candle_core::Device;
 
     use super::{super::super::ops, *};
+
+    #[test]
+    fn the_largest_is_the_first_of_them_and_no_nan_where_there_is_a_gpu() {
+        if super::super::num_devices() == 0 {
+            return println!("skipped: no GPU");
+        }
+        let gpu = super::super::open(0).unwrap();
+        let mut rows = vec![vec![0.0f32; 5000]; 4];
+        rows[0][4999] = 9.0;
+        (rows[1][70], rows[1][4000]) = (3.0, 3.0);
+        (rows[2][5], rows[2][6]) = (f32::NAN, 1.0);
+        rows[3] = vec![f32::NAN; 5000];
+        let logits = Tensor::new(rows, &gpu).unwrap();
+        let found = ops::largest(&logits, 4990).unwrap();
+        assert_eq!(found[..3], [(0, 0.0), (70, 3.0), (6, 1.0)]);
+        assert!(!found[3].1.is_finite());
+    }
 
     #[test]
     fn the_kernels_agree_with_the_plain_operations_where_there_is_a_gpu() {

@@ -37,13 +37,14 @@ __device__ inline void load_tile(u16 *tile, const u16 *from, u32 stride, u32 sta
   }
 }
 
-// A block for `TILE` queries of one head, a warp for 16 of them. D is `d` rounded up to a multiple of 16.
-template <typename T, u32 D>
+// A block for `TILE` x STACK queries of one head, a warp for 16 x STACK of them: what it loads of keys and values serves all of these. D is
+// `d` rounded up to a multiple of 16.
+template <typename T, u32 D, u32 STACK>
 __device__ void attend(const u16 *q, const u16 *k, const u16 *v, u16 *out, const Sizes &sizes) {
   __shared__ __align__(16) u16 keys[TILE * (D + 8)], values[TILE * (D + 8)];
   const T kind{};
   const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, head = blockIdx.y, kv_head = head / sizes.group;
-  const u32 m = sizes.m, n = sizes.n, d = sizes.d, first = blockIdx.x * TILE;
+  const u32 m = sizes.m, n = sizes.n, d = sizes.d, first = blockIdx.x * TILE * STACK;
   q += (u64)blockIdx.z * sizes.q.batch + (u64)head * sizes.q.head;
   k += (u64)blockIdx.z * sizes.k.batch + (u64)kv_head * sizes.k.head;
   v += (u64)blockIdx.z * sizes.v.batch + (u64)kv_head * sizes.v.head;
@@ -54,20 +55,25 @@ __device__ void attend(const u16 *q, const u16 *k, const u16 *v, u16 *out, const
     keys[at] = values[at] = 0;
   }
   // The queries pass through the keys' place.
-  load_tile<D>(keys, q, sizes.q.row, first, m, d);
-  commit_copies();
-  await_copies();
-  __syncthreads();
-  u32 queries[D / 16][4];
+  u32 queries[STACK][D / 16][4];
 #pragma unroll
-  for (u32 step = 0; step < D / 16; step++)
-    load_matrices(queries[step], keys + (warp * 16 + lane % 16) * (D + 8) + step * 16 + lane / 16 * 8);
-  __syncthreads();
+  for (u32 part = 0; part < STACK; part++) {
+    load_tile<D>(keys, q, sizes.q.row, first + part * TILE, m, d);
+    commit_copies();
+    await_copies();
+    __syncthreads();
+#pragma unroll
+    for (u32 step = 0; step < D / 16; step++)
+      load_matrices(queries[part][step], keys + (warp * 16 + lane % 16) * (D + 8) + step * 16 + lane / 16 * 8);
+    __syncthreads();
+  }
 
-  // A thread has columns of two rows: `row` and `row + 8`.
+  // A thread has columns of two rows of each part: `row` and `row + 8`.
   const u32 row = first + warp * 16 + lane / 4;
-  const u32 end = sizes.causal ? min(n, n - m + first + TILE) : n;
-  float sums[D / 8][4] = {}, totals[2] = {}, largest[2] = {__uint_as_float(NONE), __uint_as_float(NONE)};
+  const u32 end = sizes.causal ? min(n, n - m + first + TILE * STACK) : n;
+  float sums[STACK][D / 8][4] = {}, totals[STACK][2] = {}, largest[STACK][2];
+#pragma unroll
+  for (u32 part = 0; part < STACK; part++) largest[part][0] = largest[part][1] = __uint_as_float(NONE);
   load_tile<D>(keys, k, sizes.k.row, 0, n, d);
   commit_copies();
   for (u32 start = 0; start < end; start += TILE) {
@@ -76,50 +82,57 @@ __device__ void attend(const u16 *q, const u16 *k, const u16 *v, u16 *out, const
     load_tile<D>(values, v, sizes.v.row, start, n, d);
     commit_copies();
 
-    float scores[TILE / 8][4] = {};
+    float scores[STACK][TILE / 8][4] = {};
 #pragma unroll
     for (u32 step = 0; step < D / 16; step++) {
 #pragma unroll
       for (u32 column = 0; column < TILE / 8; column += 2) {
         u32 b[4];
         load_matrices(b, keys + (column * 8 + lane / 16 * 8 + lane % 8) * (D + 8) + step * 16 + lane / 8 % 2 * 8);
-        multiply(kind, scores[column], queries[step], b[0], b[1]);
-        multiply(kind, scores[column + 1], queries[step], b[2], b[3]);
+#pragma unroll
+        for (u32 part = 0; part < STACK; part++) {
+          multiply(kind, scores[part][column], queries[part][step], b[0], b[1]);
+          multiply(kind, scores[part][column + 1], queries[part][step], b[2], b[3]);
+        }
       }
     }
 
     const bool at_edge = start + TILE > n || (sizes.causal && start + TILE > n - m + first + 1);
-    if (at_edge) {
 #pragma unroll
-      for (u32 column = 0; column < TILE / 8; column++)
+    for (u32 part = 0; part < STACK; part++) {
+      if (at_edge) {
 #pragma unroll
-        for (u32 i = 0; i < 4; i++) {
-          const u32 key = start + column * 8 + lane % 4 * 2 + i % 2;
-          if (key >= n || (sizes.causal && key > n - m + row + i / 2 * 8)) scores[column][i] = __uint_as_float(NONE);
-        }
-    }
+        for (u32 column = 0; column < TILE / 8; column++)
 #pragma unroll
-    for (u32 half = 0; half < 2; half++) {
-      float top = largest[half];
+          for (u32 i = 0; i < 4; i++) {
+            const u32 key = start + column * 8 + lane % 4 * 2 + i % 2;
+            if (key >= n || (sizes.causal && key > n - m + row + part * TILE + i / 2 * 8))
+              scores[part][column][i] = __uint_as_float(NONE);
+          }
+      }
 #pragma unroll
-      for (u32 column = 0; column < TILE / 8; column++)
-        top = fmaxf(top, fmaxf(scores[column][2 * half], scores[column][2 * half + 1]));
-      top = row_max(top);
-      const float shrink = exp2f((largest[half] - top) * sizes.scale), shift = top * sizes.scale;
-      largest[half] = top;
-      float total = 0;
+      for (u32 half = 0; half < 2; half++) {
+        float top = largest[part][half];
 #pragma unroll
-      for (u32 column = 0; column < TILE / 8; column++)
+        for (u32 column = 0; column < TILE / 8; column++)
+          top = fmaxf(top, fmaxf(scores[part][column][2 * half], scores[part][column][2 * half + 1]));
+        top = row_max(top);
+        const float shrink = exp2f((largest[part][half] - top) * sizes.scale), shift = top * sizes.scale;
+        largest[part][half] = top;
+        float total = 0;
 #pragma unroll
-        for (u32 i = 2 * half; i < 2 * half + 2; i++) {
-          scores[column][i] = exp2f(scores[column][i] * sizes.scale - shift);
-          total += scores[column][i];
-        }
-      totals[half] = totals[half] * shrink + total;
+        for (u32 column = 0; column < TILE / 8; column++)
 #pragma unroll
-      for (u32 column = 0; column < D / 8; column++)
+          for (u32 i = 2 * half; i < 2 * half + 2; i++) {
+            scores[part][column][i] = exp2f(scores[part][column][i] * sizes.scale - shift);
+            total += scores[part][column][i];
+          }
+        totals[part][half] = totals[part][half] * shrink + total;
 #pragma unroll
-        for (u32 i = 2 * half; i < 2 * half + 2; i++) sums[column][i] *= shrink;
+        for (u32 column = 0; column < D / 8; column++)
+#pragma unroll
+          for (u32 i = 2 * half; i < 2 * half + 2; i++) sums[part][column][i] *= shrink;
+      }
     }
 
     await_copies();
@@ -128,27 +141,36 @@ __device__ void attend(const u16 *q, const u16 *k, const u16 *v, u16 *out, const
     commit_copies();
 #pragma unroll
     for (u32 step = 0; step < TILE / 16; step++) {
-      const float *low = scores[2 * step], *high = scores[2 * step + 1];
-      const u32 a[4] = {pack(kind, low[0], low[1]), pack(kind, low[2], low[3]), pack(kind, high[0], high[1]), pack(kind, high[2], high[3])};
+      u32 a[STACK][4];
+#pragma unroll
+      for (u32 part = 0; part < STACK; part++) {
+        const float *low = scores[part][2 * step], *high = scores[part][2 * step + 1];
+        a[part][0] = pack(kind, low[0], low[1]), a[part][1] = pack(kind, low[2], low[3]);
+        a[part][2] = pack(kind, high[0], high[1]), a[part][3] = pack(kind, high[2], high[3]);
+      }
 #pragma unroll
       for (u32 column = 0; column < D / 8; column += 2) {
         u32 b[4];
         load_matrices_transposed(b, values + (step * 16 + lane % 16) * (D + 8) + column * 8 + lane / 16 * 8);
-        multiply(kind, sums[column], a, b[0], b[1]);
-        multiply(kind, sums[column + 1], a, b[2], b[3]);
+#pragma unroll
+        for (u32 part = 0; part < STACK; part++) {
+          multiply(kind, sums[part][column], a[part], b[0], b[1]);
+          multiply(kind, sums[part][column + 1], a[part], b[2], b[3]);
+        }
       }
     }
   }
 
 #pragma unroll
-  for (u32 half = 0; half < 2; half++) {
-    const float inverse = 1.0f / row_sum(totals[half]);
-    if (row + half * 8 >= m) continue;
-    u16 *to = out + (u64)(row + half * 8) * sizes.out.row + lane % 4 * 2;
+  for (u32 i = 0; i < 2 * STACK; i++) {
+    const u32 part = i / 2, half = i % 2, own = row + part * TILE + half * 8;
+    const float inverse = 1.0f / row_sum(totals[part][half]);
+    if (own >= m) continue;
+    u16 *to = out + (u64)own * sizes.out.row + lane % 4 * 2;
 #pragma unroll
     for (u32 column = 0; column < D / 8; column++)
       if (column * 8 < d)
-        *(u32 *)(to + column * 8) = pack(kind, sums[column][2 * half] * inverse, sums[column][2 * half + 1] * inverse);
+        *(u32 *)(to + column * 8) = pack(kind, sums[part][column][2 * half] * inverse, sums[part][column][2 * half + 1] * inverse);
   }
 }
 
@@ -360,10 +382,10 @@ __device__ void attend_paged(const u16 *q, const u16 *keys, const u16 *values, c
   if (threadIdx.x == 0) *counter = 0;
 }
 
-#define FOR(T, D)                                                                                                       \
+#define FOR(T, D, stack)                                                                                                \
   extern "C" __global__ void __launch_bounds__(WARPS * 32) attend_##T##_##D(const u16 *q, const u16 *k, const u16 *v,    \
                                                                             u16 *out, const Sizes sizes) {               \
-    attend<T, D>(q, k, v, out, sizes);                                                                                   \
+    attend<T, D, stack>(q, k, v, out, sizes);                                                                            \
   }
 #define FOR_PAGED(name, T, D, is_fresh)                                                                                  \
   extern "C" __global__ void __launch_bounds__(WARPS * 32)                                                               \
@@ -371,6 +393,7 @@ __device__ void attend_paged(const u16 *q, const u16 *keys, const u16 *values, c
                    float *partial, u32 *counters, const Paged sizes, const Fresh fresh) {                                \
     attend_paged<T, D, is_fresh>(q, keys, values, tables, lens, out, partial, counters, sizes, fresh);                   \
   }
-#define FOR_ALL(T, D) FOR(T, D) FOR_PAGED(attend_paged, T, D, false) FOR_PAGED(attend_fresh, T, D, true)
-FOR_ALL(f16, 64) FOR_ALL(f16, 80) FOR_ALL(f16, 128)
-FOR_ALL(bf16, 64) FOR_ALL(bf16, 80) FOR_ALL(bf16, 128)
+// Wide heads leave no registers for more than one row of tiles.
+#define FOR_ALL(T, D, stack) FOR(T, D, stack) FOR_PAGED(attend_paged, T, D, false) FOR_PAGED(attend_fresh, T, D, true)
+FOR_ALL(f16, 64, 2) FOR_ALL(f16, 80, 2) FOR_ALL(f16, 128, 1)
+FOR_ALL(bf16, 64, 2) FOR_ALL(bf16, 80, 2) FOR_ALL(bf16, 128, 1)
