@@ -76,12 +76,13 @@ server() {
     return
   fi
   "$binary" serve --device "$device" --model "$model" --port 8899 --max-waiting 256 2>"$out/serve.log" &
-  local server=$!
-  for _ in $(seq 120); do
+  local server=$! began=$SECONDS
+  for _ in $(seq 1200); do
     "$binary" health --ready --url http://127.0.0.1:8899 >/dev/null 2>&1 && break
     kill -0 "$server" 2>/dev/null || break
-    sleep 1
+    sleep 0.1
   done
+  echo "ready after $((SECONDS - began)) s"
   part "server" "$binary" bench --url http://127.0.0.1:8899 --video "$clip" --distinct-videos --ignore-eos \
     --concurrency "$clients" --temperature 0 --json "$out/server.json"
   kill "$server" 2>/dev/null

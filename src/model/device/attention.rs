@@ -136,12 +136,12 @@ pub trait PagedAttention: std::fmt::Debug + Send + Sync {
 ///
 /// # Errors
 /// When the device fails.
-pub fn choose(device: &Device, shape: &ModelShape) -> Result<Box<dyn PagedAttention>> {
+pub fn choose((device, dtype): (&Device, DType), shape: &ModelShape) -> Result<Box<dyn PagedAttention>> {
     #[cfg(feature = "cuda")]
     if device.is_cuda() && super::cuda::paged::Kernels::fit(shape) {
-        return Ok(Box::new(super::cuda::paged::Kernels::new(device)?));
+        return Ok(Box::new(super::cuda::paged::Kernels::new(device, dtype)?));
     }
-    tracing::debug!(?device, shape.head_dim, "attention by gathering blocks");
+    tracing::debug!(?device, ?dtype, shape.head_dim, "attention by gathering blocks");
     Ok(Box::new(Gathered))
 }
 

@@ -191,7 +191,13 @@ impl LayerNorm {
 
     /// Over the last dimension.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        ops::layer_norm(x, &self.weight, &self.bias, self.eps)
+        ops::add_layer_norm(x, (None, None), (&self.weight, &self.bias), self.eps).map(|both| both.1)
+    }
+
+    /// What `linear` makes of `x`, `residual` added; and its norm.
+    pub fn add_forward(&self, linear: &Linear, x: &Tensor, residual: &Tensor) -> Result<(Tensor, Tensor)> {
+        let added = (linear.bias(), Some(residual));
+        ops::add_layer_norm(&linear.product(x)?, added, (&self.weight, &self.bias), self.eps)
     }
 }
 

@@ -74,7 +74,7 @@ impl DeviceModel {
                 &config.text,
                 config.context,
             )?,
-            attention: attention::choose(device, &shape)?,
+            attention: attention::choose((device, dtype), &shape)?,
             #[cfg(feature = "cuda")]
             graphs: cuda::graph::Graphs::from_env(),
             shape,

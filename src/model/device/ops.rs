@@ -31,21 +31,30 @@ pub fn add_rms_norm(x: &Tensor, delta: &Tensor, weight: &Tensor, eps: f64) -> Re
     Ok((sum, normed))
 }
 
-/// `(x - mean) / deviation x weight + bias` over the last dimension.
-pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
+/// `x + bias + residual`, and its norm, `(y - mean) / deviation x weight + shift` over the last dimension; of `x` itself without both.
+pub fn add_layer_norm(
+    x: &Tensor,
+    (bias, residual): (Option<&Tensor>, Option<&Tensor>),
+    (weight, shift): (&Tensor, &Tensor),
+    eps: f64,
+) -> Result<(Tensor, Tensor)> {
     #[cfg(feature = "cuda")]
     if x.device().is_cuda() {
-        return match super::cuda::fused::layer_norm(x, weight, bias, eps)? {
-            Some(normed) => Ok(normed),
-            None => candle_nn::ops::layer_norm(&x.contiguous()?, weight, bias, eps as f32),
-        };
+        if let Some(both) = super::cuda::fused::add_layer_norm(x, (bias, residual), (weight, shift), eps)? {
+            return Ok(both);
+        }
+        let sum = finish_rows(x, bias, residual, false)?.contiguous()?;
+        let normed = candle_nn::ops::layer_norm(&sum, weight, shift, eps as f32)?;
+        return Ok((sum, normed));
     }
-    let wide = x.to_dtype(DType::F32)?;
+    let sum = finish_rows(x, bias, residual, false)?;
+    let wide = sum.to_dtype(DType::F32)?;
     let centred = wide.broadcast_sub(&wide.mean_keepdim(D::Minus1)?)?;
     let variance = centred.sqr()?.mean_keepdim(D::Minus1)?;
     let normed = centred.broadcast_div(&(variance + eps)?.sqrt()?)?;
     let scaled = normed.broadcast_mul(&weight.to_dtype(DType::F32)?)?;
-    scaled.broadcast_add(&bias.to_dtype(DType::F32)?)?.to_dtype(x.dtype())
+    let shifted = scaled.broadcast_add(&shift.to_dtype(DType::F32)?)?.to_dtype(x.dtype())?;
+    Ok((sum, shifted))
 }
 
 /// Over the last dimension.

@@ -110,7 +110,7 @@ fn bits_of(spec: &TensorSpec, config: &ModelConfig, asked: Bits) -> Option<Bits>
 pub fn rounds_rows(device: &Device) -> bool {
     #[cfg(feature = "cuda")]
     if device.is_cuda() {
-        return !super::cuda::launch::FUSED.is_there();
+        return !super::cuda::launch::FUSED.is_there(DType::F32);
     }
     let _ = device;
     true

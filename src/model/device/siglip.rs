@@ -60,8 +60,16 @@ impl VisionTower {
         show(tap, "pixel_values", None, &pixel_values)?;
         let mut x = self.embed(&pixel_values)?;
         show(tap, "vision_hidden", Some(0), &x.flatten_to(1)?)?;
+        // Sums are taken together with the norm that follows, which is the next layer's.
+        let mut normed = match self.layers.first() {
+            Some(first) => Some(first.layer_norm1.forward(&x)?),
+            None => None,
+        };
         for (index, layer) in self.layers.iter().enumerate() {
-            x = layer.forward(&x)?;
+            let next = self.layers.get(index + 1).map(|next| &next.layer_norm1);
+            if let Some(own) = normed {
+                (x, normed) = layer.forward(&x, &own, next)?;
+            }
             show(tap, "vision_hidden", Some(index + 1), &x.flatten_to(1)?)?;
         }
         x.narrow(1, 1, self.config.num_patches() - 1)?.flatten_to(1)
@@ -109,17 +117,26 @@ impl Layer {
         })
     }
 
-    /// `x` `[frames, patches, hidden]`; patches attend within their frame.
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+    /// `x` `[frames, patches, hidden]`, and its first norm; patches attend within their frame. Gives the layer's output, and its norm by
+    /// `next`.
+    fn forward(
+        &self,
+        x: &Tensor,
+        normed: &Tensor,
+        next: Option<&LayerNorm>,
+    ) -> Result<(Tensor, Option<Tensor>)> {
         let (count, patches, hidden) = x.dims3()?;
-        let qkv = self.qkv_proj.forward(&self.layer_norm1.forward(x)?)?;
+        let qkv = self.qkv_proj.forward(normed)?;
         let qkv = qkv.reshape((count, patches, 3, self.num_heads, hidden / self.num_heads))?;
         // `[frames, heads, patches, head_dim]`
         let part = |index: usize| qkv.narrow(2, index, 1)?.squeeze(2)?.transpose(1, 2);
         let attended = attend(&part(0)?, &part(1)?, &part(2)?)?;
         let attended = attended.transpose(1, 2)?.reshape((count, patches, hidden))?;
-        let x = self.out_proj.forward_add(&attended, x)?;
-        let inner = self.fc1.forward_gelu(&self.layer_norm2.forward(&x)?)?;
-        self.fc2.forward_add(&inner, &x)
+        let (x, normed) = self.layer_norm2.add_forward(&self.out_proj, &attended, x)?;
+        let inner = self.fc1.forward_gelu(&normed)?;
+        match next {
+            Some(next) => next.add_forward(&self.fc2, &inner, &x).map(|(x, normed)| (x, Some(normed))),
+            None => Ok((self.fc2.forward_add(&inner, &x)?, None)),
+        }
     }
 }

@@ -12,7 +12,7 @@ use super::{
         step::{Decodes, Step},
     },
     flash::{self, Unturned, Workspace},
-    launch::{Argument, Grid, Source, address, count, ensure, fresh, start_of},
+    launch::{Argument, Grid, Source, address, count, ensure, fresh, start_of, tensor_kernels},
     num_multiprocessors,
 };
 use candle_core::DType;
@@ -50,7 +50,7 @@ impl<'a> Few<'a> {
     pub fn of(decoder: &'a Decoder, step: &'a Step, paged: &'a dyn PagedAttention) -> Result<Option<Self>> {
         let (Some(decodes), Some(counters)) = (&step.decodes, paged.counters()) else { return Ok(None) };
         let embeddings = &decoder.embed_tokens;
-        let Some(kernels) = flash::kernels(embeddings.device(), embeddings.dtype()) else { return Ok(None) };
+        let Some(kernels) = tensor_kernels(embeddings.device(), embeddings.dtype()) else { return Ok(None) };
         let rows = decodes.len();
         let config = &decoder.config;
         let group = config.num_attention_heads / config.num_key_value_heads;

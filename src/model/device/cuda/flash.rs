@@ -35,11 +35,6 @@ const MAX_PARTS: usize = 128;
 /// Most sequences times KV heads of a step.
 pub const MAX_COUNTERS: usize = 1 << 14;
 
-/// The kernels, where they compute in this type on this device.
-pub fn kernels(device: &Device, dtype: DType) -> Option<&'static Source> {
-    if matches!(dtype, DType::F16 | DType::BF16) { tensor_kernels(device) } else { None }
-}
-
 /// `queries` `[batch, heads, m, d]` over `keys` and `values` `[batch, kv_heads, n, d]`, to `[batch, heads, m, d]`; where
 /// `is_causal` the last query sees the last key, and each one before it one key less. Consecutive heads share a KV head. None where
 /// the kernels do not know the type or the width.
@@ -47,7 +42,7 @@ pub fn attend(queries: &Tensor, keys: &Tensor, values: &Tensor, is_causal: bool)
     let ((batch, heads, m, d), (_, kv_heads, n, _)) = (queries.dims4()?, keys.dims4()?);
     let dtype = queries.dtype();
     let Some(width) = WIDTHS.into_iter().find(|&width| width >= d) else { return Ok(None) };
-    let Some(kernels) = kernels(queries.device(), dtype).filter(|_| d.is_multiple_of(VECTOR)) else {
+    let Some(kernels) = tensor_kernels(queries.device(), dtype).filter(|_| d.is_multiple_of(VECTOR)) else {
         return Ok(None);
     };
     let fits = keys.dims() == [batch, kv_heads, n, d]

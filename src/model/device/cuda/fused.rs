@@ -7,7 +7,7 @@ use candle_core::{D, DType};
 
 use super::{
     super::super::{Result, Tensor},
-    launch::{FUSED, Grid, address, address_or_none, count, ensure, fresh},
+    launch::{FUSED, Grid, LARGEST, address, address_or_none, count, ensure, fresh},
 };
 
 /// Threads of a block; whole warps, 32 at most.
@@ -22,7 +22,7 @@ pub fn add_rms_norm(
     weight: &Tensor,
     eps: f64,
 ) -> Result<Option<(Tensor, Tensor)>> {
-    if !FUSED.is_there() {
+    if !FUSED.is_there(x.dtype()) {
         return Ok(None);
     }
     let (x, delta) = (x.contiguous()?, delta.contiguous()?);
@@ -48,34 +48,48 @@ pub fn add_rms_norm(
     Ok(Some((both.get(0)?, both.get(1)?)))
 }
 
-/// `(x - mean) / deviation x weight + bias` over the last dimension.
-pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Option<Tensor>> {
-    if !FUSED.is_there() {
+/// `x + bias + residual`, and its norm, `(y - mean) / deviation x weight + shift` over the last dimension; of `x` itself without both.
+pub fn add_layer_norm(
+    x: &Tensor,
+    (bias, residual): (Option<&Tensor>, Option<&Tensor>),
+    (weight, shift): (&Tensor, &Tensor),
+    eps: f64,
+) -> Result<Option<(Tensor, Tensor)>> {
+    if !FUSED.is_there(x.dtype()) {
         return Ok(None);
     }
     let x = x.contiguous()?;
     let (rows, width) = rows(&x)?;
+    let residual = residual.map(Tensor::contiguous).transpose()?;
     let of_width = |y: &Tensor| y.dims() == [width as usize] && y.dtype() == x.dtype();
-    ensure(of_width(weight) && of_width(bias), "a norm of another width")?;
+    let fits = [Some(weight), Some(shift), bias].into_iter().flatten().all(of_width)
+        && residual.as_ref().is_none_or(|y| y.dims() == x.dims() && y.dtype() == x.dtype());
+    ensure(fits, "a norm of another width")?;
+    let is_sum = bias.is_some() || residual.is_some();
+    let sum = if is_sum { fresh(x.dims(), x.dtype(), x.device())? } else { x.clone() };
     let out = fresh(x.dims(), x.dtype(), x.device())?;
     let arguments = [
         address(&x)?,
+        address_or_none(bias)?,
+        address_or_none(residual.as_ref())?,
+        address_or_none(is_sum.then_some(&sum))?,
         address(weight)?,
-        address(bias)?,
+        address(shift)?,
         address(&out)?,
         rows.into(),
         width.into(),
         (eps as f32).into(),
     ];
-    let (name, _) = widest("layer_norm", width, &[&x, weight, bias]);
-    // SAFETY: each row of `x` and `out`, `weight` and `bias` have `width` elements.
+    let tensors = [Some(&x), bias, residual.as_ref(), Some(weight), Some(shift)];
+    let (name, _) = widest("layer_norm", width, &tensors.into_iter().flatten().collect::<Vec<_>>());
+    // SAFETY: each row of what is there has `width` elements.
     unsafe { FUSED.launch(&name, &x, Grid::rows(rows.div_ceil(THREADS / 32), THREADS), &arguments) }?;
-    Ok(Some(out))
+    Ok(Some((sum, out)))
 }
 
 /// `[…, 2 width]`, gate then up, to `silu(gate) x up`.
 pub fn silu_mul(x: &Tensor) -> Result<Option<Tensor>> {
-    if !FUSED.is_there() {
+    if !FUSED.is_there(x.dtype()) {
         return Ok(None);
     }
     let x = x.contiguous()?;
@@ -94,7 +108,7 @@ pub fn silu_mul(x: &Tensor) -> Result<Option<Tensor>> {
 
 /// The rows of `table` `[n, width]` that `ids` `[rows]` in u32 name: `[rows, width]`.
 pub fn gather_rows(table: &Tensor, ids: &Tensor) -> Result<Option<Tensor>> {
-    if !FUSED.is_there() {
+    if !FUSED.is_there(table.dtype()) {
         return Ok(None);
     }
     let (rows, width) = (ids.dim(0)?, table.dim(1)?);
@@ -116,7 +130,7 @@ pub fn finish_rows(
     residual: Option<&Tensor>,
     gelu: bool,
 ) -> Result<Option<Tensor>> {
-    if !FUSED.is_there() {
+    if !FUSED.is_there(x.dtype()) {
         return Ok(None);
     }
     let x = x.contiguous()?;
@@ -149,7 +163,7 @@ pub fn finish_rows(
 /// Of each row of `logits` `[rows, vocab]` in f32 the first of the largest of the first `num_ids`, and its bits: `[rows, 2]` in u32. An id
 /// beyond all others where there is no number.
 pub fn largest(logits: &Tensor, num_ids: usize) -> Result<Option<Tensor>> {
-    if !FUSED.is_there() {
+    if !LARGEST.is_there(DType::F32) {
         return Ok(None);
     }
     let (rows, vocab) = logits.dims2()?;
@@ -160,7 +174,7 @@ pub fn largest(logits: &Tensor, num_ids: usize) -> Result<Option<Tensor>> {
     let out = fresh(&[rows, 2], DType::U32, logits.device())?;
     let arguments = [address(logits)?, address(&out)?, count(num_ids)?.into(), count(vocab)?.into()];
     // SAFETY: rows are `vocab` wide, and no more than that is looked at.
-    unsafe { FUSED.launch("largest_f32", logits, Grid::rows(count(rows)?, 1024), &arguments) }?;
+    unsafe { LARGEST.launch("largest_f32", logits, Grid::rows(count(rows)?, 1024), &arguments) }?;
     Ok(Some(out))
 }
 
@@ -238,8 +252,17 @@ mod tests {
                 let off = off.to_scalar::<f32>().unwrap();
                 assert!(off < tolerance, "{dtype:?}: {off}");
             };
-            let normed = layer_norm(&there(&x), &there(&weight), &there(&weight), 1e-6).unwrap().unwrap();
-            close(&normed, &ops::layer_norm(&x, &weight, &weight, 1e-6).unwrap());
+            for (bias, residual) in [(None, None), (Some(&weight), Some(&delta))] {
+                let norm = (&weight, &weight);
+                let (plain_sum, plain_normed) =
+                    ops::add_layer_norm(&x, (bias, residual), norm, 1e-6).unwrap();
+                let (own_bias, own_residual, weight) = (bias.map(there), residual.map(there), there(&weight));
+                let added = (own_bias.as_ref(), own_residual.as_ref());
+                let (sum, normed) =
+                    add_layer_norm(&there(&x), added, (&weight, &weight), 1e-6).unwrap().unwrap();
+                close(&sum, &plain_sum);
+                close(&normed, &plain_normed);
+            }
             let (sum, normed) =
                 add_rms_norm(&there(&x), &there(&delta), &there(&weight), 1e-6).unwrap().unwrap();
             let (plain_sum, plain_normed) = ops::add_rms_norm(&x, &delta, &weight, 1e-6).unwrap();

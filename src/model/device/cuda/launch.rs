@@ -24,6 +24,8 @@ use super::super::super::{ModelError, Result, Tensor};
 
 /// Norms, activations, rotary positions, quantised products: for any card.
 pub static FUSED: Source = Source::new("fused_kernels", include_str!("kernels/fused.cu"), None);
+/// The largest logits.
+pub static LARGEST: Source = Source::new("largest_kernel", include_str!("kernels/largest.cu"), None);
 const TENSOR_CODE: &str = concat!(
     include_str!("kernels/tensor_cores.cu"),
     include_str!("kernels/attention.cu"),
@@ -33,9 +35,9 @@ static AMPERE: Source = Source::new("tensor_kernels", TENSOR_CODE, Some("compute
 /// The same, whose kernels may begin before the one before them has ended.
 static HOPPER: Source = Source::new("tensor_kernels", TENSOR_CODE, Some("compute_90"));
 
-/// Attention and small products by tensor cores; none where the device has none, or they cannot be compiled.
-pub fn tensor_kernels(device: &Device) -> Option<&'static Source> {
-    if !device.is_cuda() {
+/// Attention and small products in `dtype` by tensor cores; none where the device or the type has none, or they cannot be compiled.
+pub fn tensor_kernels(device: &Device, dtype: DType) -> Option<&'static Source> {
+    if !device.is_cuda() || !matches!(dtype, DType::F16 | DType::BF16) {
         return None;
     }
     let source = match super::generation(device).ok()? {
@@ -43,17 +45,18 @@ pub fn tensor_kernels(device: &Device) -> Option<&'static Source> {
         super::AMPERE => &AMPERE,
         _ => &HOPPER,
     };
-    source.is_there().then_some(source)
+    source.is_there(dtype).then_some(source)
 }
 
-/// A file of kernels, compiled once a process when it is first needed.
+/// A file of kernels, compiled for a type once a process, when it is first needed: it takes seconds.
 #[derive(Debug)]
 pub struct Source {
     module: &'static str,
     code: &'static str,
     /// What it is compiled for: any card that the compiler knows, or one of these and later.
     arch: Option<&'static str>,
-    ptx: OnceLock<Option<String>>,
+    /// For f32, f16, bf16.
+    ptx: [OnceLock<Option<String>>; 3],
 }
 
 /// How a kernel is spread over the device.
@@ -82,16 +85,16 @@ impl Grid {
 
 impl Source {
     const fn new(module: &'static str, code: &'static str, arch: Option<&'static str>) -> Self {
-        Source { module, code, arch, ptx: OnceLock::new() }
+        Source { module, code, arch, ptx: [const { OnceLock::new() }; 3] }
     }
 
-    /// Whether its kernels can be had: NVRTC must be installed.
-    pub fn is_there(&self) -> bool {
-        self.ptx().is_some()
+    /// Whether its kernels for this type can be had: NVRTC must be installed.
+    pub fn is_there(&self, dtype: DType) -> bool {
+        self.ptx(dtype).is_some()
     }
 
-    fn ptx(&self) -> Option<&str> {
-        let compile = || match self.compiled() {
+    fn ptx(&self, dtype: DType) -> Option<&str> {
+        let compile = || match self.compiled(dtype) {
             Ok(ptx) => Some(ptx),
             Err(reason) => {
                 let kernels = self.module;
@@ -103,12 +106,17 @@ impl Source {
                 None
             }
         };
-        self.ptx.get_or_init(compile).as_deref()
+        self.ptx[number_and_define(dtype)?.0].get_or_init(compile).as_deref()
     }
 
-    /// Its PTX, or why there is none.
-    pub(super) fn compiled(&self) -> std::result::Result<String, String> {
-        let options = nvrtc::CompileOptions { arch: self.arch, ..Default::default() };
+    /// Its PTX for this type, or why there is none.
+    pub(super) fn compiled(&self, dtype: DType) -> std::result::Result<String, String> {
+        let define = number_and_define(dtype).map(|(_, define)| define.to_owned());
+        let options = nvrtc::CompileOptions {
+            arch: self.arch,
+            options: define.into_iter().collect(),
+            ..Default::default()
+        };
         match nvrtc::compile_ptx_with_opts(self.code, options) {
             Ok(ptx) => Ok(ptx.to_src()),
             // Without its library, asking it for a message about that would not end well.
@@ -117,14 +125,15 @@ impl Source {
         }
     }
 
-    /// Calls the kernel `name` on the device of `like`.
+    /// Calls the kernel `name` on the device of `like`, in whose type it computes.
     ///
     /// # Safety
     /// The arguments must be those of the kernel, and what they point to as large as it takes it to be.
     pub unsafe fn launch(&self, name: &str, like: &Tensor, grid: Grid, arguments: &[Argument]) -> Result<()> {
-        let Some(ptx) = self.ptx() else { return bug("a kernel that could not be compiled") };
+        let Some(ptx) = self.ptx(like.dtype()) else { return bug("a kernel that could not be compiled") };
         let device = like.device().as_cuda_device()?;
-        let function = device.get_or_load_custom_func(name, self.module, ptx)?;
+        let module = format!("{}_{}", self.module, like.dtype().as_str());
+        let function = device.get_or_load_custom_func(name, &module, ptx)?;
         let stream = device.cuda_stream();
         stream.context().bind_to_thread().map_err(super::failure)?;
         let mut early = CUlaunchAttribute {
@@ -157,6 +166,16 @@ impl Source {
         }
         .result()
         .map_err(super::failure)
+    }
+}
+
+/// Number of a type, and what the sources are told of it.
+fn number_and_define(dtype: DType) -> Option<(usize, &'static str)> {
+    match dtype {
+        DType::F32 => Some((0, "-DONLY=32")),
+        DType::F16 => Some((1, "-DONLY=16")),
+        DType::BF16 => Some((2, "-DONLY=0")),
+        _ => None,
     }
 }
 
@@ -250,40 +269,41 @@ fn bug<T>(what: &str) -> Result<T> {
 mod tests {
     use super::*;
 
-    fn assert_has(source: &Source, kernels: &[String]) {
-        match source.compiled() {
-            Ok(ptx) => {
-                kernels.iter().for_each(|name| assert!(ptx.contains(&format!(".entry {name}(")), "{name}"))
-            }
+    fn assert_has(source: &Source, dtype: DType, kernels: &[String]) {
+        match source.compiled(dtype) {
+            Ok(ptx) => kernels
+                .iter()
+                .for_each(|name| assert!(ptx.contains(&format!(".entry {name}(")), "{name} in {dtype:?}")),
             Err(reason) if reason.contains("not installed") => println!("skipped: {reason}"),
             Err(reason) => panic!("{reason}"),
         }
     }
 
     #[test]
-    fn the_kernels_compile_where_nvrtc_is_installed() {
-        let products =
-            ["q8", "q4"].map(|block| [1, 2, 4, 8].map(|rows| format!("quant_rows_{block}_{rows}")));
-        let rows = ["add_rms_norm", "layer_norm", "silu_mul", "finish_rows"];
-        let any_type = products
-            .concat()
-            .into_iter()
-            .chain(rows.iter().chain(&["gather_rows", "rope_and_cache"]).map(|&name| name.into()));
-        let names = any_type.flat_map(|name| ["f32", "f16", "bf16"].map(|kind| format!("{name}_{kind}")));
-        let wide =
-            rows.iter().flat_map(|name| ["f32", "f16", "bf16"].map(|kind| format!("{name}_{kind}_wide")));
-        assert_has(&FUSED, &names.chain(wide).collect::<Vec<_>>());
-
-        let mut names = vec!["look_up".to_owned()];
-        for kind in ["f16", "bf16"] {
+    fn the_kernels_compile_for_every_type_where_nvrtc_is_installed() {
+        assert_has(&LARGEST, DType::F32, &["largest_f32".into()]);
+        for dtype in [DType::F32, DType::F16, DType::BF16] {
+            let kind = dtype.as_str();
+            let products = ["q8", "q4"]
+                .map(|block| [1, 2, 4, 8].map(|rows| format!("quant_rows_{block}_{rows}_{kind}")));
+            let mut names = products.concat();
+            names.extend(["gather_rows", "rope_and_cache"].map(|name| format!("{name}_{kind}")));
+            for name in ["add_rms_norm", "layer_norm", "silu_mul", "finish_rows"] {
+                names.extend([format!("{name}_{kind}"), format!("{name}_{kind}_wide")]);
+            }
+            assert_has(&FUSED, dtype, &names);
+        }
+        for dtype in [DType::F16, DType::BF16] {
+            let kind = dtype.as_str();
+            let mut names = vec!["look_up".to_owned()];
             names.extend(
                 ["product", "normed_product", "normed_gated_product"].map(|name| format!("{name}_{kind}")),
             );
             for name in ["attend", "attend_paged", "attend_fresh"] {
                 names.extend([64, 80, 128].map(|width| format!("{name}_{kind}_{width}")));
             }
+            assert_has(&AMPERE, dtype, &names);
+            assert_has(&HOPPER, dtype, &names);
         }
-        assert_has(&AMPERE, &names);
-        assert_has(&HOPPER, &names);
     }
 }

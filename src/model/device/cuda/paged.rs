@@ -15,7 +15,7 @@ use super::{
         step::{Decodes, Prefill, Step},
     },
     flash::{self, Workspace},
-    launch::{FUSED, fresh},
+    launch::{FUSED, fresh, tensor_kernels},
     rope::rope_and_cache,
 };
 
@@ -34,15 +34,16 @@ const NO_CAP: f32 = 1.0;
 #[derive(Debug)]
 pub struct Kernels {
     counters: Tensor,
+    dtype: DType,
 }
 
 impl Kernels {
-    /// For caches on this device.
+    /// For caches of this type on this device.
     ///
     /// # Errors
     /// When the device fails.
-    pub fn new(device: &Device) -> Result<Self> {
-        Ok(Kernels { counters: flash::counters(device)? })
+    pub fn new(device: &Device, dtype: DType) -> Result<Self> {
+        Ok(Kernels { counters: flash::counters(device)?, dtype })
     }
 
     /// Whether the kernels know a model of these sizes.
@@ -129,7 +130,7 @@ impl PagedAttention for Kernels {
         let kv_heads = cache.values.dim(1)?;
         if flash::knows(dim, heads / kv_heads)
             && decodes.len() * kv_heads <= flash::MAX_COUNTERS
-            && let Some(kernels) = flash::kernels(queries.device(), queries.dtype())
+            && let Some(kernels) = tensor_kernels(queries.device(), queries.dtype())
         {
             let out = fresh(queries.dims(), queries.dtype(), queries.device())?;
             let len = flash::scratch_len(decodes.longest(), decodes.len(), kv_heads, dim);
@@ -160,6 +161,6 @@ impl PagedAttention for Kernels {
     }
 
     fn can_be_recorded(&self) -> bool {
-        FUSED.is_there()
+        FUSED.is_there(self.dtype)
     }
 }

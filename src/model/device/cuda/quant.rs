@@ -18,7 +18,7 @@ const BLOCK: usize = 32;
 
 /// `x W^T` of `x` `[rows, in]`, eight rows at most, and `weight` `[out, in]`; none where the kernels cannot be had.
 pub fn multiply(x: &Tensor, weight: &QTensor) -> Result<Option<Tensor>> {
-    if !FUSED.is_there() {
+    if !FUSED.is_there(x.dtype()) {
         return Ok(None);
     }
     let (rows, width) = x.dims2()?;

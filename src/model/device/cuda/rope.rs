@@ -22,7 +22,7 @@ pub fn rope_and_cache(
     rotary: &Rotary,
     step: &Step,
 ) -> Result<Option<Tensor>> {
-    if !FUSED.is_there() {
+    if !FUSED.is_there(projected.qkv.dtype()) {
         return Ok(None);
     }
     let qkv = projected.qkv.contiguous()?;

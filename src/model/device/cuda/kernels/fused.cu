@@ -1,5 +1,6 @@
 // Several small operations as one launch each. Compiled by NVRTC when they are first needed; no header is included, so that
-// a machine needs none. Arithmetic is in f32; what is stored is rounded to the nearest, ties to even.
+// a machine needs none: for one type at a time (ONLY: its bits, or 0 for bf16), since compiling takes seconds. Arithmetic is in f32; what is
+// stored is rounded to the nearest, ties to even.
 
 struct f16 { unsigned short bits; };
 struct bf16 { unsigned short bits; };
@@ -62,35 +63,73 @@ __device__ void add_rms_norm(const T *x, const T *delta, const T *weight, T *out
   }
 }
 
-// One warp a row, which it reads thrice: the second and the third time from its cache.
+// One warp a row. Norms `x` [rows, width], or x + bias + residual where there are such, which then is kept in `sum`.
 template <typename T, unsigned N>
-__device__ void layer_norm(const T *x, const T *weight, const T *bias, T *out, unsigned rows, unsigned width, float eps) {
+__device__ void layer_norm(const T *x, const T *bias, const T *residual, T *sum, const T *weight, const T *shift, T *out,
+                           unsigned rows, unsigned width, float eps) {
   using Some = some<T, N>;
   const unsigned row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (row >= rows) return;
-  x += (unsigned long long)row * width;
-  out += (unsigned long long)row * width;
-  const auto sum = [&](float shift, bool is_squared) {
-    float total = 0;
-    for (unsigned i = lane * N; i < width; i += 32 * N) {
-      const Some a = *(const Some *)(x + i);
+  const unsigned long long start = (unsigned long long)row * width;
+  // The first pieces of a row stay in registers; what is beyond is read anew.
+  constexpr unsigned KEPT = N == 1 ? 1 : 5;
+  Some kept[KEPT];
+  const auto all_warps = [](float y) {
+    for (int distance = 16; distance > 0; distance /= 2) y += __shfl_xor_sync(0xffffffffu, y, distance);
+    return y;
+  };
+  const auto for_all = [&](auto look) {
+#pragma unroll
+    for (unsigned piece = 0; piece < KEPT; piece++)
+      if ((piece * 32 + lane) * N < width) look((piece * 32 + lane) * N, kept[piece]);
+    for (unsigned i = (KEPT * 32 + lane) * N; i < width; i += 32 * N) {
+      Some y = *(const Some *)((sum ? sum : x) + start + i);
+      look(i, y);
+    }
+  };
+  float total = 0;
+  const auto take = [&](unsigned i, Some &y) {
+    y = *(const Some *)(x + start + i);
+    if (sum) {
+      Some b, r;
+      if (bias) b = *(const Some *)(bias + i);
+      if (residual) r = *(const Some *)(residual + start + i);
 #pragma unroll
       for (unsigned j = 0; j < N; j++) {
-        const float y = widen(a.of[j]) - shift;
-        total += is_squared ? y * y : y;
+        float z = widen(y.of[j]);
+        if (bias) z += widen(b.of[j]);
+        if (residual) z += widen(r.of[j]);
+        narrow(z, y.of[j]);
       }
+      *(Some *)(sum + start + i) = y;
     }
-    for (int distance = 16; distance > 0; distance /= 2) total += __shfl_xor_sync(0xffffffffu, total, distance);
-    return total;
-  };
-  const float mean = sum(0, false) / width, scale = 1.0f / sqrtf(sum(mean, true) / width + eps);
-  for (unsigned i = lane * N; i < width; i += 32 * N) {
-    const Some a = *(const Some *)(x + i), w = *(const Some *)(weight + i), b = *(const Some *)(bias + i);
-    Some y;
 #pragma unroll
-    for (unsigned j = 0; j < N; j++) narrow((widen(a.of[j]) - mean) * scale * widen(w.of[j]) + widen(b.of[j]), y.of[j]);
-    *(Some *)(out + i) = y;
+    for (unsigned j = 0; j < N; j++) total += widen(y.of[j]);
+  };
+#pragma unroll
+  for (unsigned piece = 0; piece < KEPT; piece++)
+    if ((piece * 32 + lane) * N < width) take((piece * 32 + lane) * N, kept[piece]);
+  for (unsigned i = (KEPT * 32 + lane) * N; i < width; i += 32 * N) {
+    Some y;
+    take(i, y);
   }
+  const float mean = all_warps(total) / width;
+  float squares = 0;
+  for_all([&](unsigned, Some &y) {
+#pragma unroll
+    for (unsigned j = 0; j < N; j++) {
+      const float off = widen(y.of[j]) - mean;
+      squares += off * off;
+    }
+  });
+  const float scale = 1.0f / sqrtf(all_warps(squares) / width + eps);
+  for_all([&](unsigned i, Some &y) {
+    const Some w = *(const Some *)(weight + i), b = *(const Some *)(shift + i);
+    Some z;
+#pragma unroll
+    for (unsigned j = 0; j < N; j++) narrow((widen(y.of[j]) - mean) * scale * widen(w.of[j]) + widen(b.of[j]), z.of[j]);
+    *(Some *)(out + start + i) = z;
+  });
 }
 
 // N elements of `out` [rows, width] a thread; `x` [rows, 2 width] holds gates, then ups.
@@ -105,7 +144,7 @@ __device__ void silu_mul(const T *x, T *out, unsigned rows, unsigned width) {
 #pragma unroll
   for (unsigned j = 0; j < N; j++) {
     const float gate = widen(gates.of[j]);
-    narrow(gate / (1.0f + expf(-gate)) * widen(ups.of[j]), y.of[j]);
+    narrow(__fdividef(gate, 1.0f + __expf(-gate)) * widen(ups.of[j]), y.of[j]);
   }
   *(Some *)(out + i) = y;
 }
@@ -126,7 +165,7 @@ __device__ void finish_rows(const T *x, const T *bias, const T *residual, T *out
     float z = widen(a.of[j]);
     if (bias) z += widen(b.of[j]);
     if (residual) z += widen(r.of[j]);
-    if (gelu) z = z / (1.0f + expf(-1.5957691216057308f * (z + 0.044715f * z * z * z)));
+    if (gelu) z = __fdividef(z, 1.0f + __expf(-1.5957691216057308f * (z + 0.044715f * z * z * z)));
     narrow(z, y.of[j]);
   }
   *(Some *)(out + i) = y;
@@ -138,35 +177,6 @@ __device__ void gather_rows(const T *table, const unsigned *ids, T *out, unsigne
   const T *from = table + (unsigned long long)ids[blockIdx.x] * width;
   T *to = out + (unsigned long long)blockIdx.x * width;
   for (unsigned i = threadIdx.x; i < width; i += blockDim.x) to[i] = from[i];
-}
-
-// One block a row: the first of the largest of `x` [rows, stride]'s first `width` numbers, and its bits, to `out` [rows, 2]. What is no number is
-// not looked at.
-extern "C" __global__ void largest_f32(const float *x, unsigned *out, unsigned width, unsigned stride) {
-  __shared__ float of_warp[32];
-  __shared__ unsigned at_warp[32];
-  x += (unsigned long long)blockIdx.x * stride;
-  float largest = __uint_as_float(0xff800000u);
-  unsigned at = 0xffffffffu;
-  const auto take = [&](float y, unsigned i) {
-    if (y > largest || (y == largest && i < at)) largest = y, at = i;
-  };
-  for (unsigned i = threadIdx.x; i < width; i += blockDim.x) take(x[i], i);
-  const auto take_from_lanes = [&]() {
-    for (int distance = 16; distance > 0; distance /= 2) {
-      const float y = __shfl_xor_sync(0xffffffffu, largest, distance);
-      const unsigned i = __shfl_xor_sync(0xffffffffu, at, distance);
-      take(y, i);
-    }
-  };
-  take_from_lanes();
-  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = largest, at_warp[threadIdx.x / 32] = at;
-  __syncthreads();
-  if (threadIdx.x >= 32) return;
-  largest = __uint_as_float(0xff800000u), at = 0xffffffffu;
-  if (threadIdx.x < blockDim.x / 32) largest = of_warp[threadIdx.x], at = at_warp[threadIdx.x];
-  take_from_lanes();
-  if (threadIdx.x == 0) out[2 * blockIdx.x] = at, out[2 * blockIdx.x + 1] = __float_as_uint(largest);
 }
 
 // One block a row. Adds `bias` to `qkv` [rows, heads + 2 kv_heads, dim] where there is one, and turns queries and keys by the row's
@@ -276,9 +286,9 @@ __device__ void quant_rows(const Block *weight, const T *x, T *out, unsigned row
                                                  unsigned width, float eps) {                                          \
     add_rms_norm<T, N>(x, delta, weight, out, rows, width, eps);                                                       \
   }                                                                                                                    \
-  extern "C" __global__ void layer_norm_##name(const T *x, const T *weight, const T *bias, T *out, unsigned rows,      \
-                                               unsigned width, float eps) {                                            \
-    layer_norm<T, N>(x, weight, bias, out, rows, width, eps);                                                          \
+  extern "C" __global__ void layer_norm_##name(const T *x, const T *bias, const T *residual, T *sum, const T *weight,   \
+                                               const T *shift, T *out, unsigned rows, unsigned width, float eps) {      \
+    layer_norm<T, N>(x, bias, residual, sum, weight, shift, out, rows, width, eps);                                    \
   }                                                                                                                    \
   extern "C" __global__ void silu_mul_##name(const T *x, T *out, unsigned rows, unsigned width) {                      \
     silu_mul<T, N>(x, out, rows, width);                                                                               \
@@ -302,6 +312,14 @@ __device__ void quant_rows(const Block *weight, const T *x, T *out, unsigned row
   FOR_BLOCK(T, name, q8)                                                                                               \
   FOR_BLOCK(T, name, q4)
 
+#ifndef ONLY
 FOR(float, f32)
 FOR(f16, f16)
 FOR(bf16, bf16)
+#elif ONLY == 32
+FOR(float, f32)
+#elif ONLY == 16
+FOR(f16, f16)
+#else
+FOR(bf16, bf16)
+#endif

@@ -146,8 +146,12 @@ __device__ void product(const Product &p) {
   FOR_PRODUCT(product, T, 16, false, false)     \
   FOR_PRODUCT(normed_product, T, 8, true, false) \
   FOR_PRODUCT(normed_gated_product, T, 8, true, true)
+#if !defined(ONLY) || ONLY == 16
 FOR_PRODUCTS(f16)
+#endif
+#if !defined(ONLY) || ONLY == 0
 FOR_PRODUCTS(bf16)
+#endif
 
 // One block a row of `out` [rows, width]: the row of `table` that `ids` names.
 extern "C" __global__ void look_up(const uint4 *table, const u32 *ids, uint4 *out, u32 width) {
