@@ -178,7 +178,6 @@ mod tests {
         assert_eq!(decodes.blocks_of(1).unwrap().to_vec1::<u32>().unwrap(), [7]);
         let prompt = &step.prefills[0];
         assert_eq!(prompt.blocks.to_vec1::<u32>().unwrap(), [6, 5]);
-        assert_eq!(prompt.bounds.to_vec1::<u32>().unwrap(), [0, 3, 0, 19]);
         let mask = prompt.mask().unwrap().as_ref().unwrap().to_vec2::<f32>().unwrap();
         for (row, seen) in mask.iter().zip([17, 18, 19]) {
             assert_eq!(row.iter().filter(|&&x| x == 0.0).count(), seen);

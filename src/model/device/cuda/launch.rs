@@ -111,10 +111,11 @@ impl Source {
 
     /// Its PTX for this type, or why there is none.
     pub(super) fn compiled(&self, dtype: DType) -> std::result::Result<String, String> {
-        let define = number_and_define(dtype).map(|(_, define)| define.to_owned());
+        // Functions that do not say where they run, lambdas among them, run on the device.
+        let options = ["-default-device"].into_iter().chain(number_and_define(dtype).map(|both| both.1));
         let options = nvrtc::CompileOptions {
             arch: self.arch,
-            options: define.into_iter().collect(),
+            options: options.map(str::to_owned).collect(),
             ..Default::default()
         };
         match nvrtc::compile_ptx_with_opts(self.code, options) {
