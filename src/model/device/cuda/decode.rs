@@ -3,6 +3,8 @@
 //!
 //! Called by [`super::super::qwen2`], whose operations one by one are its reference and stand in wherever [`Few::of`] gives none.
 
+use candle_core::DType;
+
 use super::{
     super::{
         super::{ModelError, Result, Tensor},
@@ -15,7 +17,6 @@ use super::{
     launch::{Argument, Grid, Source, address, count, ensure, fresh, start_of, tensor_kernels},
     num_multiprocessors,
 };
-use candle_core::DType;
 
 /// Most sequences of a step: the columns of the tensor cores' products.
 const MAX_SEQUENCES: usize = 8;
