@@ -1,18 +1,33 @@
-//! The logits of a step, wherever they lie: rows that only need their largest are decided on the device, and only their
-//! ids come back; the others are copied to host memory.
+//! The logits of a step, wherever they lie: of rows that need only their largest, or their few largest, a device finds these, and nothing
+//! else comes back; the others are copied to host memory.
 //!
 //! Made by the runner for each step. Chooses nothing but largest logits.
 
+use super::sampler;
 use crate::{
-    model::{Result, Tensor, device},
+    model::{
+        Result, Tensor,
+        device::{self, Candidates},
+    },
     scheduler::TokenId,
 };
+
+/// What is needed of a row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Needed {
+    Largest,
+    /// What is no smaller than the logit of rank [`sampler::FEW`].
+    Few,
+    All,
+}
 
 /// One row of a step.
 #[derive(Debug)]
 pub(super) enum Row<'a> {
     /// Logits of the ids that may be sampled.
     Logits(&'a [f32]),
+    /// Those of them that are no smaller than the one of rank [`sampler::FEW`], with their ids, and perhaps others.
+    Few(&'a [(TokenId, f32)]),
     /// The id with the largest logit.
     Largest(TokenId),
     /// No logit is finite.
@@ -28,61 +43,71 @@ pub(super) struct Logits {
     rows: Vec<Place>,
 }
 
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 enum Place {
     /// The row of this number in `values`.
     Host(usize),
+    Few(Candidates),
     Largest(TokenId),
     NotFinite,
 }
 
 impl Logits {
-    /// `logits` `[rows, vocab]` in f32, of which ids below `num_ids` may be sampled. `largest_only` says of each row
-    /// whether its largest is all that is wanted. What lies in host memory already is not looked at here.
-    pub(super) fn fetch(logits: &Tensor, num_ids: usize, largest_only: &[bool]) -> Result<Self> {
+    /// `logits` `[rows, vocab]` in f32, of which ids below `num_ids` may be sampled, and what is needed of each row. What lies in host
+    /// memory already is not looked at here.
+    pub(super) fn fetch(logits: &Tensor, num_ids: usize, needed: &[Needed]) -> Result<Self> {
         if logits.device().is_cpu() {
             return Ok(Logits {
                 values: logits.narrow(1, 0, num_ids)?.flatten_all()?.to_vec1()?,
                 num_ids,
-                rows: (0..largest_only.len()).map(Place::Host).collect(),
+                rows: (0..needed.len()).map(Place::Host).collect(),
             });
         }
-        Self::fetch_from_device(logits, num_ids, largest_only)
+        Self::fetch_from_device(logits, num_ids, needed)
     }
 
-    fn fetch_from_device(logits: &Tensor, num_ids: usize, largest_only: &[bool]) -> Result<Self> {
+    fn fetch_from_device(logits: &Tensor, num_ids: usize, needed: &[Needed]) -> Result<Self> {
+        let mut rows: Vec<Option<Place>> = vec![None; needed.len()];
+        let of_kind = |kind: Needed| (0..needed.len()).filter(move |&row| needed[row] == kind);
+        if of_kind(Needed::Largest).next().is_some() {
+            let largest = device::largest(logits, num_ids)?;
+            for row in of_kind(Needed::Largest) {
+                let (id, largest) = largest[row];
+                // The largest itself tells whether there is a finite one.
+                rows[row] = Some(if largest.is_finite() { Place::Largest(id) } else { Place::NotFinite });
+            }
+        }
+        if of_kind(Needed::Few).next().is_some() {
+            let mut few = device::few_largest(logits, num_ids, sampler::FEW)?;
+            for row in of_kind(Needed::Few) {
+                let place = |few: Candidates| match few.iter().any(|(_, logit)| logit.is_finite()) {
+                    true => Place::Few(few),
+                    false => Place::NotFinite,
+                };
+                rows[row] = few[row].take().map(place);
+            }
+        }
         let mut copied: Vec<u32> = vec![];
-        for (row, _) in largest_only.iter().enumerate().filter(|(_, largest_only)| !**largest_only) {
+        for (row, place) in rows.iter_mut().enumerate().filter(|(_, place)| place.is_none()) {
+            *place = Some(Place::Host(copied.len()));
             copied.push(row as u32);
-        }
-        let mut rows: Vec<Place> = vec![];
-        if copied.len() < largest_only.len() {
-            // The largest itself tells whether there is a finite one.
-            let place = |(id, largest): (u32, f32)| match largest.is_finite() {
-                true => Place::Largest(id),
-                false => Place::NotFinite,
-            };
-            rows = device::largest(logits, num_ids)?.into_iter().map(place).collect();
-        }
-        rows.resize(largest_only.len(), Place::NotFinite);
-        for (place, &row) in copied.iter().enumerate() {
-            rows[row as usize] = Place::Host(place);
         }
         let values = match copied.len() {
             0 => vec![],
-            all if all == largest_only.len() => logits.narrow(1, 0, num_ids)?.flatten_all()?.to_vec1()?,
+            all if all == needed.len() => logits.narrow(1, 0, num_ids)?.flatten_all()?.to_vec1()?,
             some => {
                 let index = Tensor::from_vec(copied, some, logits.device())?;
                 logits.index_select(&index, 0)?.narrow(1, 0, num_ids)?.flatten_all()?.to_vec1()?
             }
         };
-        Ok(Logits { values, num_ids, rows })
+        Ok(Logits { values, num_ids, rows: rows.into_iter().flatten().collect() })
     }
 
     /// Row `index`.
     pub(super) fn row(&self, index: usize) -> Row<'_> {
-        match self.rows[index] {
-            Place::Largest(id) => Row::Largest(id),
+        match &self.rows[index] {
+            Place::Largest(id) => Row::Largest(*id),
+            Place::Few(few) => Row::Few(few),
             Place::NotFinite => Row::NotFinite,
             Place::Host(place) => {
                 let logits = &self.values[place * self.num_ids..][..self.num_ids];
@@ -110,25 +135,30 @@ mod tests {
 
     #[test]
     fn in_host_memory_every_row_is_as_it_was_without_the_ids_that_may_not_be_sampled() {
-        let fetched = Logits::fetch(&logits(), 3, &[true, false, true, false]).unwrap();
+        let needed = [Needed::Largest, Needed::All, Needed::Largest, Needed::Few];
+        let fetched = Logits::fetch(&logits(), 3, &needed).unwrap();
         assert!(matches!(fetched.row(0), Row::Logits([1.0, 5.0, 2.0])));
         assert!(matches!(fetched.row(2), Row::NotFinite));
         assert!(matches!(fetched.row(3), Row::Logits([0.0, 1.0, 7.0])));
     }
 
     #[test]
-    fn from_a_device_come_ids_where_only_the_largest_is_wanted_and_logits_elsewhere() {
-        for largest_only in [[true, false, true, false], [true; 4], [false; 4]] {
-            let fetched = Logits::fetch_from_device(&logits(), 3, &largest_only).unwrap();
-            for (row, (largest, expected)) in
-                [(1, [1.0, 5.0, 2.0]), (0, [4.0, 3.0, 2.0]), (0, [0.0; 3]), (2, [0.0, 1.0, 7.0])]
-                    .iter()
-                    .enumerate()
-            {
+    fn from_a_device_comes_what_is_needed_of_each_row() {
+        let rows = [(1, [1.0, 5.0, 2.0]), (0, [4.0, 3.0, 2.0]), (0, [0.0; 3]), (2, [0.0, 1.0, 7.0])];
+        let (largest, few, all) = (Needed::Largest, Needed::Few, Needed::All);
+        for needed in
+            [[largest, all, largest, all], [largest; 4], [all; 4], [few; 4], [few, largest, few, all]]
+        {
+            let fetched = Logits::fetch_from_device(&logits(), 3, &needed).unwrap();
+            for (row, (id, expected)) in rows.iter().enumerate() {
                 match fetched.row(row) {
                     Row::NotFinite => assert_eq!(row, 2),
-                    Row::Largest(id) => assert!(largest_only[row] && id == *largest),
-                    Row::Logits(values) => assert!(!largest_only[row] && values == expected),
+                    Row::Largest(largest) => assert!(needed[row] == Needed::Largest && largest == *id),
+                    Row::Few(candidates) => {
+                        let all: Vec<(TokenId, f32)> = (0..).zip(*expected).collect();
+                        assert!(needed[row] == Needed::Few && candidates == all);
+                    }
+                    Row::Logits(values) => assert!(needed[row] == Needed::All && values == expected),
                 }
             }
         }

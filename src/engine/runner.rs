@@ -11,7 +11,7 @@ use super::{
     encoder_cache::EncoderCache,
     guidance::{Allowed, Guide},
     handle::VideoInput,
-    logits::{Logits, Row},
+    logits::{Logits, Needed, Row},
     logprobs, sampler,
 };
 use crate::{
@@ -107,23 +107,29 @@ impl Runner {
             self.tap.tensor("logits_last", None, &logits.to_device(&Device::Cpu)?);
         }
         let sampling: Vec<&ComputeWork> = works.iter().filter(|work| work.samples).collect();
-        let largest_only = |work: &&ComputeWork| {
+        let needed = |work: &&ComputeWork| {
             let params = requests.sampling(work.sequence);
-            sampler::is_plain_greedy(params)
-                && !logprobs::is_asked_for(params)
-                && requests.guide(work.sequence).is_none()
+            match logprobs::is_asked_for(params) || requests.guide(work.sequence).is_some() {
+                false if sampler::is_plain_greedy(params) => Needed::Largest,
+                false if sampler::needs_few(params) => Needed::Few,
+                _ => Needed::All,
+            }
         };
-        let largest_only: Vec<bool> = sampling.iter().map(largest_only).collect();
-        let logits = Logits::fetch(&logits, self.num_token_ids, &largest_only)?;
+        let needed: Vec<Needed> = sampling.iter().map(needed).collect();
+        let logits = Logits::fetch(&logits, self.num_token_ids, &needed)?;
         let sample = |(index, work): (usize, &&ComputeWork)| {
             let sequence =
                 scheduler.sequence(work.sequence).expect("a planned sequence is unknown: this is a bug");
+            let params = requests.sampling(work.sequence);
             let row = match logits.row(index) {
                 Row::Logits(row) => row,
                 Row::Largest(token) => return Ok(Sampled { token, logprobs: None }),
+                Row::Few(few) => {
+                    let token = sampler::sample_few(few, params, sequence.token_ids());
+                    return Ok(Sampled { token, logprobs: None });
+                }
                 Row::NotFinite => return Err(ModelError::Msg("the model produced no finite logit".into())),
             };
-            let params = requests.sampling(work.sequence);
             let (tokens, num_prompt) = (sequence.token_ids(), sequence.num_prompt_tokens());
             let sample = |allowed: Allowed<'_>| sampler::sample(row, params, tokens, num_prompt, allowed);
             let token = match requests.guide(work.sequence) {

@@ -40,6 +40,22 @@ pub fn sample(
     draw(&candidates(logits, params), unit_random(if again { !params.seed } else { params.seed }, position))
 }
 
+/// [`sample`] of the logits of few ids, ascending, for parameters that need no others ([`needs_few`]): the same token as of all.
+pub fn sample_few(few: &[(TokenId, f32)], params: &SamplingParams, tokens: &[TokenId]) -> TokenId {
+    let (ids, logits): (Vec<TokenId>, Vec<f32>) = few.iter().copied().unzip();
+    let candidates = candidates(&logits, params);
+    ids[draw(&candidates, unit_random(params.seed, tokens.len() as u64)) as usize]
+}
+
+/// Most largest logits that [`needs_few`] may want.
+pub const FEW: usize = 256;
+
+/// Whether the [`FEW`] largest logits of a row, as the model gives them, are all these parameters can choose from.
+pub fn needs_few(params: &SamplingParams) -> bool {
+    let is_plain = !penalises(params) && params.logit_bias.is_empty();
+    params.temperature > 0.0 && is_plain && (1..=FEW).contains(&params.top_k)
+}
+
 /// Whether these parameters ask for the largest logit, as the model gives it.
 pub fn is_plain_greedy(params: &SamplingParams) -> bool {
     params.temperature <= 0.0 && !penalises(params) && params.logit_bias.is_empty()
@@ -270,6 +286,20 @@ mod tests {
     }
 
     #[test]
+    fn few_are_not_enough_where_any_logit_may_count() {
+        assert!(needs_few(&SamplingParams { top_k: 50, ..params(1.0) }));
+        for params in [
+            SamplingParams { top_k: 0, ..params(1.0) },
+            SamplingParams { top_k: FEW + 1, ..params(1.0) },
+            SamplingParams { top_k: 50, ..params(0.0) },
+            SamplingParams { top_k: 50, repetition_penalty: 1.1, ..params(1.0) },
+            SamplingParams { top_k: 50, logit_bias: vec![(7, 1.0)], ..params(1.0) },
+        ] {
+            assert!(!needs_few(&params), "{params:?}");
+        }
+    }
+
+    #[test]
     fn penalties_and_bias_move_the_choice() {
         let logits = [2.0, 1.9, 0.0];
         let with = |params: SamplingParams| sample(&logits, &params, &[1, 0], 1, Allowed::All);
@@ -363,6 +393,21 @@ mod tests {
             let token = sample(&logits, &params, &[1, 0, 1], 1, Allowed::All);
             prop_assert_eq!(token, sample(&logits, &params, &[1, 0, 1], 1, Allowed::All));
             prop_assert!((token as usize) < logits.len());
+        }
+
+        #[test]
+        fn the_few_largest_give_the_token_that_all_give(
+            logits in prop::collection::vec(prop_oneof![-9.0f32..9.0, Just(8.5f32)], 1..2000), seed: u64,
+            top_k in 1..=FEW, top_p in 0.05f32..1.2, min_p in prop_oneof![Just(0.0f32), 0.0f32..0.5],
+        ) {
+            let params = SamplingParams { seed, top_k, top_p, min_p, ..params(0.8) };
+            prop_assert!(needs_few(&params));
+            let mut sorted = logits.clone();
+            sorted.sort_unstable_by(|a, b| b.total_cmp(a));
+            let least = sorted.get(FEW - 1).copied().unwrap_or(f32::NEG_INFINITY);
+            let few: Vec<(TokenId, f32)> = (0..).zip(logits.iter().copied()).filter(|one| one.1 >= least).collect();
+            let all = sample(&logits, &params, &[1, 0, 1], 1, Allowed::All);
+            prop_assert_eq!(sample_few(&few, &params, &[1, 0, 1]), all);
         }
 
         #[test]

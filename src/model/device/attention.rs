@@ -122,11 +122,13 @@ pub trait PagedAttention: std::fmt::Debug + Send + Sync {
     fn decode(&self, queries: &Tensor, cache: &LayerCache, decodes: &Decodes) -> Result<Tensor>;
 
     /// What the kernels of CUDA count with, where this is by them.
+    #[cfg(feature = "cuda")]
     fn counters(&self) -> Option<&Tensor> {
         None
     }
 
     /// Whether a step of decodes copies nothing from the host, and so may be recorded.
+    #[cfg(feature = "cuda")]
     fn can_be_recorded(&self) -> bool {
         false
     }

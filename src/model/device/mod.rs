@@ -26,7 +26,7 @@ use super::{
 };
 use attention::{LayerCache, PagedAttention};
 use layers::Loader;
-pub use ops::largest;
+pub use ops::{Candidates, few_largest, largest};
 
 /// Keys and values of all layers, in device memory.
 #[derive(Debug, Clone)]

@@ -133,6 +133,36 @@ pub fn largest(logits: &Tensor, num_ids: usize) -> Result<Vec<(u32, f32)>> {
     Ok(ids.into_iter().zip(largest).collect())
 }
 
+/// Ids and logits, ids ascending.
+pub type Candidates = Vec<(u32, f32)>;
+
+/// Of each row of `logits` `[rows, vocab]` in f32 all of the first `num_ids` that are no smaller than the `few`th largest, and perhaps
+/// others; none of a row for which that cannot be said.
+pub fn few_largest(logits: &Tensor, num_ids: usize, few: usize) -> Result<Vec<Option<Candidates>>> {
+    #[cfg(feature = "cuda")]
+    if logits.device().is_cuda() {
+        let Some(found) = super::cuda::fused::few_largest(logits, num_ids, few)? else {
+            return Ok(vec![None; logits.dim(0)?]);
+        };
+        let candidates = |row: Vec<u32>| {
+            let pairs = row[1..].as_chunks::<2>().0.get(..row[0] as usize)?;
+            let mut pairs: Candidates = pairs.iter().map(|&[id, bits]| (id, f32::from_bits(bits))).collect();
+            pairs.sort_unstable_by_key(|pair| pair.0);
+            Some(pairs)
+        };
+        return Ok(found.to_vec2::<u32>()?.into_iter().map(candidates).collect());
+    }
+    let rows = logits.narrow(1, 0, num_ids)?.to_vec2::<f32>()?;
+    let candidates = |row: Vec<f32>| {
+        let mut sorted = row.clone();
+        sorted.sort_unstable_by(|a, b| b.total_cmp(a));
+        let least = sorted.get(few - 1).copied().unwrap_or(f32::NEG_INFINITY);
+        let kept = (0u32..).zip(row).filter(|&(_, logit)| logit >= least && logit > f32::NEG_INFINITY);
+        Some(kept.collect())
+    };
+    Ok(rows.into_iter().map(candidates).collect())
+}
+
 /// What [`rotate`] wants its cosines and sines in, for an `x` of type `dtype`.
 pub fn rotary_dtype(device: &Device, dtype: DType) -> DType {
     if device.is_cuda() { dtype } else { DType::F32 }

@@ -178,6 +178,35 @@ pub fn largest(logits: &Tensor, num_ids: usize) -> Result<Option<Tensor>> {
     Ok(Some(out))
 }
 
+/// Most candidates of a row that [`few_largest`] gives.
+const FEW_ROOM: usize = 512;
+/// Threads that look for them: no fewer than are wanted.
+const FEW_THREADS: u32 = 1024;
+
+/// Of each row of `logits` `[rows, vocab]` in f32 all of the first `num_ids` that are no smaller than the `few`th largest, as
+/// `[rows, 1 + 2 room]` in u32: how many, then ids and bits, in any order. Where they are more than there is room for, some are missing.
+pub fn few_largest(logits: &Tensor, num_ids: usize, few: usize) -> Result<Option<Tensor>> {
+    if !LARGEST.is_there(DType::F32) {
+        return Ok(None);
+    }
+    let (rows, vocab) = logits.dims2()?;
+    let fits = logits.dtype() == DType::F32 && logits.is_contiguous() && num_ids <= vocab;
+    ensure(fits && (1..=FEW_THREADS as usize).contains(&few), "logits of another shape")?;
+    let out = fresh(&[rows, 1 + 2 * FEW_ROOM], DType::U32, logits.device())?;
+    let arguments = [
+        address(logits)?,
+        address(&out)?,
+        count(num_ids)?.into(),
+        count(vocab)?.into(),
+        count(few)?.into(),
+        count(FEW_ROOM)?.into(),
+    ];
+    let grid = Grid::rows(count(rows)?, FEW_THREADS);
+    // SAFETY: rows are `vocab` wide, and no more than that is looked at; no more is written than there is room for.
+    unsafe { LARGEST.launch("few_largest_f32", logits, grid, &arguments) }?;
+    Ok(Some(out))
+}
+
 /// The kernel of this name for the type of `x`.
 pub(super) fn named(kernel: &str, x: &Tensor) -> String {
     format!("{kernel}_{}", x.dtype().as_str())
@@ -226,6 +255,22 @@ mod tests {
         let found = ops::largest(&logits, 4990).unwrap();
         assert_eq!(found[..3], [(0, 0.0), (70, 3.0), (6, 1.0)]);
         assert!(!found[3].1.is_finite());
+    }
+
+    #[test]
+    fn the_few_largest_are_those_of_the_processor_where_there_is_a_gpu() {
+        if super::super::num_devices() == 0 {
+            return println!("skipped: no GPU");
+        }
+        let gpu = super::super::open(0).unwrap();
+        let values: Vec<f32> =
+            (0..3 * 40_000).map(|i| ((i * 37) as f32 * 0.7).sin() * (i % 97) as f32).collect();
+        let logits = Tensor::from_vec(values, (3, 40_000), &Device::Cpu).unwrap();
+        let there = ops::few_largest(&logits.to_device(&gpu).unwrap(), 39_000, 64).unwrap();
+        for (got, least) in there.iter().zip(ops::few_largest(&logits, 39_000, 64).unwrap()) {
+            let (got, least) = (got.as_ref().unwrap(), least.unwrap());
+            assert!(least.iter().all(|one| got.contains(one)) && got.is_sorted_by_key(|one| one.0));
+        }
     }
 
     #[test]

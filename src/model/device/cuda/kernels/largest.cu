@@ -1,10 +1,14 @@
-// One block a row: the first of the largest of `x` [rows, stride]'s first `width` numbers, and its bits, to `out` [rows, 2]. What is no number is
-// not looked at.
+// What of the logits is looked at by the host. Both kernels: a block a row of `x` [rows, stride], whose first `width` numbers count. What is no
+// number is not looked at.
+
+#define NONE __uint_as_float(0xff800000u)
+
+// The first of the largest, and its bits, to `out` [rows, 2].
 extern "C" __global__ void largest_f32(const float *x, unsigned *out, unsigned width, unsigned stride) {
   __shared__ float of_warp[32];
   __shared__ unsigned at_warp[32];
   x += (unsigned long long)blockIdx.x * stride;
-  float largest = __uint_as_float(0xff800000u);
+  float largest = NONE;
   unsigned at = 0xffffffffu;
   const auto take = [&](float y, unsigned i) {
     if (y > largest || (y == largest && i < at)) largest = y, at = i;
@@ -21,8 +25,43 @@ extern "C" __global__ void largest_f32(const float *x, unsigned *out, unsigned w
   if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = largest, at_warp[threadIdx.x / 32] = at;
   __syncthreads();
   if (threadIdx.x >= 32) return;
-  largest = __uint_as_float(0xff800000u), at = 0xffffffffu;
+  largest = NONE, at = 0xffffffffu;
   if (threadIdx.x < blockDim.x / 32) largest = of_warp[threadIdx.x], at = at_warp[threadIdx.x];
   take_from_lanes();
   if (threadIdx.x == 0) out[2 * blockIdx.x] = at, out[2 * blockIdx.x + 1] = __float_as_uint(largest);
+}
+
+// All that are no smaller than the `few`th largest, ids and bits, after their number: `out` [rows, 1 + 2 room]. It may be a few more: the
+// limit is the `few`th largest of what each thread has found largest. Where the number exceeds `room`, some are missing. Threads are a
+// power of two, 1024 at most, and no fewer than `few`.
+extern "C" __global__ void few_largest_f32(const float *x, unsigned *out, unsigned width, unsigned stride, unsigned few, unsigned room) {
+  __shared__ float tops[1024];
+  __shared__ unsigned count;
+  const unsigned own = threadIdx.x;
+  x += (unsigned long long)blockIdx.x * stride;
+  out += (unsigned long long)blockIdx.x * (1 + 2 * room);
+  float top = NONE;
+  for (unsigned i = own; i < width; i += blockDim.x) top = fmaxf(top, x[i]);
+  tops[own] = top;
+  if (own == 0) count = 0;
+  __syncthreads();
+  // Sorted, the largest first: a bitonic network.
+  for (unsigned size = 2; size <= blockDim.x; size *= 2)
+    for (unsigned distance = size / 2; distance > 0; distance /= 2) {
+      const unsigned other = own ^ distance;
+      if (other > own) {
+        const float a = tops[own], b = tops[other];
+        if ((own & size) == 0 ? a < b : a > b) tops[own] = b, tops[other] = a;
+      }
+      __syncthreads();
+    }
+  const float least = tops[few - 1];
+  for (unsigned i = own; i < width; i += blockDim.x) {
+    const float y = x[i];
+    if (!(y >= least && y > NONE)) continue;
+    const unsigned at = atomicAdd(&count, 1);
+    if (at < room) out[1 + 2 * at] = i, out[2 + 2 * at] = __float_as_uint(y);
+  }
+  __syncthreads();
+  if (own == 0) out[0] = count;
 }
