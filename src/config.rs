@@ -245,16 +245,10 @@ pub struct EngineConfig {
 /// the kernels where frames are small.
 const ENCODE_STEP_PIXELS: usize = 2 * 384 * 384;
 
-/// Prompt tokens computed in one step on a CPU, unless the configuration says.
-const PREFILL_TOKENS: usize = 512;
-
 impl EngineConfig {
-    /// Prompt tokens that are computed in one step.
+    /// Prompt tokens that are computed in one step, on a CPU 512 unless the configuration says.
     pub fn prefill_tokens_a_step(&self) -> usize {
-        match self.max_prefill_tokens {
-            0 => PREFILL_TOKENS,
-            tokens => tokens,
-        }
+        if self.max_prefill_tokens == 0 { 512 } else { self.max_prefill_tokens }
     }
 
     /// Frames of `image_size` x `image_size` pixels that are encoded in one step.
