@@ -63,6 +63,10 @@ impl DeviceModel {
         quant: Option<Bits>,
     ) -> Result<Self> {
         quant::check(weights, config, quant).map_err(ModelError::wrap)?;
+        #[cfg(feature = "cuda")]
+        if device.is_cuda() {
+            cuda::launch::prepare(device, dtype)?;
+        }
         let loader = Loader::new(weights, device, dtype);
         let vision = loader.pp("vision_tower._vision_tower.vision_model");
         let shape = tinyllava::shape(config);

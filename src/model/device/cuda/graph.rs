@@ -40,6 +40,8 @@ pub struct Graphs {
     recorded: HashMap<Size, Recorded>,
     /// The cache they write to: for another one they are worth nothing.
     cache: Option<TensorId>,
+    /// `[MAX_SEQUENCES, vocab]`: where all of them put what they compute.
+    logits: Option<Tensor>,
     is_off: bool,
 }
 
@@ -55,8 +57,6 @@ struct Size {
 struct Recorded {
     replay: Replay,
     inputs: Inputs,
-    /// `[sequences, vocab]`
-    logits: Tensor,
 }
 
 struct Replay(CudaGraph);
@@ -93,41 +93,65 @@ impl Graphs {
             return Ok(None);
         }
         let own = cache.layers.first().map(|layer| layer.keys.id());
-        if self.cache != own || (self.recorded.len() >= MAX_RECORDED && !self.recorded.contains_key(&size)) {
-            device.synchronize()?;
-            self.recorded.clear();
+        if self.cache != own {
+            self.forget_all(device)?;
             self.cache = own;
         }
-        let wanted = |logits: &Tensor| {
-            let logits = logits.narrow(0, 0, input.token_ids.len())?;
-            // What is returned must outlive the next step.
-            if logits.dtype() == DType::F32 { logits.copy() } else { logits.to_dtype(DType::F32) }.map(Some)
-        };
-        if let Some(recorded) = self.recorded.get(&size) {
+        if let (Some(recorded), Some(logits)) = (self.recorded.get(&size), &self.logits) {
             recorded.inputs.fill(input, size)?;
             recorded.replay.0.launch().map_err(failure)?;
-            return wanted(&recorded.logits);
+            let logits = logits.narrow(0, 0, input.token_ids.len())?;
+            // What is returned must outlive the next step.
+            let logits =
+                if logits.dtype() == DType::F32 { logits.copy() } else { logits.to_dtype(DType::F32) };
+            return logits.map(Some);
         }
         let inputs = Inputs::new(size, cache.block_size, device)?;
         inputs.fill(input, size)?;
+        let step = || decoder.forward(&[], &inputs.step, (paged, cache), &mut ());
         // As any other step: it makes ready what cannot be made while a step is recorded.
-        let logits = decoder.forward(&[], &inputs.step, (paged, cache), &mut ())?.copy()?;
-        let step = || {
-            let fresh = decoder.forward(&[], &inputs.step, (paged, cache), &mut ())?;
-            logits.slice_set(&fresh, 0, 0)
-        };
-        let all = wanted(&logits)?;
-        match record(device.as_cuda_device()?, step) {
+        let logits = step()?;
+        match self.record(device, size, &logits, step) {
             Ok(replay) => {
                 tracing::debug!(size.sequences, size.columns, "decode step recorded");
-                self.recorded.insert(size, Recorded { replay, inputs, logits });
+                self.recorded.insert(size, Recorded { replay, inputs });
             }
             Err(error) => {
                 tracing::warn!(%error, "decode steps cannot be recorded: their kernels are started one by one");
                 self.is_off = true;
+                self.forget_all(device)?;
             }
         }
-        Ok(all)
+        logits.narrow(0, 0, input.token_ids.len())?.to_dtype(DType::F32).map(Some)
+    }
+
+    /// Records `step`, whose logits are as `like`.
+    fn record(
+        &mut self,
+        device: &Device,
+        size: Size,
+        like: &Tensor,
+        step: impl Fn() -> Result<Tensor>,
+    ) -> Result<Replay> {
+        if self.recorded.len() >= MAX_RECORDED
+            && let Some(other) = self.recorded.keys().next().copied()
+        {
+            device.synchronize()?;
+            self.recorded.remove(&other);
+        }
+        let all = match self.logits.take() {
+            Some(logits) => logits,
+            None => Tensor::zeros((MAX_SEQUENCES, like.dim(1)?), like.dtype(), device)?,
+        };
+        let own = self.logits.insert(all).narrow(0, 0, size.sequences)?;
+        record(device.as_cuda_device()?, || own.slice_set(&step()?, 0, 0))
+    }
+
+    fn forget_all(&mut self, device: &Device) -> Result<()> {
+        device.synchronize()?;
+        self.recorded.clear();
+        self.logits = None;
+        Ok(())
     }
 }
 
@@ -225,8 +249,14 @@ fn record(device: &CudaDevice, step: impl Fn() -> Result<()>) -> Result<Replay> 
     let stream = device.cuda_stream();
     stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED).map_err(failure)?;
     let outcome = step();
-    // Whatever came of it, the stream must run again.
+    // Whatever came of it, the stream must run again: errors of tensors that were dropped meanwhile are those of the recording, and must not
+    // keep it from being ended, nor be taken for the device's afterwards.
+    let forget_errors = || stream.context().check_err().unwrap_or_default();
+    forget_errors();
     let graph = stream.end_capture(CUgraphInstantiate_flags(0)).map_err(failure);
+    if graph.is_err() {
+        forget_errors();
+    }
     outcome?;
     let Some(graph) = graph? else { return Err(ModelError::Msg("nothing was recorded".into())) };
     // A copy from the host would read memory that is gone by then.

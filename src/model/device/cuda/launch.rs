@@ -2,7 +2,13 @@
 //!
 //! Used by the operations of this folder. The kernels look at no size: whoever calls one checks all of them.
 
-use std::{ffi::c_void, sync::OnceLock};
+use std::{
+    ffi::c_void,
+    sync::{
+        OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
+};
 
 use candle_core::{
     DType, Device, Storage,
@@ -48,7 +54,21 @@ pub fn tensor_kernels(device: &Device, dtype: DType) -> Option<&'static Source> 
     source.is_there(dtype).then_some(source)
 }
 
-/// A file of kernels, compiled for a type once a process, when it is first needed: it takes seconds.
+/// Compiles what a model of this type needs, and loads it onto the device: it takes seconds, and now is when they are there. What cannot
+/// be had is not there from now on.
+///
+/// # Errors
+/// When the device fails.
+pub fn prepare(device: &Device, dtype: DType) -> Result<()> {
+    FUSED.load(device, dtype, &format!("gather_rows_{}", dtype.as_str()))?;
+    LARGEST.load(device, DType::F32, "largest_f32")?;
+    match tensor_kernels(device, dtype) {
+        Some(source) => source.load(device, dtype, "look_up"),
+        None => Ok(()),
+    }
+}
+
+/// A file of kernels, compiled for a type once a process.
 #[derive(Debug)]
 pub struct Source {
     module: &'static str,
@@ -57,6 +77,8 @@ pub struct Source {
     arch: Option<&'static str>,
     /// For f32, f16, bf16.
     ptx: [OnceLock<Option<String>>; 3],
+    /// Those that the driver refused.
+    is_refused: [AtomicBool; 3],
 }
 
 /// How a kernel is spread over the device.
@@ -85,7 +107,13 @@ impl Grid {
 
 impl Source {
     const fn new(module: &'static str, code: &'static str, arch: Option<&'static str>) -> Self {
-        Source { module, code, arch, ptx: [const { OnceLock::new() }; 3] }
+        Source {
+            module,
+            code,
+            arch,
+            ptx: [const { OnceLock::new() }; 3],
+            is_refused: [const { AtomicBool::new(false) }; 3],
+        }
     }
 
     /// Whether its kernels for this type can be had: NVRTC must be installed.
@@ -106,7 +134,28 @@ impl Source {
                 None
             }
         };
-        self.ptx[number_and_define(dtype)?.0].get_or_init(compile).as_deref()
+        let number = number_and_define(dtype)?.0;
+        let is_refused = self.is_refused[number].load(Ordering::Relaxed);
+        self.ptx[number].get_or_init(compile).as_deref().filter(|_| !is_refused)
+    }
+
+    /// Has the driver translate the kernels of this type, of which `kernel` is one. A newer NVRTC may write what an older driver cannot read.
+    fn load(&self, device: &Device, dtype: DType, kernel: &str) -> Result<()> {
+        let (Some(ptx), Some((number, _))) = (self.ptx(dtype), number_and_define(dtype)) else {
+            return Ok(());
+        };
+        if let Err(error) =
+            device.as_cuda_device()?.get_or_load_custom_func(kernel, &self.module_of(dtype), ptx)
+        {
+            let kernels = self.module;
+            tracing::warn!(%error, kernels, "the driver refuses our kernels: other operations stand in, which are slower");
+            self.is_refused[number].store(true, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    fn module_of(&self, dtype: DType) -> String {
+        format!("{}_{}", self.module, dtype.as_str())
     }
 
     /// Its PTX for this type, or why there is none.
@@ -133,8 +182,7 @@ impl Source {
     pub unsafe fn launch(&self, name: &str, like: &Tensor, grid: Grid, arguments: &[Argument]) -> Result<()> {
         let Some(ptx) = self.ptx(like.dtype()) else { return bug("a kernel that could not be compiled") };
         let device = like.device().as_cuda_device()?;
-        let module = format!("{}_{}", self.module, like.dtype().as_str());
-        let function = device.get_or_load_custom_func(name, &module, ptx)?;
+        let function = device.get_or_load_custom_func(name, &self.module_of(like.dtype()), ptx)?;
         let stream = device.cuda_stream();
         stream.context().bind_to_thread().map_err(super::failure)?;
         let mut early = CUlaunchAttribute {

@@ -35,6 +35,7 @@ const NO_CAP: f32 = 1.0;
 pub struct Kernels {
     counters: Tensor,
     dtype: DType,
+    has_pool: bool,
 }
 
 impl Kernels {
@@ -43,7 +44,8 @@ impl Kernels {
     /// # Errors
     /// When the device fails.
     pub fn new(device: &Device, dtype: DType) -> Result<Self> {
-        Ok(Kernels { counters: flash::counters(device)?, dtype })
+        let has_pool = super::pool(device)?.is_some();
+        Ok(Kernels { counters: flash::counters(device)?, dtype, has_pool })
     }
 
     /// Whether the kernels know a model of these sizes.
@@ -161,6 +163,7 @@ impl PagedAttention for Kernels {
     }
 
     fn can_be_recorded(&self) -> bool {
-        FUSED.is_there(self.dtype)
+        // Without a pool of memory, what a step takes would be gone when it is started again.
+        self.has_pool && FUSED.is_there(self.dtype)
     }
 }

@@ -201,7 +201,8 @@ __device__ inline void turn(T kind, const u16 *from, const u16 *bias, const u16 
 template <typename T, u32 D, bool IS_FRESH>
 __device__ void attend_paged(const u16 *q, const u16 *keys, const u16 *values, const u32 *tables, const u32 *lens, u16 *out,
                              float *partial, u32 *counters, const Paged &sizes, const Fresh &fresh) {
-  __shared__ float of_warp[WARPS][MAX_GROUP][D], tops[WARPS][MAX_GROUP], weights[WARPS][MAX_GROUP];
+  __shared__ __align__(16) float of_warp[WARPS][MAX_GROUP][D];
+  __shared__ float tops[WARPS][MAX_GROUP], weights[WARPS][MAX_GROUP];
   __shared__ float shares[MAX_PARTS][MAX_GROUP + 1];
   __shared__ __align__(16) u16 turned[MAX_GROUP][D];
   __shared__ u32 is_last;

@@ -1,9 +1,8 @@
-// What of the logits is looked at by the host. Both kernels: a block a row of `x` [rows, stride], whose first `width` numbers count. What is no
-// number is not looked at.
+// What of the logits is looked at by the host. Both kernels: a block a row of `x` [rows, stride], whose first `width` numbers count.
 
 #define NONE __uint_as_float(0xff800000u)
 
-// The first of the largest, and its bits, to `out` [rows, 2].
+// The first of the largest, and its bits, to `out` [rows, 2]. What is no number is not looked at.
 extern "C" __global__ void largest_f32(const float *x, unsigned *out, unsigned width, unsigned stride) {
   __shared__ float of_warp[32];
   __shared__ unsigned at_warp[32];
@@ -32,8 +31,8 @@ extern "C" __global__ void largest_f32(const float *x, unsigned *out, unsigned w
 }
 
 // All that are no smaller than the `few`th largest, ids and bits, after their number: `out` [rows, 1 + 2 room]. It may be a few more: the
-// limit is the `few`th largest of what each thread has found largest. Where the number exceeds `room`, some are missing. Threads are a
-// power of two, 1024 at most, and no fewer than `few`.
+// limit is the `few`th largest of what each thread has found largest. Where the number exceeds `room`, some are missing; so it is where
+// one is no number, for then it is not clear what is largest. Threads are a power of two, 1024 at most, and no fewer than `few`.
 extern "C" __global__ void few_largest_f32(const float *x, unsigned *out, unsigned width, unsigned stride, unsigned few, unsigned room) {
   __shared__ float tops[1024];
   __shared__ unsigned count;
@@ -41,10 +40,15 @@ extern "C" __global__ void few_largest_f32(const float *x, unsigned *out, unsign
   x += (unsigned long long)blockIdx.x * stride;
   out += (unsigned long long)blockIdx.x * (1 + 2 * room);
   float top = NONE;
-  for (unsigned i = own; i < width; i += blockDim.x) top = fmaxf(top, x[i]);
+  bool is_clear = true;
+  for (unsigned i = own; i < width; i += blockDim.x) {
+    is_clear = is_clear && x[i] == x[i];
+    top = fmaxf(top, x[i]);
+  }
   tops[own] = top;
   if (own == 0) count = 0;
   __syncthreads();
+  if (!is_clear) atomicAdd(&count, room + 1);
   // Sorted, the largest first: a bitonic network.
   for (unsigned size = 2; size <= blockDim.x; size *= 2)
     for (unsigned distance = size / 2; distance > 0; distance /= 2) {
