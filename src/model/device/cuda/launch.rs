@@ -54,8 +54,8 @@ pub fn tensor_kernels(device: &Device, dtype: DType) -> Option<&'static Source> 
     source.is_there(dtype).then_some(source)
 }
 
-/// Compiles what a model of this type needs, and loads it onto the device: it takes seconds, and now is when they are there. What cannot
-/// be had is not there from now on.
+/// Compiles what a model of this type needs, and loads it onto the device. It takes seconds: better before a server is ready than in its
+/// first request. What cannot be had is not there from now on.
 ///
 /// # Errors
 /// When the device fails.
