@@ -177,6 +177,8 @@ class TinyLlavaVideo(nn.Module):
             for name, tensor in load_file(shard).items():
                 prefix = next(p for p in prefixes if name.startswith(p))
                 name = prefixes[prefix] + name[len(prefix) :]
+                if name not in wanted:  # transformers since 5
+                    name = name.replace(".vision_model.", ".")
                 if name in wanted:
                     wanted[name].copy_(tensor)
                     found.add(name)
