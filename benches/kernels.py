@@ -10,11 +10,14 @@ its own, so that they come from memory; `early` is whether a kernel may begin be
 import ctypes
 import math
 import pathlib
+import sys
 
 import torch
 import torch.nn.functional as F
 
-KERNELS = pathlib.Path(__file__).parent.parent / "src/model/device/cuda/kernels"
+sys.path.append(str(pathlib.Path(__file__).parent.parent / "scripts"))
+import check_kernels
+
 DTYPE, KIND = torch.bfloat16, "bf16"
 HIDDEN, HEADS, KV_HEADS, DIM, INNER, VOCAB, LAYERS = 2048, 16, 2, 128, 11_008, 151_936, 36
 BLOCK, CONTEXT, ROOM = 16, 637, 400
@@ -35,17 +38,10 @@ def address(tensor):
     return ctypes.c_void_p(0 if tensor is None else tensor.data_ptr())
 
 
-def compiled(files, arch):
-    """A module of these files, through NVRTC, as `launch.rs` compiles them."""
-    nvrtc = ctypes.CDLL("libnvrtc.so.13")
-    source = "".join((KERNELS / file).read_text() for file in files)
-    options = [b"-default-device", b"-DONLY=0"] + ([arch.encode()] if arch else [])
-    program, size, module = ctypes.c_void_p(), ctypes.c_size_t(), ctypes.c_void_p()
-    nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), None, 0, None, None)
-    check(nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options)), f"compiling {files[0]}")
-    nvrtc.nvrtcGetPTXSize(program, ctypes.byref(size))
-    ptx = ctypes.create_string_buffer(size.value)
-    nvrtc.nvrtcGetPTX(program, ptx)
+def loaded(files, arch):
+    """A module of these files."""
+    module = ctypes.c_void_p()
+    ptx = check_kernels.compiled(ctypes.CDLL("libnvrtc.so.13"), files, arch, KIND)
     check(driver.cuModuleLoadData(ctypes.byref(module), ptx), f"loading {files[0]}")
     return module
 
@@ -87,8 +83,8 @@ class Gpu:
         torch.zeros(1, device="cuda")
         properties = torch.cuda.get_device_properties(0)
         self.multiprocessors = properties.multi_processor_count
-        arch = "--gpu-architecture=compute_90" if properties.major >= 9 else "--gpu-architecture=compute_80"
-        self.modules = [compiled(["tensor_cores.cu", "attention.cu", "products.cu"], arch), compiled(["fused.cu"], None)]
+        arch = "compute_90" if properties.major >= 9 else "compute_80"
+        self.modules = [loaded(check_kernels.TENSOR, arch), loaded(["fused.cu"], None)]
         self.found, self.early = {}, False
         print(properties.name)
 

@@ -8,4 +8,4 @@ export PATH="$PWD/scripts/no-cuda:$PATH" CUDA_COMPUTE_CAP=90
 # The stand-in's empty kernels must not get into a real build.
 cargo clippy --locked --features cuda --lib --bins --target-dir target/check-cuda -- -D warnings
 cargo clippy --locked --features cuda --lib --profile test --target-dir target/check-cuda -- -D warnings
-scripts/check-kernels.py target/nvrtc
+scripts/check_kernels.py target/nvrtc

@@ -52,13 +52,17 @@ pub const FEW: usize = 256;
 
 /// Whether the [`FEW`] largest logits of a row, as the model gives them, are all these parameters can choose from.
 pub fn needs_few(params: &SamplingParams) -> bool {
-    let is_plain = !penalises(params) && params.logit_bias.is_empty();
-    params.temperature > 0.0 && is_plain && (1..=FEW).contains(&params.top_k)
+    params.temperature > 0.0 && !adjusts(params) && (1..=FEW).contains(&params.top_k)
 }
 
 /// Whether these parameters ask for the largest logit, as the model gives it.
 pub fn is_plain_greedy(params: &SamplingParams) -> bool {
-    params.temperature <= 0.0 && !penalises(params) && params.logit_bias.is_empty()
+    params.temperature <= 0.0 && !adjusts(params)
+}
+
+/// Whether there are penalties or a bias.
+fn adjusts(params: &SamplingParams) -> bool {
+    penalises(params) || !params.logit_bias.is_empty()
 }
 
 fn penalises(params: &SamplingParams) -> bool {
@@ -72,12 +76,11 @@ fn adjust(
     tokens: &[TokenId],
     num_prompt_tokens: usize,
 ) -> Option<Vec<f32>> {
-    let penalises = penalises(params);
-    if !penalises && params.logit_bias.is_empty() {
+    if !adjusts(params) {
         return None;
     }
     let mut logits = logits.to_vec();
-    if penalises {
+    if penalises(params) {
         // Every id of the sequence, and how often it stands in the completion.
         let mut counts: HashMap<TokenId, f32> = HashMap::new();
         for (position, &id) in tokens.iter().enumerate().filter(|&(_, &id)| id != VISUAL_TOKEN) {

@@ -126,6 +126,13 @@ pub struct StepInput {
     pub logit_rows: Vec<usize>,
 }
 
+impl StepInput {
+    /// Whether the logits of all rows are wanted, in order.
+    pub fn wants_all_rows(&self) -> bool {
+        self.logit_rows.iter().copied().eq(0..self.token_ids.len())
+    }
+}
+
 /// Looks at intermediate tensors: for `tinyllava trace` and the parity tests.
 pub trait Tap: Send {
     /// Whether it looks at all: tensors are not made for nobody.

@@ -97,17 +97,15 @@ pub trait PagedAttention: std::fmt::Debug + Send + Sync {
     /// Puts `keys` and `values`, `[rows, kv_heads, head_dim]`, where the step says.
     fn write(&self, cache: &LayerCache, keys: &Tensor, values: &Tensor, step: &Step) -> Result<()>;
 
-    /// Adds the bias, turns queries and keys, and puts keys and values where the step says.
-    fn turn_and_write(
+    /// What [`turn_and_write`] does, at once; none where that is not possible.
+    fn turn_and_write_at_once(
         &self,
-        cache: &LayerCache,
-        projected: &Projected,
-        rotary: &Rotary,
-        step: &Step,
-    ) -> Result<Rows> {
-        let rows = turned(projected, rotary, step)?;
-        self.write(cache, &rows.keys, &rows.values, step)?;
-        Ok(rows)
+        _cache: &LayerCache,
+        _projected: &Projected,
+        _rotary: &Rotary,
+        _step: &Step,
+    ) -> Result<Option<Rows>> {
+        Ok(None)
     }
 
     /// All keys and values of one sequence, `[context_len, kv_heads, head_dim]` each.
@@ -229,21 +227,27 @@ fn attend_within(
     })
 }
 
-/// With the bias added, queries and keys turned.
-pub fn turned(projected: &Projected, rotary: &Rotary, step: &Step) -> Result<Rows> {
+/// Adds the bias, turns queries and keys, and puts keys and values where the step says.
+fn turn_and_write(
+    paged: &dyn PagedAttention,
+    cache: &LayerCache,
+    projected: &Projected,
+    rotary: &Rotary,
+    step: &Step,
+) -> Result<Rows> {
+    if let Some(rows) = paged.turn_and_write_at_once(cache, projected, rotary, step)? {
+        return Ok(rows);
+    }
     let (cos, sin) = rotary.of_rows(step)?;
     let qkv = match &projected.bias {
         Some(bias) => projected.qkv.broadcast_add(&bias.reshape(&projected.qkv.dims()[1..])?)?,
         None => projected.qkv.clone(),
     };
-    let Rows { values, .. } = Rows::of(&qkv, projected)?;
-    let turning = projected.num_heads + projected.num_kv_heads;
-    let turned = ops::rotate(&qkv.narrow(1, 0, turning)?, cos, sin)?;
-    Ok(Rows {
-        queries: turned.narrow(1, 0, projected.num_heads)?,
-        keys: turned.narrow(1, projected.num_heads, projected.num_kv_heads)?,
-        values,
-    })
+    let Rows { queries, keys, values } = Rows::of(&qkv, projected)?;
+    let rows =
+        Rows { queries: ops::rotate(&queries, cos, sin)?, keys: ops::rotate(&keys, cos, sin)?, values };
+    paged.write(cache, &rows.keys, &rows.values, step)?;
+    Ok(rows)
 }
 
 /// All rows of a step, in order, `[rows, heads, head_dim]`: the decodes together, then each prompt.
@@ -254,7 +258,7 @@ pub fn attend_step(
     rotary: &Rotary,
     step: &Step,
 ) -> Result<Tensor> {
-    let Rows { queries, keys, values } = paged.turn_and_write(cache, projected, rotary, step)?;
+    let Rows { queries, keys, values } = turn_and_write(paged, cache, projected, rotary, step)?;
     let mut parts = Vec::with_capacity(1 + step.prefills.len());
     if let Some(decodes) = &step.decodes {
         parts.push(paged.decode(&queries.narrow(0, 0, decodes.len())?, cache, decodes)?);
@@ -409,7 +413,7 @@ mod tests {
         let projected = Projected { qkv, bias, num_heads, num_kv_heads };
         let table = |seed| noise((1, 20, dim / 2), seed).squeeze(0).unwrap();
         let rotary = Rotary::new(table(5), table(6));
-        let rows = Gathered.turn_and_write(&cache, &projected, &rotary, &step).unwrap();
+        let rows = turn_and_write(&Gathered, &cache, &projected, &rotary, &step).unwrap();
         let turned = Tensor::cat(&[rows.queries, rows.keys], 1).unwrap();
         let (keys, fresh) = Gathered.read(&cache, &step.prefills[0].blocks, 10).unwrap();
 

@@ -61,10 +61,7 @@ impl VisionTower {
         let mut x = self.embed(&pixel_values)?;
         show(tap, "vision_hidden", Some(0), &x.flatten_to(1)?)?;
         // Sums are taken together with the norm that follows, which is the next layer's.
-        let mut normed = match self.layers.first() {
-            Some(first) => Some(first.layer_norm1.forward(&x)?),
-            None => None,
-        };
+        let mut normed = self.layers.first().map(|first| first.layer_norm1.forward(&x)).transpose()?;
         for (index, layer) in self.layers.iter().enumerate() {
             let next = self.layers.get(index + 1).map(|next| &next.layer_norm1);
             if let Some(own) = normed {

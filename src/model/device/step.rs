@@ -96,7 +96,6 @@ impl Step {
         let num_rows = input.token_ids.len();
         let (token_ids, positions) = (next(num_rows)?, next(num_rows)?);
         let logit_rows = next(input.logit_rows.len())?;
-        let wants_all = input.logit_rows.iter().copied().eq(0..num_rows);
         let decodes = Decodes {
             lens: next(num_decodes)?,
             block_tables: next(num_decodes * num_columns)?.reshape((num_decodes, num_columns))?,
@@ -116,7 +115,7 @@ impl Step {
         let slots: Vec<i64> = input.slot_mapping.iter().map(|&slot| slot as i64).collect();
         let slots = Tensor::from_vec(slots, num_rows, device)?;
         let decodes = (num_decodes > 0).then_some(decodes);
-        let logit_rows = (!wants_all).then_some(logit_rows);
+        let logit_rows = (!input.wants_all_rows()).then_some(logit_rows);
         Ok(Step { token_ids, positions, slots, logit_rows, decodes, prefills })
     }
 }

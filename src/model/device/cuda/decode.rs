@@ -13,9 +13,12 @@ use super::{
         qwen2::Decoder,
         step::{Decodes, Step},
     },
-    flash::{self, Unturned, Workspace},
-    launch::{Argument, Grid, Source, address, count, ensure, fresh, start_of, tensor_kernels},
+    flash::{self, Workspace},
+    launch::{
+        Argument, Grid, Source, address, count, ensure, fresh, start_of, start_or_none, tensor_kernels,
+    },
     num_multiprocessors,
+    rope::Unturned,
 };
 
 /// Most sequences of a step: the columns of the tensor cores' products.
@@ -152,16 +155,15 @@ impl<'a> Few<'a> {
             && norm.is_none_or(|norm| norm.dims() == [inputs])
             && out.elem_count() == rows * width;
         ensure(fits, "a product of other rows")?;
-        let place = |x: Option<&Tensor>| x.map_or(Ok(0), start_of);
         let words =
             |low: usize, high: u32| Ok::<_, ModelError>(u64::from(count(low)?) | u64::from(high) << 32);
         let product = Argument::Longs(vec![
             start_of(weight)?,
             start_of(x)?,
             start_of(out)?,
-            place(delta)?,
-            place(norm)?,
-            place(sum)?,
+            start_or_none(delta)?,
+            start_or_none(norm)?,
+            start_or_none(sum)?,
             words(rows, count(outputs)?)?,
             words(inputs, eps.to_bits())?,
         ]);

@@ -13,7 +13,9 @@ use super::{
         attention::LayerCache,
         step::Decodes,
     },
-    launch::{Argument, Grid, Source, address, count, ensure, fresh, start_of, tensor_kernels},
+    launch::{Argument, Grid, Source, address, count, ensure, fresh, start_or_none, tensor_kernels},
+    paged::is_laid_out,
+    rope::Unturned,
 };
 
 /// Threads of a block.
@@ -100,17 +102,6 @@ pub fn knows(head_dim: usize, group: usize) -> bool {
     WIDTHS.contains(&head_dim) && group <= MAX_GROUP
 }
 
-/// What is to be done to rows as a product gave them, before they attend.
-#[derive(Debug, Clone, Copy)]
-pub struct Unturned<'a> {
-    /// `[(heads + 2 kv_heads) x d]`
-    pub bias: Option<&'a Tensor>,
-    /// `[context, d / 2]` each.
-    pub turn: (&'a Tensor, &'a Tensor),
-    /// `[sequences]` in i64: where keys and values go.
-    pub slots: &'a Tensor,
-}
-
 /// What [`decode`] works with.
 #[derive(Debug, Clone, Copy)]
 pub struct Workspace<'a> {
@@ -132,22 +123,23 @@ pub fn decode(
     out: &Tensor,
 ) -> Result<()> {
     let (sequences, heads, d) = out.dims3()?;
-    let (_, kv_heads, _, block_size, x) = cache.keys.dims5()?;
+    let (_, kv_heads, _, block_size, _) = cache.keys.dims5()?;
     let dtype = queries.dtype();
     let group = heads / kv_heads;
     let longest = decodes.longest();
     let (partition, parts) = parts(longest, sequences * kv_heads);
     let of_row = if unturned.is_some() { heads + 2 * kv_heads } else { heads };
     let fits = knows(d, group)
-        && (group * kv_heads, x) == (heads, VECTOR)
+        && group * kv_heads == heads
+        && dtype.size_in_bytes() == 2
         && sequences * kv_heads <= MAX_COUNTERS
         && block_size.is_multiple_of(4)
         && queries.dims() == [sequences, of_row, d]
         && queries.stride()[1..] == [d, 1]
         && queries.stride()[0].is_multiple_of(4)
         && queries.layout().start_offset().is_multiple_of(4)
-        && [&cache.keys, &cache.values, out].iter().all(|x| x.dtype() == dtype && x.is_contiguous())
-        && cache.values.dims()[1..] == [kv_heads, d, block_size]
+        && (out.dtype() == dtype && out.is_contiguous())
+        && is_laid_out(cache, kv_heads, d, dtype)?
         && decodes.block_tables.dim(0)? == sequences
         && decodes.block_tables.is_contiguous()
         && decodes.block_tables.dim(1)? * block_size >= longest
@@ -162,16 +154,11 @@ pub fn decode(
     sizes.push(scale(d).to_bits());
     let (name, fresh) = match unturned {
         None => ("attend_paged", vec![0; 6]),
-        Some(Unturned { bias, turn: (cos, sin), slots }) => {
-            let fits = bias.is_none_or(|bias| bias.dims() == [of_row * d] && bias.dtype() == dtype)
-                && (cos.dim(1)? == d / 2 && sin.dims() == cos.dims())
-                && [cos, sin].iter().all(|table| table.dtype() == dtype && table.is_contiguous())
-                && (slots.dims(), slots.dtype()) == (&[sequences], DType::I64);
-            ensure(fits, "rows that cannot be turned")?;
-            let bias = bias.map_or(Ok(0), start_of)?;
-            let places = [slots, &cache.keys, &cache.values].map(start_of);
-            let [slots, keys, values] = places;
-            ("attend_fresh", vec![bias, start_of(cos)?, start_of(sin)?, slots?, keys?, values?])
+        Some(unturned) => {
+            ensure(unturned.fits((sequences, of_row, d), dtype)?, "rows that cannot be turned")?;
+            let Unturned { bias, turn: (cos, sin), slots } = unturned;
+            let places = [bias, Some(cos), Some(sin), Some(slots), Some(&cache.keys), Some(&cache.values)];
+            ("attend_fresh", places.into_iter().map(start_or_none).collect::<Result<_>>()?)
         }
     };
     let arguments = [

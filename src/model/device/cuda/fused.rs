@@ -27,11 +27,7 @@ pub fn add_rms_norm(
     }
     let (x, delta) = (x.contiguous()?, delta.contiguous()?);
     let (rows, width) = rows(&x)?;
-    ensure(
-        x.dims() == delta.dims() && weight.dims() == [width as usize],
-        "a sum of rows of different widths",
-    )?;
-    ensure(x.dtype() == delta.dtype() && x.dtype() == weight.dtype(), "a sum of different types")?;
+    ensure_can_add(&x, &[Some(weight)], Some(&delta))?;
     let both = fresh(&[&[2], x.dims()].concat(), x.dtype(), x.device())?;
     let arguments = [
         address(&x)?,
@@ -61,10 +57,7 @@ pub fn add_layer_norm(
     let x = x.contiguous()?;
     let (rows, width) = rows(&x)?;
     let residual = residual.map(Tensor::contiguous).transpose()?;
-    let of_width = |y: &Tensor| y.dims() == [width as usize] && y.dtype() == x.dtype();
-    let fits = [Some(weight), Some(shift), bias].into_iter().flatten().all(of_width)
-        && residual.as_ref().is_none_or(|y| y.dims() == x.dims() && y.dtype() == x.dtype());
-    ensure(fits, "a norm of another width")?;
+    ensure_can_add(&x, &[Some(weight), Some(shift), bias], residual.as_ref())?;
     let is_sum = bias.is_some() || residual.is_some();
     let sum = if is_sum { fresh(x.dims(), x.dtype(), x.device())? } else { x.clone() };
     let out = fresh(x.dims(), x.dtype(), x.device())?;
@@ -136,13 +129,7 @@ pub fn finish_rows(
     let x = x.contiguous()?;
     let (rows, width) = rows(&x)?;
     let residual = residual.map(Tensor::contiguous).transpose()?;
-    ensure(bias.is_none_or(|bias| bias.dims() == [width as usize]), "a bias of another width")?;
-    ensure(
-        residual.as_ref().is_none_or(|residual| residual.dims() == x.dims()),
-        "a residual of another shape",
-    )?;
-    let others = [bias, residual.as_ref()];
-    ensure(others.iter().flatten().all(|other| other.dtype() == x.dtype()), "a sum of different types")?;
+    ensure_can_add(&x, &[bias], residual.as_ref())?;
     let out = fresh(x.dims(), x.dtype(), x.device())?;
     let arguments = [
         address(&x)?,
@@ -166,11 +153,7 @@ pub fn largest(logits: &Tensor, num_ids: usize) -> Result<Option<Tensor>> {
     if !LARGEST.is_there(DType::F32) {
         return Ok(None);
     }
-    let (rows, vocab) = logits.dims2()?;
-    ensure(
-        logits.dtype() == DType::F32 && logits.is_contiguous() && num_ids <= vocab,
-        "logits of another shape",
-    )?;
+    let (rows, vocab) = rows_of_logits(logits, num_ids)?;
     let out = fresh(&[rows, 2], DType::U32, logits.device())?;
     let arguments = [address(logits)?, address(&out)?, count(num_ids)?.into(), count(vocab)?.into()];
     // SAFETY: rows are `vocab` wide, and no more than that is looked at.
@@ -189,9 +172,8 @@ pub fn few_largest(logits: &Tensor, num_ids: usize, few: usize) -> Result<Option
     if !LARGEST.is_there(DType::F32) {
         return Ok(None);
     }
-    let (rows, vocab) = logits.dims2()?;
-    let fits = logits.dtype() == DType::F32 && logits.is_contiguous() && num_ids <= vocab;
-    ensure(fits && (1..=FEW_THREADS as usize).contains(&few), "logits of another shape")?;
+    let (rows, vocab) = rows_of_logits(logits, num_ids)?;
+    ensure((1..=FEW_THREADS as usize).contains(&few), "more candidates than threads")?;
     let out = fresh(&[rows, 1 + 2 * FEW_ROOM], DType::U32, logits.device())?;
     let arguments = [
         address(logits)?,
@@ -205,6 +187,22 @@ pub fn few_largest(logits: &Tensor, num_ids: usize, few: usize) -> Result<Option
     // SAFETY: rows are `vocab` wide, and no more than that is looked at; no more is written than there is room for.
     unsafe { LARGEST.launch("few_largest_f32", logits, grid, &arguments) }?;
     Ok(Some(out))
+}
+
+/// Unless each of `of_width` is as wide as the rows of `x`, and `residual` of its shape, all of its type, an error.
+fn ensure_can_add(x: &Tensor, of_width: &[Option<&Tensor>], residual: Option<&Tensor>) -> Result<()> {
+    let width = x.dim(D::Minus1)?;
+    let fits = of_width.iter().flatten().all(|y| y.dims() == [width] && y.dtype() == x.dtype())
+        && residual.is_none_or(|y| y.dims() == x.dims() && y.dtype() == x.dtype());
+    ensure(fits, "a sum of different widths or types")
+}
+
+/// Rows and columns of logits as the kernels read them, `num_ids` columns at least.
+fn rows_of_logits(logits: &Tensor, num_ids: usize) -> Result<(usize, usize)> {
+    let (rows, vocab) = logits.dims2()?;
+    let fits = logits.dtype() == DType::F32 && logits.is_contiguous() && num_ids <= vocab;
+    ensure(fits, "logits of another shape")?;
+    Ok((rows, vocab))
 }
 
 /// The kernel of this name for the type of `x`.

@@ -162,7 +162,7 @@ impl Size {
         let is_decode = (1..=MAX_SEQUENCES).contains(&sequences)
             && input.token_ids.len() == sequences
             && input.visuals.is_empty()
-            && input.logit_rows.iter().copied().eq(0..sequences);
+            && input.wants_all_rows();
         let longest = input.sequences.iter().map(|sequence| sequence.context_len).max()?;
         is_decode.then(|| Size {
             sequences: match sequences {

@@ -289,9 +289,14 @@ pub fn start_of(x: &Tensor) -> Result<u64> {
     Ok(start + (layout.start_offset() * x.dtype().size_in_bytes()) as u64)
 }
 
+/// [`start_of`], or that of nothing: 0.
+pub fn start_or_none(x: Option<&Tensor>) -> Result<u64> {
+    x.map_or(Ok(0), start_of)
+}
+
 /// [`address`], or that of nothing.
 pub fn address_or_none(x: Option<&Tensor>) -> Result<Argument> {
-    x.map_or(Ok(Argument::Address(0)), address)
+    start_or_none(x).map(Argument::Address)
 }
 
 /// A tensor that a kernel is about to write, all of it.

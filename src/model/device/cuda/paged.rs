@@ -11,7 +11,7 @@ use mistralrs_paged_attn::{paged_attention, reshape_and_cache};
 use super::{
     super::{
         super::{ModelShape, Result, Tensor},
-        attention::{LayerCache, PagedAttention, Projected, Rotary, Rows, attend_causally, turned},
+        attention::{LayerCache, PagedAttention, Projected, Rotary, Rows, attend_causally},
         step::{Decodes, Prefill, Step},
     },
     flash::{self, Workspace},
@@ -64,6 +64,16 @@ fn checked(dtype: DType, block_size: usize) -> Result<usize> {
     Ok(VECTOR_BYTES / dtype.size_in_bytes())
 }
 
+/// Whether `cache` is as [`Kernels`] lays it out, for a model of these sizes.
+pub(super) fn is_laid_out(cache: &LayerCache, kv_heads: usize, dim: usize, dtype: DType) -> Result<bool> {
+    let (num_blocks, _, _, block_size, x) = cache.keys.dims5()?;
+    Ok(x * dtype.size_in_bytes() == VECTOR_BYTES
+        && cache.keys.dims() == [num_blocks, kv_heads, dim / x, block_size, x]
+        && dim.is_multiple_of(x)
+        && cache.values.dims() == [num_blocks, kv_heads, dim, block_size]
+        && [&cache.keys, &cache.values].iter().all(|side| side.dtype() == dtype && side.is_contiguous()))
+}
+
 /// `x` `[rows, heads, dim]` as the kernels read it: rows may lie apart, the heads of a row may not.
 fn whole_rows(x: &Tensor) -> Result<Tensor> {
     let dim = x.dim(2)?;
@@ -91,19 +101,15 @@ impl PagedAttention for Kernels {
         reshape_and_cache(&keys, &values, None, None, &cache.keys, &cache.values, &step.slots)
     }
 
-    fn turn_and_write(
+    fn turn_and_write_at_once(
         &self,
         cache: &LayerCache,
         projected: &Projected,
         rotary: &Rotary,
         step: &Step,
-    ) -> Result<Rows> {
-        if let Some(all) = rope_and_cache(projected, cache, rotary, step)? {
-            return Rows::of(&all, projected);
-        }
-        let rows = turned(projected, rotary, step)?;
-        self.write(cache, &rows.keys, &rows.values, step)?;
-        Ok(rows)
+    ) -> Result<Option<Rows>> {
+        let all = rope_and_cache(projected, cache, rotary, step)?;
+        all.map(|all| Rows::of(&all, projected)).transpose()
     }
 
     fn read(&self, cache: &LayerCache, blocks: &Tensor, context_len: usize) -> Result<(Tensor, Tensor)> {

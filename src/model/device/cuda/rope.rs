@@ -12,7 +12,31 @@ use super::{
     },
     fused::{THREADS, named},
     launch::{FUSED, Grid, address, address_or_none, count, ensure, fresh},
+    paged::is_laid_out,
 };
+
+/// What is to be done to rows as a product gave them, before they attend.
+#[derive(Debug, Clone, Copy)]
+pub struct Unturned<'a> {
+    /// `[heads x dim]`, of all heads: queries, keys, values.
+    pub bias: Option<&'a Tensor>,
+    /// Cosines and sines, `[context, dim / 2]` each.
+    pub turn: (&'a Tensor, &'a Tensor),
+    /// `[rows]` in i64: where keys and values go.
+    pub slots: &'a Tensor,
+}
+
+impl Unturned<'_> {
+    /// Whether it can be done to rows of this shape and type.
+    pub fn fits(&self, (rows, heads, dim): (usize, usize, usize), dtype: DType) -> Result<bool> {
+        let (cos, sin) = self.turn;
+        Ok(self.bias.is_none_or(|bias| bias.dims() == [heads * dim] && bias.dtype() == dtype)
+            && dim.is_multiple_of(2)
+            && (cos.dim(1)? == dim / 2 && sin.dims() == cos.dims())
+            && [cos, sin].iter().all(|table| table.dtype() == dtype && table.is_contiguous())
+            && (self.slots.dims(), self.slots.dtype()) == (&[rows], DType::I64))
+    }
+}
 
 /// Adds the bias, turns queries and keys, and writes keys and values to `cache` where the step says. Gives all of them,
 /// `[rows, heads + 2 kv_heads, head_dim]`; none where the kernel cannot be had.
@@ -26,8 +50,14 @@ pub fn rope_and_cache(
         return Ok(None);
     }
     let qkv = projected.qkv.contiguous()?;
-    check(projected, &qkv, cache, rotary, step)?;
-    let (rows, _, dim) = qkv.dims3()?;
+    let (rows, heads, dim) = qkv.dims3()?;
+    let unturned =
+        Unturned { bias: projected.bias.as_ref(), turn: (&rotary.cos, &rotary.sin), slots: &step.slots };
+    let fits = heads == projected.num_heads + 2 * projected.num_kv_heads
+        && (step.positions.dims(), step.positions.dtype()) == (&[rows], DType::U32)
+        && unturned.fits((rows, heads, dim), qkv.dtype())?
+        && is_laid_out(cache, projected.num_kv_heads, dim, qkv.dtype())?;
+    ensure(fits, "rows that do not fit their cache")?;
     let out = fresh(qkv.dims(), qkv.dtype(), qkv.device())?;
     let arguments = [
         address(&qkv)?,
@@ -44,38 +74,12 @@ pub fn rope_and_cache(
         count(dim)?.into(),
         count(cache.values.dim(3)?)?.into(),
     ];
-    // SAFETY: sizes are as `check` found them. Positions and slots are the scheduler's, which has no others than those of the
+    // SAFETY: sizes are as they were found to be. Positions and slots are the scheduler's, which has no others than those of the
     // context and of the cache.
     unsafe {
         FUSED.launch(&named("rope_and_cache", &qkv), &qkv, Grid::rows(count(rows)?, THREADS), &arguments)
     }?;
     Ok(Some(out))
-}
-
-fn check(
-    projected: &Projected,
-    qkv: &Tensor,
-    cache: &LayerCache,
-    rotary: &Rotary,
-    step: &Step,
-) -> Result<()> {
-    let (rows, heads, dim) = qkv.dims3()?;
-    let (num_blocks, kv_heads, pieces, block_size, x) = cache.keys.dims5()?;
-    let dtype = qkv.dtype();
-    let tensors = [&rotary.cos, &rotary.sin, &cache.keys, &cache.values];
-    let fits = heads == projected.num_heads + 2 * projected.num_kv_heads
-        && rotary.cos.dim(1)? == dim / 2
-        && rotary.sin.dims() == rotary.cos.dims()
-        && (step.positions.dims(), step.positions.dtype()) == (&[rows], DType::U32)
-        && (step.slots.dims(), step.slots.dtype()) == (&[rows], DType::I64)
-        && kv_heads == projected.num_kv_heads
-        && dim.is_multiple_of(2)
-        && pieces * x == dim
-        && x * dtype.size_in_bytes() == 16
-        && cache.values.dims() == [num_blocks, kv_heads, dim, block_size]
-        && tensors.iter().all(|x| x.dtype() == dtype && x.is_contiguous())
-        && projected.bias.as_ref().is_none_or(|bias| bias.dims() == [heads * dim] && bias.dtype() == dtype);
-    ensure(fits, "rows that do not fit their cache")
 }
 
 #[cfg(test)]

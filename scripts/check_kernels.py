@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""check-kernels.py DIR: compiles our CUDA kernels with NVRTC, as the server does when it first needs them, on a machine without GPU, driver or
-toolkit. NVRTC comes from a pip wheel (50 MB) to DIR. `src/model/device/cuda/launch.rs` has the same sources and options.
+"""check_kernels.py DIR: compiles our CUDA kernels with NVRTC, as the server does when it first needs them, on a machine without GPU, driver or
+toolkit. NVRTC comes from a pip wheel (50 MB) to DIR. `src/model/device/cuda/launch.rs` has the same sources and options; `benches/kernels.py` takes
+them from here.
 """
 import ctypes
 import os
@@ -36,8 +37,10 @@ def library(folder):
     return ctypes.CDLL(str(found))
 
 
-def compiled(nvrtc, source, options):
-    """The names of a source's kernels."""
+def compiled(nvrtc, files, arch, kind):
+    """PTX of these files as one source, for a type; `arch` is what it is compiled for, or None for any card."""
+    source = "".join((KERNELS / file).read_text() for file in files)
+    options = OPTIONS + [TYPES[kind]] + ([f"--gpu-architecture={arch}"] if arch else [])
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
     nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), None, 0, None, None)
     arguments = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
@@ -48,17 +51,15 @@ def compiled(nvrtc, source, options):
     getattr(nvrtc, f"nvrtcGet{what}")(program, text)
     if failed:
         raise SystemExit(text.value.decode())
-    return re.findall(r"\.entry (\w+)\(", text.value.decode())
+    return text.value
 
 
 def main():
     folder = pathlib.Path(sys.argv[1]).absolute()
     nvrtc = library(folder)
     for files, arch, types in SOURCES:
-        source = "".join((KERNELS / file).read_text() for file in files)
         for kind in types:
-            options = OPTIONS + [TYPES[kind]] + ([f"--gpu-architecture={arch}"] if arch else [])
-            names = compiled(nvrtc, source, options)
+            names = re.findall(rb"\.entry (\w+)\(", compiled(nvrtc, files, arch, kind))
             if not names:
                 raise SystemExit(f"{files[0]} has no kernels in {kind}")
             print(f"{' '.join(files)} for {arch or 'any card'} in {kind}: {len(names)} kernels")
