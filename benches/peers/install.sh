@@ -9,6 +9,12 @@ version=0.3.36
 [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
 pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
 
+# GCC 12 leaves out most of what the tile unit of Intel's processors (AMX) is set up with, and llama.cpp then crashes.
+if grep -qs amx_int8 /proc/cpuinfo && [ -z "${CC:-}" ]; then
+  command -v clang >/dev/null || { echo "for this processor llama.cpp needs clang: apt-get install clang libomp-dev" >&2; exit 1; }
+  export CC=clang CXX=clang++
+fi
+
 # Its wheels are for any processor, so it is built here: with AVX-512 where there is any, threads by OpenMP, and the
 # fast products that llama.cpp has for repacked weights.
 if ! ls .wheels/$llama-$version-*.whl >/dev/null 2>&1; then

@@ -11,7 +11,7 @@ use super::{
     kernels::{
         SharedOutput,
         attention::{Element, Gathered, KeyValueTiles, PackedKeyValues, QUERY_ROWS, Queries, TILE},
-        attention_bf16::{self, Bf16KeyValues, Scratch},
+        attention_bf16::{self, Bf16KeyValues, MAX_ROWS, Scratch, rows_at_once},
     },
     kv_cache::{LayerCache, Pages},
 };
@@ -89,7 +89,8 @@ impl FullAttention<'_> {
         let rounds = self.may_round && attention_bf16::is_available();
         // The keys of a head are packed by each of the tasks that share them.
         let tasks_a_head = (rayon::current_num_threads() * 2).div_ceil(num_heads).max(1);
-        let queries_a_task = num_queries.div_ceil(tasks_a_head).next_multiple_of(QUERY_ROWS);
+        let rows = if rounds { rows_at_once() } else { QUERY_ROWS };
+        let queries_a_task = num_queries.div_ceil(tasks_a_head).next_multiple_of(rows);
         (0..num_heads * tasks_a_head).into_par_iter().for_each(|task| {
             let (place, part) = (task / tasks_a_head, task % tasks_a_head);
             let queries = part * queries_a_task..((part + 1) * queries_a_task).min(num_queries);
@@ -115,18 +116,19 @@ impl FullAttention<'_> {
         self.keys.num_rows() / self.num_batches
     }
 
-    /// Some queries of one head, a few at a time: each with the offset its result goes to, and how many keys it sees.
+    /// Some queries of one head, `rows` at a time: each with the offset its result goes to, and how many keys it sees.
     fn tiles(
         &self,
         batch: usize,
         head: usize,
         queries: Range<usize>,
+        rows: usize,
     ) -> impl Iterator<Item = impl Iterator<Item = (&[f32], usize, usize)>> {
         let (width, dim) = (self.heads.width(), self.heads.head_dim);
         let (first_row, num_keys) = (batch * self.queries.num_rows() / self.num_batches, self.num_keys());
         let end = queries.end;
-        queries.step_by(QUERY_ROWS).map(move |start| {
-            (start..(start + QUERY_ROWS).min(end)).map(move |query| {
+        queries.step_by(rows).map(move |start| {
+            (start..(start + rows).min(end)).map(move |query| {
                 let row = first_row + query;
                 (self.queries.head(row, head, dim), row * width + head * dim, num_keys)
             })
@@ -136,7 +138,7 @@ impl FullAttention<'_> {
     fn head(&self, batch: usize, head: usize, queries: Range<usize>, output: &SharedOutput<'_>) {
         let token = self.key_value(batch, head);
         let packed = PackedKeyValues::pack(self.num_keys(), self.heads.head_dim, token);
-        for places in self.tiles(batch, head, queries) {
+        for places in self.tiles(batch, head, queries, QUERY_ROWS) {
             run_tile(places, output, self.heads, |queries, visible, out| {
                 let queries = Queries { queries, visible, tiles: &packed, scale: self.heads.scale() };
                 queries.gather(0..queries.num_keys()).write(out);
@@ -148,7 +150,7 @@ impl FullAttention<'_> {
         let token = self.key_value(batch, head);
         let packed = Bf16KeyValues::pack(self.num_keys(), self.heads.head_dim, token);
         let mut scratch = Scratch::default();
-        for places in self.tiles(batch, head, queries) {
+        for places in self.tiles(batch, head, queries, rows_at_once()) {
             run_tile(places, output, self.heads, |queries, _, out| {
                 packed.attend(queries, self.heads.scale(), &mut scratch, out);
             });
@@ -317,9 +319,9 @@ fn run_tile<'q>(
     heads: Heads,
     attend: impl FnOnce(&[&[f32]], &[usize], &mut [&mut [f32]]),
 ) {
-    let mut rows = [&[][..]; QUERY_ROWS];
-    let mut visible = [0; QUERY_ROWS];
-    let mut out: [&mut [f32]; QUERY_ROWS] = Default::default();
+    let mut rows = [&[][..]; MAX_ROWS];
+    let mut visible = [0; MAX_ROWS];
+    let mut out: [&mut [f32]; MAX_ROWS] = Default::default();
     let mut len = 0;
     for (query, offset, sees) in places {
         (rows[len], visible[len]) = (query, sees);

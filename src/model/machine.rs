@@ -1,13 +1,13 @@
 //! What this machine can do: the other half of a roofline.
 //!
-//! Called by `tinyllava bench engine` only.
+//! Called by `tinyllava bench engine`, and by `tinyllava doctor`.
 
 use std::{hint::black_box, time::Instant};
 
 use rayon::prelude::*;
 
 use super::{
-    kernels::{gemm::PackedMatrix, matrix::Matrix, panels::QuantPanels, quant::QuantMatrix},
+    kernels::{amx, gemm::PackedMatrix, matrix::Matrix, panels::QuantPanels, quant::QuantMatrix},
     layers::WeightFormat,
     weights::StoredDType,
 };
@@ -19,6 +19,11 @@ const ROWS: usize = 384;
 const READ_BYTES: usize = 1 << 30;
 /// Each measurement is the best of as many.
 const REPEATS: usize = 5;
+
+/// Whether the kernels use a processor's tile unit (Intel's AMX).
+pub fn has_tile_unit() -> bool {
+    amx::is_available()
+}
 
 /// Operations a second of a large matrix product with weights kept as `format`, on all threads of the kernels.
 pub fn product_ops_per_second(format: WeightFormat) -> f64 {

@@ -1,15 +1,30 @@
-//! Attention over a whole head with operands rounded to bf16, for CPUs that multiply those (AVX-512 BF16).
+//! Attention over a whole head with operands rounded to bf16, for CPUs that multiply those (AVX-512 BF16, AMX).
 //!
 //! Called by `model/attention.rs` where weights are quantised anyway; sums and softmax are f32. A query's arithmetic does
 //! not depend on which other queries are computed beside it.
 
 #[cfg(target_arch = "x86_64")]
+mod amx;
+
+#[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
 
-use super::{activation::exp, attention::QUERY_ROWS};
+use pulp::Arch;
+
+use super::{activation::exp, amx as unit, attention::QUERY_ROWS};
 
 /// Keys of a tile: one vector.
 const TILE: usize = 16;
+/// The most that [`rows_at_once`] says.
+pub const MAX_ROWS: usize = unit::ROWS;
+
+/// Columns of values that are summed beside each other.
+const MAX_SUMS: usize = 5 * TILE;
+
+/// Queries that share one pass over the keys.
+pub fn rows_at_once() -> usize {
+    if unit::is_available() { unit::ROWS } else { QUERY_ROWS }
+}
 
 /// Whether this CPU has the instructions.
 pub fn is_available() -> bool {
@@ -45,7 +60,7 @@ pub struct Scratch {
     scores: Vec<f32>,
     /// `[rows, key pairs]`
     weights: Vec<u32>,
-    /// `[dim pairs, rows]`
+    /// `[dim pairs, rows]`; on tiles `[dim pairs / 16, 16 rows, 16]`
     queries: Vec<u32>,
 }
 
@@ -69,8 +84,23 @@ impl Bf16KeyValues {
         head_dim: usize,
         token: impl Fn(usize) -> (&'a [f32], &'a [f32]),
     ) -> Self {
+        Arch::new().dispatch(
+            #[inline(always)]
+            || Bf16KeyValues::pack_with(num_keys, head_dim, token),
+        )
+    }
+
+    #[inline(always)]
+    fn pack_with<'a>(
+        num_keys: usize,
+        head_dim: usize,
+        token: impl Fn(usize) -> (&'a [f32], &'a [f32]),
+    ) -> Self {
         let num_tiles = num_keys.div_ceil(TILE).next_multiple_of(2);
-        let (dim_pairs, value_width) = (head_dim.div_ceil(2), head_dim.next_multiple_of(TILE));
+        // The unit's tiles are filled up with zeros.
+        let pairs_at_once = if unit::is_available() { unit::ROW_BYTES / 4 } else { 1 };
+        let dim_pairs = head_dim.div_ceil(2).next_multiple_of(pairs_at_once);
+        let value_width = head_dim.next_multiple_of(TILE);
         let mut packed = Bf16KeyValues {
             keys: vec![0; num_tiles * dim_pairs * TILE],
             values: vec![0; num_tiles * TILE / 2 * value_width],
@@ -79,30 +109,50 @@ impl Bf16KeyValues {
             dim_pairs,
             value_width,
         };
-        for index in 0..num_keys {
-            let (key, value) = token(index);
-            let tile = &mut packed.keys[index / TILE * dim_pairs * TILE..][..dim_pairs * TILE];
-            for (to, key) in tile.iter_mut().skip(index % TILE).step_by(TILE).zip(key.chunks(2)) {
-                *to = pair(key[0], key.get(1).copied().unwrap_or(0.0));
+        // The keys of a tile as they come, each a row of pairs.
+        let mut rows = vec![[0; TILE]; dim_pairs];
+        let rows = rows.as_flattened_mut();
+        for (index, tile) in packed.keys.chunks_exact_mut(dim_pairs * TILE).enumerate() {
+            for (key, row) in rows.chunks_exact_mut(dim_pairs).enumerate() {
+                if index * TILE + key < num_keys {
+                    let (key, _) = token(index * TILE + key);
+                    let (pairs, rest) = key.as_chunks::<2>();
+                    row.iter_mut().zip(pairs).for_each(|(to, key)| *to = pair(key[0], key[1]));
+                    rest.iter().for_each(|&key| row[pairs.len()] = pair(key, 0.0));
+                } else {
+                    row.fill(0);
+                }
             }
-            let shift = if index % 2 == 0 { 0 } else { 16 };
-            let row = &mut packed.values[index / 2 * value_width..][..head_dim];
-            row.iter_mut().zip(value).for_each(|(to, &value)| *to |= rounded(value) << shift);
+            for (i, line) in tile.as_chunks_mut::<TILE>().0.iter_mut().enumerate() {
+                *line = std::array::from_fn(|key| rows[key * dim_pairs + i]);
+            }
+        }
+        let nothing = vec![0.0; head_dim];
+        let value = |index: usize| if index < num_keys { token(index).1 } else { &nothing };
+        for (index, row) in packed.values.chunks_exact_mut(value_width).take(num_keys.div_ceil(2)).enumerate()
+        {
+            let (low, high) = (value(2 * index), value(2 * index + 1));
+            row.iter_mut().zip(low.iter().zip(high)).for_each(|(to, (&low, &high))| *to = pair(low, high));
         }
         packed
     }
 
-    /// `out[r] = softmax(scale * q[r] K^T) V` for up to [`QUERY_ROWS`] queries, over all keys.
+    /// `out[r] = softmax(scale * q[r] K^T) V` for up to [`rows_at_once`] queries, over all keys.
     pub fn attend(&self, queries: &[&[f32]], scale: f32, scratch: &mut Scratch, out: &mut [&mut [f32]]) {
         assert!(is_available(), "this CPU does not multiply bf16: this is a bug");
-        assert!((1..=QUERY_ROWS).contains(&queries.len()) && queries.len() == out.len());
-        scratch.queries.clear();
-        for i in 0..self.dim_pairs {
-            let at = |query: &[f32], i: usize| query.get(i).map_or(0.0, |x| x * scale);
-            scratch.queries.extend(queries.iter().map(|query| pair(at(query, 2 * i), at(query, 2 * i + 1))));
+        assert!((1..=rows_at_once()).contains(&queries.len()) && queries.len() == out.len());
+        // On tiles, sums of values take the place of the scores.
+        scratch.scores.resize(rows_at_once() * (self.num_tiles * TILE).max(MAX_SUMS), 0.0);
+        scratch.weights.resize(rows_at_once() * self.num_tiles * TILE / 2, 0);
+        Arch::new().dispatch(
+            #[inline(always)]
+            || self.pack_queries(queries, scale, &mut scratch.queries),
+        );
+        #[cfg(target_arch = "x86_64")]
+        if unit::is_available() {
+            // SAFETY: the instructions were asked for here and above.
+            return unsafe { self.run_on_tiles(scratch, out) };
         }
-        scratch.scores.resize(QUERY_ROWS * self.num_tiles * TILE, 0.0);
-        scratch.weights.resize(QUERY_ROWS * self.num_tiles * TILE / 2, 0);
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the instructions were asked for above.
         unsafe {
@@ -114,6 +164,36 @@ impl Bf16KeyValues {
                 5 => self.run::<5>(scratch, out),
                 _ => self.run::<QUERY_ROWS>(scratch, out),
             }
+        }
+    }
+}
+
+impl Bf16KeyValues {
+    /// Queries times the scale, as [`Scratch::queries`] has them.
+    #[inline(always)]
+    fn pack_queries(&self, queries: &[&[f32]], scale: f32, to: &mut Vec<u32>) {
+        let write_row = |query: &[f32], scale: f32, row: &mut [u32]| {
+            let (pairs, rest) = query.as_chunks::<2>();
+            row.iter_mut().zip(pairs).for_each(|(to, x)| *to = pair(x[0] * scale, x[1] * scale));
+            rest.iter().for_each(|x| row[pairs.len()] = pair(x * scale, 0.0));
+        };
+        to.clear();
+        if unit::is_available() {
+            to.resize(MAX_ROWS * self.dim_pairs, 0);
+            for (row, query) in queries.iter().enumerate() {
+                // e^x is 2^(x log2(e)).
+                let scale = scale * std::f32::consts::LOG2_E;
+                for (part, x) in query.chunks(2 * TILE).enumerate() {
+                    write_row(x, scale, &mut to[(part * MAX_ROWS + row) * TILE..][..TILE]);
+                }
+            }
+            return;
+        }
+        let mut row = vec![0; self.dim_pairs];
+        to.resize(queries.len() * self.dim_pairs, 0);
+        for (index, query) in queries.iter().enumerate() {
+            write_row(query, scale, &mut row);
+            to[index..].iter_mut().step_by(queries.len()).zip(&row).for_each(|(to, pair)| *to = *pair);
         }
     }
 }
@@ -279,7 +359,7 @@ mod tests {
 
         #[test]
         fn bf16_attention_is_close_to_the_exact_one_and_ignores_its_neighbours(
-            num_keys in 1..200usize, dim in 1..90usize, rows in 1..=QUERY_ROWS, seed in 1..u32::MAX,
+            num_keys in 1..200usize, dim in 1..90usize, rows in 1..=MAX_ROWS, seed in 1..u32::MAX,
         ) {
             if !is_available() {
                 return Ok(());
@@ -290,14 +370,13 @@ mod tests {
             let values: Vec<f32> = (0..num_keys * dim).map(|_| next()).collect();
             let queries: Vec<Vec<f32>> = (0..rows).map(|_| (0..dim).map(|_| next()).collect()).collect();
             let token = |token: usize| (&keys[token * dim..][..dim], &values[token * dim..][..dim]);
-            let rows: Vec<&[f32]> = queries.iter().map(Vec::as_slice).collect();
+            let rows: Vec<&[f32]> = queries.iter().map(Vec::as_slice).take(rows_at_once()).collect();
             let scale = (dim as f32).sqrt().recip();
-            let exact = {
-                let mut out = vec![vec![f32::NAN; dim]; rows.len()];
-                let mut rows_out: Vec<&mut [f32]> = out.iter_mut().map(Vec::as_mut_slice).collect();
-                let tiles = &PackedKeyValues::pack(num_keys, dim, token);
-                let queries = Queries { queries: &rows, visible: &vec![num_keys; rows.len()], tiles, scale };
-                queries.gather(0..num_keys).write(&mut rows_out);
+            let tiles = &PackedKeyValues::pack(num_keys, dim, token);
+            let exact = |query: &[f32]| {
+                let mut out = vec![f32::NAN; dim];
+                let queries = Queries { queries: &[query], visible: &[num_keys], tiles, scale };
+                queries.gather(0..num_keys).write(&mut [&mut out]);
                 out
             };
             let packed = Bf16KeyValues::pack(num_keys, dim, token);
@@ -309,7 +388,7 @@ mod tests {
             };
             let together = run(&rows);
             for (row, query) in rows.iter().enumerate() {
-                for (got, expected) in together[row].iter().zip(&exact[row]) {
+                for (got, expected) in together[row].iter().zip(&exact(query)) {
                     prop_assert!((got - expected).abs() < 0.02, "{} {}", got, expected);
                 }
                 prop_assert_eq!(&run(&[query])[0], &together[row], "not batch-invariant");

@@ -1,8 +1,10 @@
-//! Integer dot products of a tile: up to six rows of 8-bit activations times one panel of quantised weights; and the
-//! rounding of those activations.
+//! Integer dot products of a tile: some rows of 8-bit activations times one panel of quantised weights; and the rounding of
+//! those activations.
 //!
 //! Called by `kernels/quant.rs` only. One function for each instruction set, chosen at run time; all give the same bits.
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 
@@ -10,6 +12,8 @@ use std::ops::Range;
 
 use half::f16;
 
+#[cfg(target_arch = "x86_64")]
+use super::amx::Tiles;
 use super::{
     panels::{Bits, GROUP, WIDTH},
     quant::{QuantMatrix, QuantRows},
@@ -18,6 +22,10 @@ use super::{
 /// Four inputs that one instruction multiplies.
 const QUADS: usize = GROUP / 4;
 
+/// Fewer are multiplied faster by vectors.
+#[cfg(target_arch = "x86_64")]
+const MIN_AMX_ROWS: usize = 4;
+
 /// The sums of some rows and the columns of a panel.
 #[derive(Debug, Default)]
 pub(super) struct Tile {
@@ -25,13 +33,16 @@ pub(super) struct Tile {
 }
 
 impl Tile {
-    /// Six rows of two vectors fill the registers.
-    pub const MAX_ROWS: usize = 6;
+    /// Of the instruction set with the largest tiles.
+    pub const MAX_ROWS: usize = 32;
 }
 
 /// What the products are computed with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum InstructionSet {
+    /// Intel's tile unit, with AVX-512 to scale its sums.
+    #[cfg(target_arch = "x86_64")]
+    Amx,
     /// AVX-512 with VNNI.
     #[cfg(target_arch = "x86_64")]
     Avx512Vnni,
@@ -43,9 +54,48 @@ pub(super) enum InstructionSet {
 }
 
 impl InstructionSet {
-    /// The fastest this CPU has; the answer is remembered by the standard library.
+    /// The fastest this CPU has for `num_rows` rows; what it has is asked for once.
     #[inline]
-    pub fn of_this_cpu() -> Self {
+    pub fn for_rows(num_rows: usize) -> Self {
+        #[cfg(target_arch = "x86_64")]
+        if num_rows >= MIN_AMX_ROWS && super::amx::is_available() {
+            return InstructionSet::Amx;
+        }
+        InstructionSet::of_this_cpu()
+    }
+
+    /// Rows whose activations lie beside each other, group by group: those that one instruction reads.
+    pub fn rows_together(self) -> usize {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            InstructionSet::Amx => super::amx::ROWS,
+            _ => 1,
+        }
+    }
+
+    /// Rows of its tiles, a multiple of [`Self::rows_together`].
+    pub fn tile_rows(self) -> usize {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            InstructionSet::Amx => Tile::MAX_ROWS,
+            // Six rows of two vectors fill the registers.
+            _ => 6,
+        }
+    }
+
+    /// What the activations of a block of rows may take of a core's second-level cache, bytes. Processors with tiles have
+    /// 2 MiB of it.
+    pub fn block_bytes(self) -> usize {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            InstructionSet::Amx => 1 << 20,
+            _ => 256 << 10,
+        }
+    }
+
+    /// The fastest this CPU has for few rows.
+    #[inline]
+    fn of_this_cpu() -> Self {
         #[cfg(target_arch = "x86_64")]
         {
             let has_avx512 = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw");
@@ -66,15 +116,38 @@ impl InstructionSet {
         match self {
             // SAFETY: this value exists only where the CPU has these instructions.
             #[cfg(target_arch = "x86_64")]
-            InstructionSet::Avx512Vnni => unsafe { x86::quantise_avx512(x, values) },
+            InstructionSet::Avx512Vnni | InstructionSet::Amx => unsafe { x86::quantise_avx512(x, values) },
             _ => quantise(x, values),
+        }
+    }
+}
+
+/// Multiplies tiles of up to [`InstructionSet::tile_rows`] rows on one thread.
+pub(super) struct Multiplier {
+    instructions: InstructionSet,
+    /// Whether each panel is used once.
+    from_memory: bool,
+    #[cfg(target_arch = "x86_64")]
+    _tiles: Option<Tiles>,
+}
+
+impl Multiplier {
+    /// For products of `num_rows` rows in all.
+    pub fn new(instructions: InstructionSet, num_rows: usize) -> Self {
+        Multiplier {
+            instructions,
+            from_memory: num_rows <= instructions.tile_rows(),
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: this value exists only where the CPU has these instructions, and no task waits for another with
+            // tiles in hand.
+            _tiles: (instructions == InstructionSet::Amx).then(|| unsafe { amx::tiles(num_rows) }),
         }
     }
 
     /// `rows` times panel `panel`, into the first rows of `tile`.
     #[inline]
     pub fn multiply(
-        self,
+        &self,
         matrix: &QuantMatrix,
         rows: &QuantRows,
         panel: usize,
@@ -82,8 +155,14 @@ impl InstructionSet {
         tile: &mut Tile,
     ) {
         let work = Work::new(matrix, rows, panel, range);
-        match self {
+        let fits = work.num_rows <= self.instructions.tile_rows()
+            && rows.rows_together == self.instructions.rows_together();
+        assert!(fits, "a tile of another shape: this is a bug");
+        match self.instructions {
             // SAFETY: this value exists only where the CPU has these instructions.
+            #[cfg(target_arch = "x86_64")]
+            InstructionSet::Amx => unsafe { amx::multiply(&work, tile, self.from_memory) },
+            // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
             InstructionSet::Avx512Vnni => unsafe { x86::avx512_vnni(&work, tile) },
             // SAFETY: as above.
@@ -101,7 +180,7 @@ struct Work<'a> {
     groups: usize,
     /// `[groups, record]`
     records: &'a [u8],
-    /// `[rows, groups, 64]`
+    /// `[rows, groups, 64]`; where rows lie together, `[rows / 16, groups, 16, 64]`, and so below.
     values: &'a [i8],
     /// `[rows, groups]`
     scales: &'a [f32],
@@ -110,19 +189,21 @@ struct Work<'a> {
 }
 
 impl<'a> Work<'a> {
-    /// Cuts out what the tile reads: from here on every index is inside by construction.
+    /// Cuts out what the tile reads: from here on every index is inside by construction. A range starts where rows that lie
+    /// together do.
     #[inline]
     fn new(matrix: &'a QuantMatrix, rows: &'a QuantRows, panel: usize, range: Range<usize>) -> Self {
         let groups = matrix.num_groups();
-        assert!(!range.is_empty() && range.len() <= Tile::MAX_ROWS, "a tile of another size: this is a bug");
+        assert!(!range.is_empty(), "a tile without rows: this is a bug");
+        let whole = range.start * groups..range.end.next_multiple_of(rows.rows_together) * groups;
         Work {
             bits: matrix.bits,
             num_rows: range.len(),
             groups,
             records: matrix.panel(panel).0,
-            values: &rows.values[range.start * groups * GROUP..range.end * groups * GROUP],
-            scales: &rows.scales[range.start * groups..range.end * groups],
-            sums: &rows.sums[range.start * groups..range.end * groups],
+            values: &rows.values[whole.start * GROUP..whole.end * GROUP],
+            scales: &rows.scales[whole.clone()],
+            sums: &rows.sums[whole],
         }
     }
 }
@@ -195,6 +276,16 @@ mod x86 {
 
     use super::{Bits, GROUP, LEVELS, QUADS, Tile, WIDTH, Work};
 
+    /// Fetches what lies a few records behind `part`: memory gives more to those who ask early.
+    #[inline(always)]
+    pub(super) fn prefetch(part: *const u8, num_bytes: usize) {
+        const AHEAD: usize = 16 << 10;
+        for line in (0..num_bytes).step_by(64) {
+            // SAFETY: a prefetch of what is no memory does nothing.
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(part.wrapping_add(AHEAD + line).cast()) };
+        }
+    }
+
     /// As the plain function, four vectors at a time.
     ///
     /// # Safety
@@ -231,7 +322,7 @@ mod x86 {
                         // SAFETY: the caller's promise.
                         (Bits::Four, $rows) => unsafe { avx512_rows::<$rows, false>(work, tile) },
                     )*
-                    _ => unreachable!("a tile has at most {} rows: this is a bug", Tile::MAX_ROWS),
+                    _ => unreachable!("a tile has at most six rows: this is a bug"),
                 }
             };
         }
@@ -245,7 +336,10 @@ mod x86 {
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
     unsafe fn avx512_rows<const ROWS: usize, const EIGHT: bool>(work: &Work<'_>, tile: &mut Tile) {
         let groups = work.groups;
-        let (record_bytes, weight_bytes) = (work.bits.record_bytes(), work.bits.weight_bytes());
+        let bits = const { if EIGHT { Bits::Eight } else { Bits::Four } };
+        let (record_bytes, weight_bytes) = (bits.record_bytes(), bits.weight_bytes());
+        // For memory, and not for the multiplier. Then lines are fetched one by one, for few can be under way at a time.
+        let is_waiting = ROWS <= 3;
         let mut acc = [[_mm512_setzero_ps(); 2]; ROWS];
         // SAFETY: `Work::new` cut all slices to `groups` groups and `num_rows` rows; every pointer below stays inside
         // them: `groups` records, of each row `groups` times 64 values, and `groups` scales and sums.
@@ -269,11 +363,17 @@ mod x86 {
                 if EIGHT {
                     for quad in 0..QUADS {
                         let line = record.add(quad * WIDTH * 4);
+                        if is_waiting {
+                            prefetch(line, 4 * WIDTH);
+                        }
                         step(quad, _mm512_loadu_si512(line.cast()), _mm512_loadu_si512(line.add(64).cast()));
                     }
                 } else {
                     for pair in 0..QUADS / 2 {
                         let line = record.add(pair * WIDTH * 4);
+                        if is_waiting {
+                            prefetch(line, 4 * WIDTH);
+                        }
                         let (left, right) =
                             (_mm512_loadu_si512(line.cast()), _mm512_loadu_si512(line.add(64).cast()));
                         let low = |x| _mm512_and_si512(x, low_half);
@@ -283,6 +383,9 @@ mod x86 {
                     }
                 }
                 let halves: *const __m256i = record.add(weight_bytes).cast();
+                if is_waiting {
+                    prefetch(halves.cast(), record_bytes - weight_bytes);
+                }
                 let half = |index: usize| _mm512_cvtph_ps(_mm256_loadu_si256(halves.add(index)));
                 for row in 0..ROWS {
                     let scale = _mm512_set1_ps(*work.scales.get_unchecked(row * groups + group));
@@ -317,7 +420,7 @@ mod tests {
 
         #[test]
         fn every_instruction_set_gives_the_same_bits(
-            rows in 1..=Tile::MAX_ROWS, k in 1..300usize, n in 1..70usize, four: bool, seed in 1..u32::MAX, loud in 0.1f32..300.0,
+            rows in 1..=2 * Tile::MAX_ROWS, k in 1..300usize, n in 1..70usize, four: bool, seed in 1..u32::MAX, loud in 0.1f32..300.0,
         ) {
             let mut state = seed;
             let mut next = || { state ^= state << 13; state ^= state >> 17; state ^= state << 5; (state >> 8) as f32 / 8e6 - 1.0 };
@@ -328,34 +431,41 @@ mod tests {
                 part.copy_from_slice(&weights[index * k + start..][..part.len()]);
             });
             let matrix = QuantMatrix::stack(vec![panels.unwrap()]);
-            let quantised = QuantRows::new(&x, k);
             for x in x.as_chunks::<GROUP>().0 {
                 let run = |set: InstructionSet| {
                     let mut values = [0; GROUP];
                     (set.quantise(x, &mut values), values)
                 };
-                prop_assert_eq!(run(InstructionSet::of_this_cpu()), run(InstructionSet::Portable));
+                prop_assert_eq!(run(InstructionSet::for_rows(rows)), run(InstructionSet::Portable));
             }
             for panel in 0..n.div_ceil(WIDTH) {
                 let run = |set: InstructionSet| {
-                    let mut tile = Tile::default();
-                    set.multiply(&matrix, &quantised, panel, 0..rows, &mut tile);
-                    tile.sums.map(|row| row.map(f32::to_bits))
+                    let quantised = QuantRows::new(&x, k, set);
+                    let multiplier = Multiplier::new(set, rows);
+                    let mut sums = Vec::new();
+                    for first in (0..rows).step_by(set.tile_rows()) {
+                        let range = first..(first + set.tile_rows()).min(rows);
+                        let mut tile = Tile::default();
+                        multiplier.multiply(&matrix, &quantised, panel, range.clone(), &mut tile);
+                        sums.extend_from_slice(&tile.sums[..range.len()]);
+                    }
+                    sums.as_flattened().iter().map(|sum| sum.to_bits()).collect::<Vec<_>>()
                 };
                 let expected = run(InstructionSet::Portable);
                 for set in available() {
-                    prop_assert_eq!(run(set), expected, "{:?}", set);
+                    prop_assert_eq!(&run(set), &expected, "{:?}", set);
                 }
             }
         }
     }
 
     fn available() -> Vec<InstructionSet> {
-        let fastest = InstructionSet::of_this_cpu();
+        let mut available = vec![InstructionSet::for_rows(1), InstructionSet::for_rows(Tile::MAX_ROWS)];
         #[cfg(target_arch = "x86_64")]
-        if fastest == InstructionSet::Avx512Vnni {
-            return vec![InstructionSet::Avx2, fastest];
+        if available[0] == InstructionSet::Avx512Vnni {
+            available.push(InstructionSet::Avx2);
         }
-        vec![fastest]
+        available.dedup();
+        available
     }
 }

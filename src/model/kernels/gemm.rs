@@ -8,12 +8,15 @@ use half::{bf16, f16, slice::HalfFloatSliceExt};
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::{MIN_PARALLEL_WORK, NewOutput, filled, write_sums};
+use super::{MIN_PARALLEL_WORK, NewOutput, filled, prefetch_for_write, write_sums};
 
 /// Vectors a panel is wide.
 const PANEL_VECTORS: usize = 2;
-/// Rows of a register tile: with two vectors each, twelve accumulators and room for the operands in 16 registers.
-const TILE_ROWS: usize = 6;
+/// Rows of a register tile: with two vectors each, twelve accumulators and room for the operands in 16 registers, or twice
+/// as many in 32.
+const fn tile_rows<S: Simd>() -> usize {
+    if S::F32_LANES == 16 { 12 } else { 6 }
+}
 /// Rows that share one pass over a panel.
 const BLOCK_ROWS: usize = 48;
 
@@ -194,15 +197,16 @@ impl WithSimd for BlockProduct<'_> {
             let (vectors, _) = S::as_simd_f32s(panel);
             let mut row = self.rows.start;
             while row < self.rows.end {
-                match self.rows.end - row {
-                    1 => self.tile::<S, 1>(simd, vectors, row, index),
-                    2 => self.tile::<S, 2>(simd, vectors, row, index),
-                    3 => self.tile::<S, 3>(simd, vectors, row, index),
-                    4 => self.tile::<S, 4>(simd, vectors, row, index),
-                    5 => self.tile::<S, 5>(simd, vectors, row, index),
-                    _ => self.tile::<S, TILE_ROWS>(simd, vectors, row, index),
+                macro_rules! by_rows {
+                    ($($rows:literal),*) => {
+                        match (self.rows.end - row).min(tile_rows::<S>()) {
+                            $($rows => self.tile::<S, $rows>(simd, vectors, row, index),)*
+                            _ => unreachable!("a tile of another size: this is a bug"),
+                        }
+                    };
                 }
-                row += TILE_ROWS;
+                by_rows!(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12);
+                row += tile_rows::<S>();
             }
         }
     }
@@ -214,6 +218,10 @@ impl BlockProduct<'_> {
     fn tile<S: Simd, const ROWS: usize>(&self, simd: S, panel: &[S::f32s], first_row: usize, index: usize) {
         let (k, n, width) = (self.matrix.k, self.matrix.n, self.matrix.width);
         let rows: [&[f32]; ROWS] = std::array::from_fn(|row| &self.x[(first_row + row) * k..][..k]);
+        let num_columns = width.min(n - index * width);
+        // SAFETY: tasks have disjoint rows or columns, and within a task each tile is visited once.
+        let out = |row| unsafe { self.output.slice((first_row + row) * n + index * width, num_columns) };
+        (0..ROWS).for_each(|row| prefetch_for_write(out(row)));
         let mut sums = [[simd.splat_f32s(0.0); PANEL_VECTORS]; ROWS];
         for (i, weights) in panel.chunks_exact(PANEL_VECTORS).enumerate().take(k) {
             for row in 0..ROWS {
@@ -223,13 +231,9 @@ impl BlockProduct<'_> {
                 }
             }
         }
-        let num_columns = width.min(n - index * width);
+        let bias = self.bias.map(|bias| &bias[index * width..][..num_columns]);
         for (row, sums) in sums.iter().enumerate() {
-            let start = (first_row + row) * n + index * width;
-            // SAFETY: tasks have disjoint rows or columns, and within a task each tile is visited once.
-            let out = unsafe { self.output.slice(start, num_columns) };
-            let bias = self.bias.map(|bias| &bias[index * width..][..num_columns]);
-            write_sums(out, bytemuck_cast(sums), bias);
+            write_sums(out(row), bytemuck_cast(sums), bias);
         }
     }
 }

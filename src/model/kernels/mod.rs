@@ -5,6 +5,7 @@
 //! batch, in chunks and after a prefix-cache hit. `pulp` chooses the instruction set at run time.
 
 pub mod activation;
+pub mod amx;
 pub mod attention;
 pub mod attention_bf16;
 mod dot;
@@ -58,6 +59,18 @@ unsafe fn filled(len: usize, fill: impl FnOnce(&NewOutput<'_>)) -> Vec<f32> {
     // SAFETY: written by the caller's promise.
     unsafe { values.set_len(len) };
     values
+}
+
+/// Fetches memory that will be written soon. Stores wait for their memory one after the other, and all that comes after
+/// them waits with them.
+#[inline(always)]
+fn prefetch_for_write(out: &[MaybeUninit<f32>]) {
+    #[cfg(target_arch = "x86_64")]
+    for line in (0..size_of_val(out)).step_by(64) {
+        use std::arch::x86_64::{_MM_HINT_ET0, _mm_prefetch};
+        // SAFETY: a prefetch does nothing but that.
+        unsafe { _mm_prefetch::<_MM_HINT_ET0>(out.as_ptr().cast::<i8>().wrapping_add(line)) };
+    }
 }
 
 /// `sums`, as many as `out` has place for, plus `bias` where there is one.

@@ -10,14 +10,11 @@ use rayon::prelude::*;
 
 use super::{
     MIN_PARALLEL_WORK, NewOutput,
-    dot::{InstructionSet, Tile},
+    dot::{InstructionSet, Multiplier, Tile},
     filled,
     panels::{Bits, GROUP, QuantPanels, WIDTH},
-    write_sums,
+    prefetch_for_write, write_sums,
 };
-
-/// Activations of a block of rows take no more than this of a core's second-level cache, bytes.
-const BLOCK_BYTES: usize = 256 << 10;
 
 /// A quantised weight matrix `[n, k]`: stored matrices of the same inputs, below each other.
 #[derive(Debug)]
@@ -80,20 +77,22 @@ impl QuantMatrix {
     pub fn multiply(&self, x: &[f32], bias: Option<&[f32]>) -> Vec<f32> {
         let m = x.len() / self.k;
         assert_eq!(x.len(), m * self.k, "an input of another width: this is a bug");
-        let rows = QuantRows::new(x, self.k);
+        let instructions = InstructionSet::for_rows(m);
+        let rows = QuantRows::new(x, self.k, instructions);
         let is_small = m * self.n * self.k < MIN_PARALLEL_WORK * 4;
         let num_panels = self.num_panels();
         // Several tasks a thread, so that a slow one does not hold up the rest.
         let num_groups = if is_small { 1 } else { (rayon::current_num_threads() * 4).min(num_panels) };
-        let rows_a_block = (BLOCK_BYTES / self.k).clamp(2 * Tile::MAX_ROWS, 16 * Tile::MAX_ROWS)
-            / Tile::MAX_ROWS
-            * Tile::MAX_ROWS;
+        let tile_rows = instructions.tile_rows();
+        let rows_a_block = (instructions.block_bytes() / self.k).clamp(2 * tile_rows, 16 * tile_rows)
+            / tile_rows
+            * tile_rows;
         let fill = |output: &NewOutput<'_>| {
             let run = |task: usize| {
                 let (block, group) = (task / num_groups, task % num_groups);
                 let panels = group * num_panels / num_groups..(group + 1) * num_panels / num_groups;
                 let block = block * rows_a_block..((block + 1) * rows_a_block).min(m);
-                self.block(&rows, block, panels, bias, output);
+                self.block(instructions, &rows, block, panels, bias, output);
             };
             let tasks = 0..m.div_ceil(rows_a_block) * num_groups;
             if is_small { tasks.for_each(run) } else { tasks.into_par_iter().for_each(run) }
@@ -105,71 +104,80 @@ impl QuantMatrix {
     /// A block of rows times a range of panels.
     fn block(
         &self,
+        instructions: InstructionSet,
         rows: &QuantRows,
         block: Range<usize>,
         panels: Range<usize>,
         bias: Option<&[f32]>,
         output: &NewOutput<'_>,
     ) {
-        let instructions = InstructionSet::of_this_cpu();
+        let multiplier = Multiplier::new(instructions, block.len());
         let mut tile = Tile::default();
         for panel in panels {
             let (_, columns) = self.panel(panel);
             let bias = bias.map(|bias| &bias[columns.clone()]);
             let mut first = block.start;
             while first < block.end {
-                let num_rows = (block.end - first).min(Tile::MAX_ROWS);
-                instructions.multiply(self, rows, panel, first..first + num_rows, &mut tile);
-                for (row, sums) in tile.sums[..num_rows].iter().enumerate() {
-                    // SAFETY: tasks have disjoint rows or panels, and within a task each tile is visited once.
-                    let out = unsafe { output.slice((first + row) * self.n + columns.start, columns.len()) };
-                    write_sums(out, sums, bias);
-                }
+                let num_rows = (block.end - first).min(instructions.tile_rows());
+                // SAFETY: tasks have disjoint rows or panels, and within a task each tile is visited once.
+                let out = |row| unsafe { output.slice(row * self.n + columns.start, columns.len()) };
+                let tile_rows = first..first + num_rows;
+                tile_rows.clone().for_each(|row| prefetch_for_write(out(row)));
+                multiplier.multiply(self, rows, panel, tile_rows.clone(), &mut tile);
+                tile_rows.zip(&tile.sums).for_each(|(row, sums)| write_sums(out(row), sums, bias));
                 first += num_rows;
             }
         }
     }
 }
 
-/// Activations `[m, k]` in 8 bits.
+/// Activations `[m, k]` in 8 bits. As many rows as an instruction reads lie together, group by group; `m` is rounded up to
+/// them.
 #[derive(Debug)]
-pub struct QuantRows {
-    /// `[m, groups, 64]`, zero beyond `k`.
+pub(super) struct QuantRows {
+    pub rows_together: usize,
+    /// `[m / together, groups, together, 64]`, zero beyond `k`.
     pub values: Vec<i8>,
-    /// `[m, groups]`
+    /// `[m / together, groups, together]`
     pub scales: Vec<f32>,
-    /// `[m, groups]`: the sum of a group's values.
+    /// The same: the sum of a group's values.
     pub sums: Vec<i32>,
 }
 
-/// A row of activations, and where its values, scales and sums go.
+/// Rows of activations that lie together, and where their values, scales and sums go.
 type RowParts<'a> = (&'a [f32], (&'a mut [i8], (&'a mut [f32], &'a mut [i32])));
 
 impl QuantRows {
-    /// Each group of each row by its largest value.
-    pub fn new(x: &[f32], k: usize) -> Self {
-        let (m, groups) = (x.len() / k, k.div_ceil(GROUP));
+    /// Each group of each row by its largest value, as `instructions` read it.
+    pub fn new(x: &[f32], k: usize, instructions: InstructionSet) -> Self {
+        let (together, groups) = (instructions.rows_together(), k.div_ceil(GROUP));
+        let len = (x.len() / k).next_multiple_of(together) * groups;
         let mut rows = QuantRows {
-            values: vec![0; m * groups * GROUP],
-            scales: vec![0.0; m * groups],
-            sums: vec![0; m * groups],
+            rows_together: together,
+            values: vec![0; len * GROUP],
+            scales: vec![0.0; len],
+            sums: vec![0; len],
         };
-        let instructions = InstructionSet::of_this_cpu();
         let work = |(x, (values, (scales, sums))): RowParts<'_>| {
-            let (whole, rest) = x.as_chunks::<GROUP>();
-            let places = values.as_chunks_mut::<GROUP>().0.iter_mut().zip(scales.iter_mut().zip(sums));
-            let mut last = [0.0; GROUP];
-            last[..rest.len()].copy_from_slice(rest);
-            for (x, (values, (scale, sum))) in whole.iter().chain([&last]).zip(places) {
-                (*scale, *sum) = instructions.quantise(x, values);
+            let values = values.as_chunks_mut::<GROUP>().0;
+            for (row, x) in x.chunks(k).enumerate() {
+                let (whole, rest) = x.as_chunks::<GROUP>();
+                let mut last = [0.0; GROUP];
+                last[..rest.len()].copy_from_slice(rest);
+                let last = (!rest.is_empty()).then_some(&last);
+                for (group, x) in whole.iter().chain(last).enumerate() {
+                    let at = group * together + row;
+                    (scales[at], sums[at]) = instructions.quantise(x, &mut values[at]);
+                }
             }
         };
+        let part = groups * together;
         if x.len() < MIN_PARALLEL_WORK {
-            let rest = rows.scales.chunks_mut(groups).zip(rows.sums.chunks_mut(groups));
-            x.chunks(k).zip(rows.values.chunks_mut(groups * GROUP).zip(rest)).for_each(work);
+            let rest = rows.scales.chunks_mut(part).zip(rows.sums.chunks_mut(part));
+            x.chunks(together * k).zip(rows.values.chunks_mut(part * GROUP).zip(rest)).for_each(work);
         } else {
-            let rest = rows.scales.par_chunks_mut(groups).zip(rows.sums.par_chunks_mut(groups));
-            x.par_chunks(k).zip(rows.values.par_chunks_mut(groups * GROUP).zip(rest)).for_each(work);
+            let rest = rows.scales.par_chunks_mut(part).zip(rows.sums.par_chunks_mut(part));
+            x.par_chunks(together * k).zip(rows.values.par_chunks_mut(part * GROUP).zip(rest)).for_each(work);
         }
         rows
     }
@@ -220,7 +228,7 @@ mod tests {
     let parts = matrix.parts.iter();
                 let stored = parts.flat_map(|part| (0..part.num_outputs()).map(move |row| (part, row)));
                 rounded.chunks_mut(k).zip(stored).for_each(|(out, (part, row))| part.copy_row(row, out));
-                let rows = QuantRows::new(&x, k);
+                let rows = QuantRows::new(&x, k, InstructionSet::for_rows(1));
                 let groups = k.div_ceil(GROUP);
                 let got = matrix.multiply(&x, Some(&bias));
                 for row in 0..m {
