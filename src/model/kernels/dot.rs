@@ -155,8 +155,7 @@ impl Multiplier {
         tile: &mut Tile,
     ) {
         let work = Work::new(matrix, rows, panel, range);
-        let fits = work.num_rows <= self.instructions.tile_rows()
-            && rows.rows_together == self.instructions.rows_together();
+        let fits = work.num_rows <= self.instructions.tile_rows() && rows.instructions == self.instructions;
         assert!(fits, "a tile of another shape: this is a bug");
         match self.instructions {
             // SAFETY: this value exists only where the CPU has these instructions.
@@ -195,7 +194,8 @@ impl<'a> Work<'a> {
     fn new(matrix: &'a QuantMatrix, rows: &'a QuantRows, panel: usize, range: Range<usize>) -> Self {
         let groups = matrix.num_groups();
         assert!(!range.is_empty(), "a tile without rows: this is a bug");
-        let whole = range.start * groups..range.end.next_multiple_of(rows.rows_together) * groups;
+        let whole =
+            range.start * groups..range.end.next_multiple_of(rows.instructions.rows_together()) * groups;
         Work {
             bits: matrix.bits,
             num_rows: range.len(),

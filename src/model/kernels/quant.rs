@@ -92,7 +92,7 @@ impl QuantMatrix {
                 let (block, group) = (task / num_groups, task % num_groups);
                 let panels = group * num_panels / num_groups..(group + 1) * num_panels / num_groups;
                 let block = block * rows_a_block..((block + 1) * rows_a_block).min(m);
-                self.block(instructions, &rows, block, panels, bias, output);
+                self.block(&rows, block, panels, bias, output);
             };
             let tasks = 0..m.div_ceil(rows_a_block) * num_groups;
             if is_small { tasks.for_each(run) } else { tasks.into_par_iter().for_each(run) }
@@ -104,21 +104,20 @@ impl QuantMatrix {
     /// A block of rows times a range of panels.
     fn block(
         &self,
-        instructions: InstructionSet,
         rows: &QuantRows,
         block: Range<usize>,
         panels: Range<usize>,
         bias: Option<&[f32]>,
         output: &NewOutput<'_>,
     ) {
-        let multiplier = Multiplier::new(instructions, block.len());
+        let multiplier = Multiplier::new(rows.instructions, block.len());
         let mut tile = Tile::default();
         for panel in panels {
             let (_, columns) = self.panel(panel);
             let bias = bias.map(|bias| &bias[columns.clone()]);
             let mut first = block.start;
             while first < block.end {
-                let num_rows = (block.end - first).min(instructions.tile_rows());
+                let num_rows = (block.end - first).min(rows.instructions.tile_rows());
                 // SAFETY: tasks have disjoint rows or panels, and within a task each tile is visited once.
                 let out = |row| unsafe { output.slice(row * self.n + columns.start, columns.len()) };
                 let tile_rows = first..first + num_rows;
@@ -135,7 +134,8 @@ impl QuantMatrix {
 /// them.
 #[derive(Debug)]
 pub(super) struct QuantRows {
-    pub rows_together: usize,
+    /// What reads them.
+    pub instructions: InstructionSet,
     /// `[m / together, groups, together, 64]`, zero beyond `k`.
     pub values: Vec<i8>,
     /// `[m / together, groups, together]`
@@ -153,7 +153,7 @@ impl QuantRows {
         let (together, groups) = (instructions.rows_together(), k.div_ceil(GROUP));
         let len = (x.len() / k).next_multiple_of(together) * groups;
         let mut rows = QuantRows {
-            rows_together: together,
+            instructions,
             values: vec![0; len * GROUP],
             scales: vec![0.0; len],
             sums: vec![0; len],
