@@ -8,7 +8,7 @@ use half::{bf16, f16, slice::HalfFloatSliceExt};
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::{MIN_PARALLEL_WORK, NewOutput, filled, prefetch_for_write, write_sums};
+use super::{MIN_PARALLEL_WORK, NewOutput, filled, prefetch, prefetch_for_write, write_sums};
 
 /// Vectors a panel is wide.
 const PANEL_VECTORS: usize = 2;
@@ -17,6 +17,8 @@ const PANEL_VECTORS: usize = 2;
 const fn tile_rows<S: Simd>() -> usize {
     if S::F32_LANES == 16 { 12 } else { 6 }
 }
+/// What is fetched of a panel before it is read: it comes from the second-level cache, and too late otherwise.
+const PREFETCH_BYTES: usize = 1 << 10;
 /// Rows that share one pass over a panel.
 const BLOCK_ROWS: usize = 48;
 
@@ -224,6 +226,7 @@ impl BlockProduct<'_> {
         (0..ROWS).for_each(|row| prefetch_for_write(out(row)));
         let mut sums = [[simd.splat_f32s(0.0); PANEL_VECTORS]; ROWS];
         for (i, weights) in panel.chunks_exact(PANEL_VECTORS).enumerate().take(k) {
+            prefetch(weights.as_ptr().cast::<u8>().wrapping_add(PREFETCH_BYTES), size_of_val(weights));
             for row in 0..ROWS {
                 let value = simd.splat_f32s(rows[row][i]);
                 for v in 0..PANEL_VECTORS {

@@ -61,16 +61,24 @@ unsafe fn filled(len: usize, fill: impl FnOnce(&NewOutput<'_>)) -> Vec<f32> {
     values
 }
 
+/// Fetches memory that will be used soon to the first-level cache.
+#[inline(always)]
+fn prefetch(start: *const u8, num_bytes: usize) {
+    #[cfg(target_arch = "x86_64")]
+    for line in (0..num_bytes).step_by(64) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a prefetch of what is no memory does nothing.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(start.wrapping_add(line).cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (start, num_bytes);
+}
+
 /// Fetches memory that will be written soon. Stores wait for their memory one after the other, and all that comes after
 /// them waits with them.
 #[inline(always)]
 fn prefetch_for_write(out: &[MaybeUninit<f32>]) {
-    #[cfg(target_arch = "x86_64")]
-    for line in (0..size_of_val(out)).step_by(64) {
-        use std::arch::x86_64::{_MM_HINT_ET0, _mm_prefetch};
-        // SAFETY: a prefetch does nothing but that.
-        unsafe { _mm_prefetch::<_MM_HINT_ET0>(out.as_ptr().cast::<i8>().wrapping_add(line)) };
-    }
+    prefetch(out.as_ptr().cast(), size_of_val(out));
 }
 
 /// `sums`, as many as `out` has place for, plus `bias` where there is one.
