@@ -10,7 +10,7 @@ version=0.3.36
 pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
 
 # GCC 12 leaves out most of what the tile unit of Intel's processors (AMX) is set up with, and llama.cpp then crashes.
-if grep -qs amx_int8 /proc/cpuinfo && [ -z "${CC:-}" ]; then
+if grep -qs amx_int8 /proc/cpuinfo && [ -z "${CC:-}" ] && [ "$(cc -dumpversion)" = 12 ]; then
   command -v clang >/dev/null || { echo "for this processor llama.cpp needs clang: apt-get install clang libomp-dev" >&2; exit 1; }
   export CC=clang CXX=clang++
 fi

@@ -88,9 +88,10 @@ impl FullAttention<'_> {
         let output = SharedOutput::new(&mut out);
         let rounds = self.may_round && attention_bf16::is_available();
         // The keys of a head are packed by each of the tasks that share them.
-        let tasks_a_head = (rayon::current_num_threads() * 2).div_ceil(num_heads).max(1);
+        let tasks_a_head = (rayon::current_num_threads() * 2).div_ceil(num_heads);
         let rows = if rounds { rows_at_once() } else { QUERY_ROWS };
-        let queries_a_task = num_queries.div_ceil(tasks_a_head).next_multiple_of(rows);
+        let queries_a_task = num_queries.div_ceil(tasks_a_head).max(1).next_multiple_of(rows);
+        let tasks_a_head = num_queries.div_ceil(queries_a_task);
         (0..num_heads * tasks_a_head).into_par_iter().for_each(|task| {
             let (place, part) = (task / tasks_a_head, task % tasks_a_head);
             let queries = part * queries_a_task..((part + 1) * queries_a_task).min(num_queries);

@@ -10,7 +10,7 @@ use std::{
 };
 
 use super::Finding;
-use crate::{cli::serve::ServeArgs, config::Config, model::machine::has_tile_unit};
+use crate::{cli::serve::ServeArgs, config::Config};
 
 /// File descriptors besides one a connection: decoders' pipes, downloads, libraries.
 const OTHER_OPEN_FILES: u64 = 256;
@@ -33,7 +33,7 @@ fn processor() -> Finding {
         ("AVX-512", is_x86_feature_detected!("avx512f")),
         ("AVX-512 VNNI", is_x86_feature_detected!("avx512vnni")),
         ("AVX-512 BF16", is_x86_feature_detected!("avx512bf16")),
-        ("AMX", has_tile_unit()),
+        ("AMX", crate::model::machine::has_tile_unit()),
     ];
     let present: Vec<&str> = features.iter().filter(|(_, has)| *has).map(|(name, _)| *name).collect();
     if !features[0].1 {

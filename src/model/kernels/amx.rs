@@ -3,9 +3,9 @@
 //! Used by the products (`dot/amx.rs`) and by attention. Rust has no stable intrinsics for it, so the kernels name its
 //! instructions in assembly. A tile is a register of up to 16 rows of 64 bytes.
 
-#[cfg(target_arch = "x86_64")]
-use std::arch::asm;
 use std::sync::OnceLock;
+#[cfg(target_arch = "x86_64")]
+use std::{arch::asm, marker::PhantomData};
 
 /// Rows of a tile.
 pub(super) const ROWS: usize = 16;
@@ -27,11 +27,16 @@ fn has_instructions() -> bool {
 fn has_instructions() -> bool {
     // Intel's manual, volume 2, CPUID leaf 7: bits 22 (bf16), 24 (tiles) and 25 (8-bit integers) of EDX.
     const BITS: u32 = 1 << 22 | 1 << 24 | 1 << 25;
-    let has_tiles = std::arch::x86_64::__cpuid_count(7, 0).edx & BITS == BITS;
-    has_tiles && is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw")
+    // Every processor with tiles has these as well; the kernels use them around the tiles, and for few rows.
+    is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512vnni")
+        && is_x86_feature_detected!("avx512bf16")
+        && std::arch::x86_64::__cpuid_count(7, 0).edx & BITS == BITS
 }
 
-/// Linux lends the unit to processes that ask for it, since its registers make every saved thread 8 KB larger.
+/// Linux lends the unit to processes that ask for it, for its registers make the frame of a signal 8 KB larger. It refuses
+/// where an alternate signal stack is too small for that.
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 fn is_permitted() -> bool {
     const ARCH_REQ_XCOMP_PERM: libc::c_long = 0x1023;
@@ -45,16 +50,17 @@ fn is_permitted() -> bool {
     false
 }
 
-/// The tiles of this thread, until they are dropped.
+/// The tiles of this thread, until they are dropped. What a kernel leaves in them, it finds there later: neither the
+/// compiler nor the standard library uses any.
 #[cfg(target_arch = "x86_64")]
-pub(super) struct Tiles(());
+pub(super) struct Tiles(PhantomData<*const ()>);
 
 #[cfg(target_arch = "x86_64")]
 impl Tiles {
     /// Rows of tiles 0 to 7, each of 64 bytes; all are zeroed.
     ///
     /// # Safety
-    /// The unit must be [available](is_available), and this thread must not have other tiles.
+    /// The unit must be [available](is_available), this thread must have no other tiles, and no row count be 0.
     pub unsafe fn new(rows: [u8; 8]) -> Self {
         #[repr(C, align(64))]
         struct Shapes {
@@ -67,15 +73,12 @@ impl Tiles {
         let mut shapes =
             Shapes { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
         shapes.rows[..8].copy_from_slice(&rows);
-        for (bytes, rows) in shapes.row_bytes.iter_mut().zip(rows) {
-            // A tile that is not used has neither.
-            *bytes = if rows > 0 { ROW_BYTES as u16 } else { 0 };
-        }
+        shapes.row_bytes[..8].fill(ROW_BYTES as u16);
         // SAFETY: the unit is there by the caller's promise; the instruction reads 64 bytes.
         unsafe {
             asm!("ldtilecfg [{}]", in(reg) &raw const shapes, options(nostack, preserves_flags, readonly))
         };
-        Tiles(())
+        Tiles(PhantomData)
     }
 }
 

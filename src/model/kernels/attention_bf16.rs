@@ -11,19 +11,40 @@ use std::arch::x86_64::*;
 
 use pulp::Arch;
 
-use super::{activation::exp, amx as unit, attention::QUERY_ROWS};
+use super::{activation::exp, amx as tile_unit, attention::QUERY_ROWS};
 
 /// Keys of a tile: one vector.
 const TILE: usize = 16;
-/// The most that [`rows_at_once`] says.
-pub const MAX_ROWS: usize = unit::ROWS;
-
-/// Columns of values that are summed beside each other.
+/// Pairs of neighbours in a row of the tile unit.
+const PAIRS: usize = tile_unit::ROW_BYTES / 4;
+/// Upper bound of [`rows_at_once`].
+pub const MAX_ROWS: usize = tile_unit::ROWS;
+/// Columns of values that are summed beside each other on the tile unit.
 const MAX_SUMS: usize = 5 * TILE;
+
+/// What multiplies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Unit {
+    Vectors,
+    Tiles,
+}
+
+impl Unit {
+    fn of_this_cpu() -> Self {
+        if tile_unit::is_available() { Unit::Tiles } else { Unit::Vectors }
+    }
+
+    fn rows_at_once(self) -> usize {
+        match self {
+            Unit::Vectors => QUERY_ROWS,
+            Unit::Tiles => tile_unit::ROWS,
+        }
+    }
+}
 
 /// Queries that share one pass over the keys.
 pub fn rows_at_once() -> usize {
-    if unit::is_available() { unit::ROWS } else { QUERY_ROWS }
+    Unit::of_this_cpu().rows_at_once()
 }
 
 /// Whether this CPU has the instructions.
@@ -43,6 +64,7 @@ pub fn is_available() -> bool {
 /// Keys and values of one head. A `u32` holds two bf16 that are multiplied together, the first in the low half.
 #[derive(Debug)]
 pub struct Bf16KeyValues {
+    unit: Unit,
     /// `[tiles, dim pairs, 16 keys]`; an even number of tiles.
     keys: Vec<u32>,
     /// `[key pairs, value_width]`
@@ -86,22 +108,26 @@ impl Bf16KeyValues {
     ) -> Self {
         Arch::new().dispatch(
             #[inline(always)]
-            || Bf16KeyValues::pack_with(num_keys, head_dim, token),
+            || Bf16KeyValues::pack_for(Unit::of_this_cpu(), num_keys, head_dim, token),
         )
     }
 
     #[inline(always)]
-    fn pack_with<'a>(
+    fn pack_for<'a>(
+        unit: Unit,
         num_keys: usize,
         head_dim: usize,
         token: impl Fn(usize) -> (&'a [f32], &'a [f32]),
     ) -> Self {
         let num_tiles = num_keys.div_ceil(TILE).next_multiple_of(2);
-        // The unit's tiles are filled up with zeros.
-        let pairs_at_once = if unit::is_available() { unit::ROW_BYTES / 4 } else { 1 };
-        let dim_pairs = head_dim.div_ceil(2).next_multiple_of(pairs_at_once);
+        let dim_pairs = match unit {
+            Unit::Vectors => head_dim.div_ceil(2),
+            // Filled up with zeros.
+            Unit::Tiles => head_dim.div_ceil(2).next_multiple_of(PAIRS),
+        };
         let value_width = head_dim.next_multiple_of(TILE);
         let mut packed = Bf16KeyValues {
+            unit,
             keys: vec![0; num_tiles * dim_pairs * TILE],
             values: vec![0; num_tiles * TILE / 2 * value_width],
             num_keys,
@@ -109,9 +135,8 @@ impl Bf16KeyValues {
             dim_pairs,
             value_width,
         };
-        // The keys of a tile as they come, each a row of pairs.
-        let mut rows = vec![[0; TILE]; dim_pairs];
-        let rows = rows.as_flattened_mut();
+        // The keys of a tile as they come, `[16 keys, dim pairs]`.
+        let mut rows = vec![0; TILE * dim_pairs];
         for (index, tile) in packed.keys.chunks_exact_mut(dim_pairs * TILE).enumerate() {
             for (key, row) in rows.chunks_exact_mut(dim_pairs).enumerate() {
                 if index * TILE + key < num_keys {
@@ -140,28 +165,25 @@ impl Bf16KeyValues {
     /// `out[r] = softmax(scale * q[r] K^T) V` for up to [`rows_at_once`] queries, over all keys.
     pub fn attend(&self, queries: &[&[f32]], scale: f32, scratch: &mut Scratch, out: &mut [&mut [f32]]) {
         assert!(is_available(), "this CPU does not multiply bf16: this is a bug");
-        assert!((1..=rows_at_once()).contains(&queries.len()) && queries.len() == out.len());
+        let rows = self.unit.rows_at_once();
+        assert!((1..=rows).contains(&queries.len()) && queries.len() == out.len());
         // On tiles, sums of values take the place of the scores.
-        scratch.scores.resize(rows_at_once() * (self.num_tiles * TILE).max(MAX_SUMS), 0.0);
-        scratch.weights.resize(rows_at_once() * self.num_tiles * TILE / 2, 0);
+        scratch.scores.resize(rows * (self.num_tiles * TILE).max(MAX_SUMS), 0.0);
+        scratch.weights.resize(rows * self.num_tiles * TILE / 2, 0);
         Arch::new().dispatch(
             #[inline(always)]
             || self.pack_queries(queries, scale, &mut scratch.queries),
         );
         #[cfg(target_arch = "x86_64")]
-        if unit::is_available() {
-            // SAFETY: the instructions were asked for here and above.
-            return unsafe { self.run_on_tiles(scratch, out) };
-        }
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: the instructions were asked for above.
+        // SAFETY: the instructions were asked for above; the tile unit was, where it is chosen.
         unsafe {
-            match queries.len() {
-                1 => self.run::<1>(scratch, out),
-                2 => self.run::<2>(scratch, out),
-                3 => self.run::<3>(scratch, out),
-                4 => self.run::<4>(scratch, out),
-                5 => self.run::<5>(scratch, out),
+            match (self.unit, queries.len()) {
+                (Unit::Tiles, _) => self.run_on_tiles(scratch, out),
+                (_, 1) => self.run::<1>(scratch, out),
+                (_, 2) => self.run::<2>(scratch, out),
+                (_, 3) => self.run::<3>(scratch, out),
+                (_, 4) => self.run::<4>(scratch, out),
+                (_, 5) => self.run::<5>(scratch, out),
                 _ => self.run::<QUERY_ROWS>(scratch, out),
             }
         }
@@ -178,22 +200,26 @@ impl Bf16KeyValues {
             rest.iter().for_each(|x| row[pairs.len()] = pair(x * scale, 0.0));
         };
         to.clear();
-        if unit::is_available() {
-            to.resize(MAX_ROWS * self.dim_pairs, 0);
-            for (row, query) in queries.iter().enumerate() {
-                // e^x is 2^(x log2(e)).
-                let scale = scale * std::f32::consts::LOG2_E;
-                for (part, x) in query.chunks(2 * TILE).enumerate() {
-                    write_row(x, scale, &mut to[(part * MAX_ROWS + row) * TILE..][..TILE]);
+        match self.unit {
+            Unit::Vectors => {
+                let mut row = vec![0; self.dim_pairs];
+                to.resize(queries.len() * self.dim_pairs, 0);
+                for (index, query) in queries.iter().enumerate() {
+                    write_row(query, scale, &mut row);
+                    let places = to[index..].iter_mut().step_by(queries.len());
+                    places.zip(&row).for_each(|(to, pair)| *to = *pair);
                 }
             }
-            return;
-        }
-        let mut row = vec![0; self.dim_pairs];
-        to.resize(queries.len() * self.dim_pairs, 0);
-        for (index, query) in queries.iter().enumerate() {
-            write_row(query, scale, &mut row);
-            to[index..].iter_mut().step_by(queries.len()).zip(&row).for_each(|(to, pair)| *to = *pair);
+            Unit::Tiles => {
+                // e^x is 2^(x log2(e)).
+                let scale = scale * std::f32::consts::LOG2_E;
+                to.resize(MAX_ROWS * self.dim_pairs, 0);
+                for (row, query) in queries.iter().enumerate() {
+                    for (part, x) in query.chunks(2 * PAIRS).enumerate() {
+                        write_row(x, scale, &mut to[(part * MAX_ROWS + row) * PAIRS..][..PAIRS]);
+                    }
+                }
+            }
         }
     }
 }
@@ -370,7 +396,6 @@ mod tests {
             let values: Vec<f32> = (0..num_keys * dim).map(|_| next()).collect();
             let queries: Vec<Vec<f32>> = (0..rows).map(|_| (0..dim).map(|_| next()).collect()).collect();
             let token = |token: usize| (&keys[token * dim..][..dim], &values[token * dim..][..dim]);
-            let rows: Vec<&[f32]> = queries.iter().map(Vec::as_slice).take(rows_at_once()).collect();
             let scale = (dim as f32).sqrt().recip();
             let tiles = &PackedKeyValues::pack(num_keys, dim, token);
             let exact = |query: &[f32]| {
@@ -379,19 +404,26 @@ mod tests {
                 queries.gather(0..num_keys).write(&mut [&mut out]);
                 out
             };
-            let packed = Bf16KeyValues::pack(num_keys, dim, token);
-            let run = |rows: &[&[f32]]| {
-                let mut out = vec![vec![f32::NAN; dim]; rows.len()];
-                let mut rows_out: Vec<&mut [f32]> = out.iter_mut().map(Vec::as_mut_slice).collect();
-                packed.attend(rows, scale, &mut Scratch::default(), &mut rows_out);
-                out
-            };
-            let together = run(&rows);
-            for (row, query) in rows.iter().enumerate() {
-                for (got, expected) in together[row].iter().zip(&exact(query)) {
-                    prop_assert!((got - expected).abs() < 0.02, "{} {}", got, expected);
+            let mut units = vec![Unit::Vectors, Unit::of_this_cpu()];
+            units.dedup();
+            // Whatever it holds of other queries must not matter.
+            let mut scratch = Scratch::default();
+            for unit in units {
+                let packed = Bf16KeyValues::pack_for(unit, num_keys, dim, token);
+                let mut run = |rows: &[&[f32]]| {
+                    let mut out = vec![vec![f32::NAN; dim]; rows.len()];
+                    let mut rows_out: Vec<&mut [f32]> = out.iter_mut().map(Vec::as_mut_slice).collect();
+                    packed.attend(rows, scale, &mut scratch, &mut rows_out);
+                    out
+                };
+                let rows: Vec<&[f32]> = queries.iter().map(Vec::as_slice).take(unit.rows_at_once()).collect();
+                let together = run(&rows);
+                for (row, query) in rows.iter().enumerate() {
+                    for (got, expected) in together[row].iter().zip(&exact(query)) {
+                        prop_assert!((got - expected).abs() < 0.02, "{} {}", got, expected);
+                    }
+                    prop_assert_eq!(&run(&[query])[0], &together[row], "not batch-invariant");
                 }
-                prop_assert_eq!(&run(&[query])[0], &together[row], "not batch-invariant");
             }
         }
     }

@@ -7,6 +7,8 @@
 mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 
 use std::ops::Range;
 
@@ -61,6 +63,7 @@ impl InstructionSet {
         if num_rows >= MIN_AMX_ROWS && super::amx::is_available() {
             return InstructionSet::Amx;
         }
+        let _ = num_rows;
         InstructionSet::of_this_cpu()
     }
 
@@ -116,7 +119,7 @@ impl InstructionSet {
         match self {
             // SAFETY: this value exists only where the CPU has these instructions.
             #[cfg(target_arch = "x86_64")]
-            InstructionSet::Avx512Vnni | InstructionSet::Amx => unsafe { x86::quantise_avx512(x, values) },
+            InstructionSet::Avx512Vnni | InstructionSet::Amx => unsafe { avx512::quantise(x, values) },
             _ => quantise(x, values),
         }
     }
@@ -125,21 +128,23 @@ impl InstructionSet {
 /// Multiplies tiles of up to [`InstructionSet::tile_rows`] rows on one thread.
 pub(super) struct Multiplier {
     instructions: InstructionSet,
-    /// Whether each panel is used once.
-    from_memory: bool,
+    /// Of all its products.
+    num_rows: usize,
     #[cfg(target_arch = "x86_64")]
     _tiles: Option<Tiles>,
 }
 
 impl Multiplier {
     /// For products of `num_rows` rows in all.
-    pub fn new(instructions: InstructionSet, num_rows: usize) -> Self {
+    ///
+    /// # Safety
+    /// A thread has one at a time, and runs nothing else while it has: no code that holds one enters rayon.
+    pub unsafe fn new(instructions: InstructionSet, num_rows: usize) -> Self {
         Multiplier {
             instructions,
-            from_memory: num_rows <= instructions.tile_rows(),
+            num_rows,
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: this value exists only where the CPU has these instructions, and no task waits for another with
-            // tiles in hand.
+            // SAFETY: this value exists only where the CPU has these instructions; otherwise the caller's promise.
             _tiles: (instructions == InstructionSet::Amx).then(|| unsafe { amx::tiles(num_rows) }),
         }
     }
@@ -155,15 +160,19 @@ impl Multiplier {
         tile: &mut Tile,
     ) {
         let work = Work::new(matrix, rows, panel, range);
-        let fits = work.num_rows <= self.instructions.tile_rows() && rows.instructions == self.instructions;
+        let most = self.num_rows.min(self.instructions.tile_rows());
+        let fits = work.num_rows <= most && rows.instructions == self.instructions;
         assert!(fits, "a tile of another shape: this is a bug");
         match self.instructions {
             // SAFETY: this value exists only where the CPU has these instructions.
             #[cfg(target_arch = "x86_64")]
-            InstructionSet::Amx => unsafe { amx::multiply(&work, tile, self.from_memory) },
+            InstructionSet::Amx => unsafe {
+                // With one tile of rows a panel is used once.
+                amx::multiply(&work, tile, self.num_rows <= self.instructions.tile_rows());
+            },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
-            InstructionSet::Avx512Vnni => unsafe { x86::avx512_vnni(&work, tile) },
+            InstructionSet::Avx512Vnni => unsafe { avx512::multiply(&work, tile) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
             InstructionSet::Avx2 => unsafe { avx2::multiply(&work, tile) },
@@ -179,17 +188,16 @@ struct Work<'a> {
     groups: usize,
     /// `[groups, record]`
     records: &'a [u8],
-    /// `[rows, groups, 64]`; where rows lie together, `[rows / 16, groups, 16, 64]`, and so below.
+    /// `[rows / together, groups, together, 64]`; `rows` is rounded up to those that lie together.
     values: &'a [i8],
-    /// `[rows, groups]`
+    /// `[rows / together, groups, together]`
     scales: &'a [f32],
-    /// `[rows, groups]`
+    /// `[rows / together, groups, together]`
     sums: &'a [i32],
 }
 
 impl<'a> Work<'a> {
-    /// Cuts out what the tile reads: from here on every index is inside by construction. A range starts where rows that lie
-    /// together do.
+    /// Cuts out what the tile reads: from here on every index is inside by construction.
     #[inline]
     fn new(matrix: &'a QuantMatrix, rows: &'a QuantRows, panel: usize, range: Range<usize>) -> Self {
         let groups = matrix.num_groups();
@@ -270,145 +278,6 @@ fn portable(work: &Work<'_>, tile: &mut Tile) {
     }
 }
 
-#[cfg(target_arch = "x86_64")]
-mod x86 {
-    use std::arch::x86_64::*;
-
-    use super::{Bits, GROUP, LEVELS, QUADS, Tile, WIDTH, Work};
-
-    /// Fetches what lies a few records behind `part`: memory gives more to those who ask early.
-    #[inline(always)]
-    pub(super) fn prefetch(part: *const u8, num_bytes: usize) {
-        const AHEAD: usize = 16 << 10;
-        for line in (0..num_bytes).step_by(64) {
-            // SAFETY: a prefetch of what is no memory does nothing.
-            unsafe { _mm_prefetch::<_MM_HINT_T1>(part.wrapping_add(AHEAD + line).cast()) };
-        }
-    }
-
-    /// As the plain function, four vectors at a time.
-    ///
-    /// # Safety
-    /// The CPU must have AVX-512 F.
-    #[target_feature(enable = "avx512f")]
-    pub(super) unsafe fn quantise_avx512(x: &[f32; GROUP], values: &mut [i8; GROUP]) -> (f32, i32) {
-        // SAFETY: both arrays hold four times 16 elements.
-        let x: [__m512; 4] = std::array::from_fn(|i| unsafe { _mm512_loadu_ps(x.as_ptr().add(16 * i)) });
-        let larger = |a, b| _mm512_max_ps(_mm512_abs_ps(a), _mm512_abs_ps(b));
-        let largest = _mm512_reduce_max_ps(_mm512_max_ps(larger(x[0], x[1]), larger(x[2], x[3])));
-        let inverse = if largest > 0.0 { LEVELS / largest } else { 0.0 };
-        let mut sum = _mm512_setzero_si512();
-        for (i, x) in x.into_iter().enumerate() {
-            let rounded = _mm512_cvtps_epi32(_mm512_mul_ps(x, _mm512_set1_ps(inverse)));
-            sum = _mm512_add_epi32(sum, rounded);
-            // SAFETY: as above.
-            unsafe {
-                _mm_storeu_si128(values.as_mut_ptr().add(16 * i).cast(), _mm512_cvtepi32_epi8(rounded))
-            };
-        }
-        (largest / LEVELS, _mm512_reduce_add_epi32(sum))
-    }
-
-    /// # Safety
-    /// The CPU must have AVX-512 F, BW and VNNI.
-    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-    pub(super) unsafe fn avx512_vnni(work: &Work<'_>, tile: &mut Tile) {
-        macro_rules! by_rows {
-            ($($rows:literal),*) => {
-                match (work.bits, work.num_rows) {
-                    $(
-                        // SAFETY: the caller's promise.
-                        (Bits::Eight, $rows) => unsafe { avx512_rows::<$rows, true>(work, tile) },
-                        // SAFETY: the caller's promise.
-                        (Bits::Four, $rows) => unsafe { avx512_rows::<$rows, false>(work, tile) },
-                    )*
-                    _ => unreachable!("a tile has at most six rows: this is a bug"),
-                }
-            };
-        }
-        by_rows!(1, 2, 3, 4, 5, 6);
-    }
-
-    /// `EIGHT`: 8 bits; otherwise 4.
-    ///
-    /// # Safety
-    /// As [`avx512_vnni`], with `ROWS` rows in `work`.
-    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-    unsafe fn avx512_rows<const ROWS: usize, const EIGHT: bool>(work: &Work<'_>, tile: &mut Tile) {
-        let groups = work.groups;
-        let bits = const { if EIGHT { Bits::Eight } else { Bits::Four } };
-        let (record_bytes, weight_bytes) = (bits.record_bytes(), bits.weight_bytes());
-        // For memory, and not for the multiplier. Then lines are fetched one by one, for few can be under way at a time.
-        let is_waiting = ROWS <= 3;
-        let mut acc = [[_mm512_setzero_ps(); 2]; ROWS];
-        // SAFETY: `Work::new` cut all slices to `groups` groups and `num_rows` rows; every pointer below stays inside
-        // them: `groups` records, of each row `groups` times 64 values, and `groups` scales and sums.
-        unsafe {
-            let rows: [*const i32; ROWS] =
-                std::array::from_fn(|row| work.values.as_ptr().add(row * groups * GROUP).cast());
-            let low_half = _mm512_set1_epi8(15);
-            for group in 0..groups {
-                let record = work.records.as_ptr().add(group * record_bytes);
-                let mut ints: [[__m512i; 2]; ROWS] = std::array::from_fn(|row| {
-                    let sum = if EIGHT { -128 * *work.sums.get_unchecked(row * groups + group) } else { 0 };
-                    [_mm512_set1_epi32(sum); 2]
-                });
-                let mut step = |quad: usize, left: __m512i, right: __m512i| {
-                    for row in 0..ROWS {
-                        let values = _mm512_set1_epi32(rows[row].add(group * QUADS + quad).read_unaligned());
-                        ints[row][0] = _mm512_dpbusd_epi32(ints[row][0], left, values);
-                        ints[row][1] = _mm512_dpbusd_epi32(ints[row][1], right, values);
-                    }
-                };
-                if EIGHT {
-                    for quad in 0..QUADS {
-                        let line = record.add(quad * WIDTH * 4);
-                        if is_waiting {
-                            prefetch(line, 4 * WIDTH);
-                        }
-                        step(quad, _mm512_loadu_si512(line.cast()), _mm512_loadu_si512(line.add(64).cast()));
-                    }
-                } else {
-                    for pair in 0..QUADS / 2 {
-                        let line = record.add(pair * WIDTH * 4);
-                        if is_waiting {
-                            prefetch(line, 4 * WIDTH);
-                        }
-                        let (left, right) =
-                            (_mm512_loadu_si512(line.cast()), _mm512_loadu_si512(line.add(64).cast()));
-                        let low = |x| _mm512_and_si512(x, low_half);
-                        let high = |x| _mm512_and_si512(_mm512_srli_epi16::<4>(x), low_half);
-                        step(2 * pair, low(left), low(right));
-                        step(2 * pair + 1, high(left), high(right));
-                    }
-                }
-                let halves: *const __m256i = record.add(weight_bytes).cast();
-                if is_waiting {
-                    prefetch(halves.cast(), record_bytes - weight_bytes);
-                }
-                let half = |index: usize| _mm512_cvtph_ps(_mm256_loadu_si256(halves.add(index)));
-                for row in 0..ROWS {
-                    let scale = _mm512_set1_ps(*work.scales.get_unchecked(row * groups + group));
-                    for side in 0..2 {
-                        let ints = _mm512_cvtepi32_ps(ints[row][side]);
-                        acc[row][side] =
-                            _mm512_fmadd_ps(ints, _mm512_mul_ps(half(side), scale), acc[row][side]);
-                        if !EIGHT {
-                            let sum = *work.sums.get_unchecked(row * groups + group) as f32;
-                            let sum = _mm512_mul_ps(_mm512_set1_ps(sum), scale);
-                            acc[row][side] = _mm512_fmadd_ps(half(2 + side), sum, acc[row][side]);
-                        }
-                    }
-                }
-            }
-            for (acc, sums) in acc.iter().zip(&mut tile.sums) {
-                _mm512_storeu_ps(sums.as_mut_ptr(), acc[0]);
-                _mm512_storeu_ps(sums.as_mut_ptr().add(16), acc[1]);
-            }
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -441,7 +310,8 @@ mod tests {
             for panel in 0..n.div_ceil(WIDTH) {
                 let run = |set: InstructionSet| {
                     let quantised = QuantRows::new(&x, k, set);
-                    let multiplier = Multiplier::new(set, rows);
+                    // SAFETY: dropped before the next one is made.
+                    let multiplier = unsafe { Multiplier::new(set, rows) };
                     let mut sums = Vec::new();
                     for first in (0..rows).step_by(set.tile_rows()) {
                         let range = first..(first + set.tile_rows()).min(rows);

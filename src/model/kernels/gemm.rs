@@ -8,7 +8,7 @@ use half::{bf16, f16, slice::HalfFloatSliceExt};
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::{MIN_PARALLEL_WORK, NewOutput, filled, prefetch, prefetch_for_write, write_sums};
+use super::{MIN_PARALLEL_WORK, NewOutput, filled, prefetch, prefetch_output, write_sums};
 
 /// Vectors a panel is wide.
 const PANEL_VECTORS: usize = 2;
@@ -221,9 +221,10 @@ impl BlockProduct<'_> {
         let (k, n, width) = (self.matrix.k, self.matrix.n, self.matrix.width);
         let rows: [&[f32]; ROWS] = std::array::from_fn(|row| &self.x[(first_row + row) * k..][..k]);
         let num_columns = width.min(n - index * width);
-        // SAFETY: tasks have disjoint rows or columns, and within a task each tile is visited once.
+        // SAFETY: tasks have disjoint rows or columns, within a task each tile is visited once, and no two of a row's
+        // slices live at once.
         let out = |row| unsafe { self.output.slice((first_row + row) * n + index * width, num_columns) };
-        (0..ROWS).for_each(|row| prefetch_for_write(out(row)));
+        (0..ROWS).for_each(|row| prefetch_output(out(row)));
         let mut sums = [[simd.splat_f32s(0.0); PANEL_VECTORS]; ROWS];
         for (i, weights) in panel.chunks_exact(PANEL_VECTORS).enumerate().take(k) {
             prefetch(weights.as_ptr().cast::<u8>().wrapping_add(PREFETCH_BYTES), size_of_val(weights));

@@ -61,7 +61,7 @@ unsafe fn filled(len: usize, fill: impl FnOnce(&NewOutput<'_>)) -> Vec<f32> {
     values
 }
 
-/// Fetches memory that will be used soon to the first-level cache.
+/// Fetches memory that will be used soon to the first-level cache, a line after the other from `start` on.
 #[inline(always)]
 fn prefetch(start: *const u8, num_bytes: usize) {
     #[cfg(target_arch = "x86_64")]
@@ -77,7 +77,7 @@ fn prefetch(start: *const u8, num_bytes: usize) {
 /// Fetches memory that will be written soon. Stores wait for their memory one after the other, and all that comes after
 /// them waits with them.
 #[inline(always)]
-fn prefetch_for_write(out: &[MaybeUninit<f32>]) {
+fn prefetch_output(out: &[MaybeUninit<f32>]) {
     prefetch(out.as_ptr().cast(), size_of_val(out));
 }
 

@@ -13,7 +13,7 @@ use super::{
     dot::{InstructionSet, Multiplier, Tile},
     filled,
     panels::{Bits, GROUP, QuantPanels, WIDTH},
-    prefetch_for_write, write_sums,
+    prefetch_output, write_sums,
 };
 
 /// A quantised weight matrix `[n, k]`: stored matrices of the same inputs, below each other.
@@ -110,7 +110,8 @@ impl QuantMatrix {
         bias: Option<&[f32]>,
         output: &NewOutput<'_>,
     ) {
-        let multiplier = Multiplier::new(rows.instructions, block.len());
+        // SAFETY: the only one until this block is done, which waits for nothing.
+        let multiplier = unsafe { Multiplier::new(rows.instructions, block.len()) };
         let mut tile = Tile::default();
         for panel in panels {
             let (_, columns) = self.panel(panel);
@@ -118,10 +119,11 @@ impl QuantMatrix {
             let mut first = block.start;
             while first < block.end {
                 let num_rows = (block.end - first).min(rows.instructions.tile_rows());
-                // SAFETY: tasks have disjoint rows or panels, and within a task each tile is visited once.
+                // SAFETY: tasks have disjoint rows or panels, within a task each tile is visited once, and no two of a
+                // row's slices live at once.
                 let out = |row| unsafe { output.slice(row * self.n + columns.start, columns.len()) };
                 let tile_rows = first..first + num_rows;
-                tile_rows.clone().for_each(|row| prefetch_for_write(out(row)));
+                tile_rows.clone().for_each(|row| prefetch_output(out(row)));
                 multiplier.multiply(self, rows, panel, tile_rows.clone(), &mut tile);
                 tile_rows.zip(&tile.sums).for_each(|(row, sums)| write_sums(out(row), sums, bias));
                 first += num_rows;

@@ -4,12 +4,10 @@ use std::arch::{asm, x86_64::*};
 
 use super::{
     super::amx::{ROW_BYTES, ROWS, Tiles},
-    Bf16KeyValues, MAX_SUMS, Scratch, TILE,
+    Bf16KeyValues, MAX_SUMS, PAIRS, Scratch, TILE,
 };
 
-/// Pairs of neighbours in a row of a tile.
-const PAIRS: usize = ROW_BYTES / 4;
-/// The score of a key that is none. Finite: the difference of two infinities is none.
+/// Score of keys that only fill a tile. Finite, for `exp2` would take infinity from infinity.
 const MASKED: f32 = f32::MIN / 2.0;
 /// Tiles of sums beside each other: those that queries and values leave.
 const COLUMN_TILES: usize = MAX_SUMS / TILE;
@@ -29,8 +27,8 @@ impl Bf16KeyValues {
         unsafe {
             let _tiles = Tiles::new([ROWS as u8; 8]);
             let (scores, weights) = (scratch.scores.as_mut_ptr(), scratch.weights.as_mut_ptr());
-            for tile in (0..self.num_tiles).step_by(2) {
-                self.scores_of_two(tile, scratch.queries.as_ptr(), scores.add(tile * TILE));
+            for key_tile in (0..self.num_tiles).step_by(2) {
+                self.scores_of_two(key_tile, scratch.queries.as_ptr(), scores.add(key_tile * TILE));
             }
             for (row, factor) in factors[..out.len()].iter_mut().enumerate() {
                 let scores = scores.add(row * num_keys);
@@ -59,15 +57,15 @@ impl Bf16KeyValues {
         }
     }
 
-    /// Scores of 16 queries and two neighbouring tiles of keys, to rows of as many floats as there are keys.
+    /// Scores of 16 queries and the keys of two neighbouring tiles, to rows of as many floats as there are keys.
     ///
     /// # Safety
-    /// As [`Self::run_on_tiles`]; `tile + 1` must be a tile, and `to` have place.
+    /// As [`Self::run_on_tiles`]; `key_tile + 1` must exist, and `to` have place.
     #[inline(always)]
-    unsafe fn scores_of_two(&self, tile: usize, queries: *const u32, to: *mut f32) {
+    unsafe fn scores_of_two(&self, key_tile: usize, queries: *const u32, to: *mut f32) {
         // SAFETY: the caller's promise. The compiler uses no tiles: what one block leaves there, the next one finds.
         unsafe {
-            let left = self.keys.as_ptr().add(tile * self.dim_pairs * TILE);
+            let left = self.keys.as_ptr().add(key_tile * self.dim_pairs * TILE);
             let right = left.add(self.dim_pairs * TILE);
             asm!("tilezero tmm0", "tilezero tmm1", options(nomem, nostack, preserves_flags));
             for part in 0..self.dim_pairs / PAIRS {
@@ -178,8 +176,8 @@ unsafe fn softmax_weights(scores: *const f32, len: usize, to: *mut u16) -> f32 {
     }
 }
 
-/// `2^x` for `x` up to 0, to 3e-6 of it: a polynomial on either side of the nearest integer (a least-squares fit at
-/// Chebyshev's points). What is below the least float becomes 0.
+/// `2^x` for `x` up to 0, with a relative error below 3e-6: a polynomial on either side of the nearest integer (a
+/// least-squares fit at Chebyshev's points). What is below the least float becomes 0.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn exp2(x: __m512) -> __m512 {

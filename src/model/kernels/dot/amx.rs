@@ -11,11 +11,14 @@ use std::{
 use super::{
     super::amx::{ROWS, Tiles},
     Bits, GROUP, QUADS, Tile, WIDTH, Work,
-    x86::prefetch,
+    avx512::prefetch_ahead,
 };
 
 /// Groups whose integer sums are made before they are scaled: they stay in the first-level cache.
 const GROUPS_AT_ONCE: usize = 4;
+
+/// Bytes from a quad of a record to the next, and from a row of sums to the next.
+const LINE: usize = 4 * WIDTH;
 
 /// Integer sums of some groups, `[groups, rows, columns]`.
 type Ints = [[[__m512i; 2]; Tile::MAX_ROWS]; GROUPS_AT_ONCE];
@@ -54,7 +57,7 @@ pub(super) unsafe fn multiply(work: &Work<'_>, tile: &mut Tile, from_memory: boo
             for (place, group) in groups.clone().enumerate() {
                 let record = work.records.as_ptr().add(group * record_bytes);
                 if from_memory {
-                    prefetch(record, record_bytes / 2);
+                    prefetch_ahead(record, record_bytes / 2);
                 }
                 let weights = match work.bits {
                     Bits::Eight => record,
@@ -68,7 +71,7 @@ pub(super) unsafe fn multiply(work: &Work<'_>, tile: &mut Tile, from_memory: boo
                     upper_half(values, weights, to);
                 }
                 if from_memory {
-                    prefetch(record.add(record_bytes / 2), record_bytes / 2);
+                    prefetch_ahead(record.add(record_bytes / 2), record_bytes / 2);
                 }
             }
             let ints = ints.as_ptr().cast::<i32>();
@@ -88,9 +91,6 @@ pub(super) unsafe fn multiply(work: &Work<'_>, tile: &mut Tile, from_memory: boo
         }
     }
 }
-
-/// Bytes from a quad of a record to the next, and from a row of sums to the next.
-const LINE: usize = 4 * WIDTH;
 
 /// Up to 16 rows of a group times its weights.
 ///
@@ -112,6 +112,7 @@ unsafe fn upper_half(values: *const i8, weights: *const u8, to: *mut i32) {
             "tilestored [{to} + {line} + 64], tmm1",
             values = in(reg) values, row = in(reg) GROUP, weights = in(reg) weights, line = in(reg) LINE,
             to = in(reg) to,
+            out("tmm0") _, out("tmm1") _, out("tmm4") _, out("tmm6") _, out("tmm7") _,
             options(nostack, preserves_flags),
         );
     }
@@ -144,6 +145,8 @@ unsafe fn both_halves(upper: *const i8, lower: *const i8, weights: *const u8, to
             "tilestored [{to} + {line} + 2112], tmm3",
             upper = in(reg) upper, lower = in(reg) lower, row = in(reg) GROUP,
             weights = in(reg) weights, line = in(reg) LINE, to = in(reg) to,
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _, out("tmm4") _, out("tmm5") _, out("tmm6") _,
+            out("tmm7") _,
             options(nostack, preserves_flags),
         );
     }
