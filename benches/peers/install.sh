@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Installs the peers from PyPI into .venv beside this file: about 8 GB, and llama.cpp built for this very processor (10 to 25
-# minutes). Needs Python 3.11 or 3.12 with venv, and a C++ compiler (GCC 12: clang too, where there is AMX). Run again it only does what is missing. JOBS: compilers at once.
+# minutes). Needs Python 3.11 or 3.12 with venv, and a C++ compiler (with GCC 12 and AMX: clang). Run again it only does what is
+# missing. JOBS: compilers at once.
 set -euo pipefail
 cd "$(dirname "$0")"
 
