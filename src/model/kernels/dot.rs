@@ -202,8 +202,9 @@ impl<'a> Work<'a> {
     fn new(matrix: &'a QuantMatrix, rows: &'a QuantRows, panel: usize, range: Range<usize>) -> Self {
         let groups = matrix.num_groups();
         assert!(!range.is_empty(), "a tile without rows: this is a bug");
-        let whole =
-            range.start * groups..range.end.next_multiple_of(rows.instructions.rows_together()) * groups;
+        let together = rows.instructions.rows_together();
+        assert!(range.start.is_multiple_of(together), "a tile that begins within another: this is a bug");
+        let whole = range.start * groups..range.end.next_multiple_of(together) * groups;
         Work {
             bits: matrix.bits,
             num_rows: range.len(),
