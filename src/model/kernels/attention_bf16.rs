@@ -99,6 +99,14 @@ fn pair(low: f32, high: f32) -> u32 {
     rounded(low) | rounded(high) << 16
 }
 
+/// `x` times `scale`, two neighbours an operand; an odd one is filled up with zero.
+#[inline(always)]
+fn write_pairs(x: &[f32], scale: f32, to: &mut [u32]) {
+    let (pairs, rest) = x.as_chunks::<2>();
+    to.iter_mut().zip(pairs).for_each(|(to, x)| *to = pair(x[0] * scale, x[1] * scale));
+    rest.iter().for_each(|x| to[pairs.len()] = pair(x * scale, 0.0));
+}
+
 impl Bf16KeyValues {
     /// `token` gives the key and the value of a token, `[head_dim]` each.
     pub fn pack<'a>(
@@ -141,9 +149,7 @@ impl Bf16KeyValues {
             for (key, row) in rows.chunks_exact_mut(dim_pairs).enumerate() {
                 if index * TILE + key < num_keys {
                     let (key, _) = token(index * TILE + key);
-                    let (pairs, rest) = key.as_chunks::<2>();
-                    row.iter_mut().zip(pairs).for_each(|(to, key)| *to = pair(key[0], key[1]));
-                    rest.iter().for_each(|&key| row[pairs.len()] = pair(key, 0.0));
+                    write_pairs(key, 1.0, row);
                 } else {
                     row.fill(0);
                 }
@@ -188,24 +194,17 @@ impl Bf16KeyValues {
             }
         }
     }
-}
 
-impl Bf16KeyValues {
     /// Queries times the scale, as [`Scratch::queries`] has them.
     #[inline(always)]
     fn pack_queries(&self, queries: &[&[f32]], scale: f32, to: &mut Vec<u32>) {
-        let write_row = |query: &[f32], scale: f32, row: &mut [u32]| {
-            let (pairs, rest) = query.as_chunks::<2>();
-            row.iter_mut().zip(pairs).for_each(|(to, x)| *to = pair(x[0] * scale, x[1] * scale));
-            rest.iter().for_each(|x| row[pairs.len()] = pair(x * scale, 0.0));
-        };
         to.clear();
         match self.unit {
             Unit::Vectors => {
                 let mut row = vec![0; self.dim_pairs];
                 to.resize(queries.len() * self.dim_pairs, 0);
                 for (index, query) in queries.iter().enumerate() {
-                    write_row(query, scale, &mut row);
+                    write_pairs(query, scale, &mut row);
                     let places = to[index..].iter_mut().step_by(queries.len());
                     places.zip(&row).for_each(|(to, pair)| *to = *pair);
                 }
@@ -216,7 +215,7 @@ impl Bf16KeyValues {
                 to.resize(MAX_ROWS * self.dim_pairs, 0);
                 for (row, query) in queries.iter().enumerate() {
                     for (part, x) in query.chunks(2 * PAIRS).enumerate() {
-                        write_row(x, scale, &mut to[(part * MAX_ROWS + row) * PAIRS..][..PAIRS]);
+                        write_pairs(x, scale, &mut to[(part * MAX_ROWS + row) * PAIRS..][..PAIRS]);
                     }
                 }
             }

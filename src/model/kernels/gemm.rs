@@ -8,7 +8,7 @@ use half::{bf16, f16, slice::HalfFloatSliceExt};
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::{MIN_PARALLEL_WORK, NewOutput, filled, prefetch, prefetch_output, write_sums};
+use super::{FIRST_LEVEL, MIN_PARALLEL_WORK, NewOutput, filled, prefetch, prefetch_output, write_sums};
 
 /// Vectors a panel is wide.
 const PANEL_VECTORS: usize = 2;
@@ -227,7 +227,10 @@ impl BlockProduct<'_> {
         (0..ROWS).for_each(|row| prefetch_output(out(row)));
         let mut sums = [[simd.splat_f32s(0.0); PANEL_VECTORS]; ROWS];
         for (i, weights) in panel.chunks_exact(PANEL_VECTORS).enumerate().take(k) {
-            prefetch(weights.as_ptr().cast::<u8>().wrapping_add(PREFETCH_BYTES), size_of_val(weights));
+            prefetch::<FIRST_LEVEL>(
+                weights.as_ptr().cast::<u8>().wrapping_add(PREFETCH_BYTES),
+                size_of_val(weights),
+            );
             for row in 0..ROWS {
                 let value = simd.splat_f32s(rows[row][i]);
                 for v in 0..PANEL_VECTORS {

@@ -61,14 +61,18 @@ unsafe fn filled(len: usize, fill: impl FnOnce(&NewOutput<'_>)) -> Vec<f32> {
     values
 }
 
-/// Fetches memory that will be used soon to the first-level cache, a line after the other from `start` on.
+/// Where [`prefetch`] fetches to: a level of the cache, as the instruction has it.
+const FIRST_LEVEL: i32 = 3;
+#[cfg(target_arch = "x86_64")]
+const SECOND_LEVEL: i32 = 2;
+
+/// Fetches memory that will be used soon, a line after the other from `start` on.
 #[inline(always)]
-fn prefetch(start: *const u8, num_bytes: usize) {
+fn prefetch<const LEVEL: i32>(start: *const u8, num_bytes: usize) {
     #[cfg(target_arch = "x86_64")]
     for line in (0..num_bytes).step_by(64) {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
         // SAFETY: a prefetch of what is no memory does nothing.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(start.wrapping_add(line).cast()) };
+        unsafe { std::arch::x86_64::_mm_prefetch::<LEVEL>(start.wrapping_add(line).cast()) };
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = (start, num_bytes);
@@ -78,7 +82,7 @@ fn prefetch(start: *const u8, num_bytes: usize) {
 /// them waits with them.
 #[inline(always)]
 fn prefetch_output(out: &[MaybeUninit<f32>]) {
-    prefetch(out.as_ptr().cast(), size_of_val(out));
+    prefetch::<FIRST_LEVEL>(out.as_ptr().cast(), size_of_val(out));
 }
 
 /// `sums`, as many as `out` has place for, plus `bias` where there is one.

@@ -112,21 +112,19 @@ impl QuantMatrix {
     ) {
         // SAFETY: the only one until this block is done, which waits for nothing.
         let multiplier = unsafe { Multiplier::new(rows.instructions, block.len()) };
+        let tile_rows = rows.instructions.tile_rows();
         let mut tile = Tile::default();
         for panel in panels {
             let (_, columns) = self.panel(panel);
             let bias = bias.map(|bias| &bias[columns.clone()]);
-            let mut first = block.start;
-            while first < block.end {
-                let num_rows = (block.end - first).min(rows.instructions.tile_rows());
+            for first in block.clone().step_by(tile_rows) {
+                let range = first..(first + tile_rows).min(block.end);
                 // SAFETY: tasks have disjoint rows or panels, within a task each tile is visited once, and no two of a
                 // row's slices live at once.
                 let out = |row| unsafe { output.slice(row * self.n + columns.start, columns.len()) };
-                let tile_rows = first..first + num_rows;
-                tile_rows.clone().for_each(|row| prefetch_output(out(row)));
-                multiplier.multiply(self, rows, panel, tile_rows.clone(), &mut tile);
-                tile_rows.zip(&tile.sums).for_each(|(row, sums)| write_sums(out(row), sums, bias));
-                first += num_rows;
+                range.clone().for_each(|row| prefetch_output(out(row)));
+                multiplier.multiply(self, rows, panel, range.clone(), &mut tile);
+                range.zip(&tile.sums).for_each(|(row, sums)| write_sums(out(row), sums, bias));
             }
         }
     }

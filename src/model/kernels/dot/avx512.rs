@@ -4,16 +4,16 @@
 
 use std::arch::x86_64::*;
 
-use super::{Bits, GROUP, LEVELS, QUADS, Tile, WIDTH, Work};
+use super::{
+    super::{SECOND_LEVEL, prefetch},
+    Bits, GROUP, LEVELS, QUADS, Tile, WIDTH, Work,
+};
 
 /// Fetches what lies a few records ahead of `part`: memory gives more to those who ask early.
 #[inline(always)]
 pub(super) fn prefetch_ahead(part: *const u8, num_bytes: usize) {
     const AHEAD: usize = 16 << 10;
-    for line in (0..num_bytes).step_by(64) {
-        // SAFETY: a prefetch of what is no memory does nothing.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(part.wrapping_add(AHEAD + line).cast()) };
-    }
+    prefetch::<SECOND_LEVEL>(part.wrapping_add(AHEAD), num_bytes);
 }
 
 /// As the plain function, four vectors at a time.
