@@ -20,7 +20,7 @@ use crate::{
     model::{
         self, ModelShape, Tap, VideoLanguageModel,
         checkpoint::{Checkpoint, GenerationConfig, ModelSpec, TokenizerFiles},
-        device::DeviceModel,
+        device::{self, DeviceModel},
         hub::{Hub, HubProgress},
         tinyllava::{self, TinyLlava},
     },
@@ -106,7 +106,7 @@ fn load(
     checkpoint.weights.on_read(move |bytes| on_read.inc(bytes));
     let target = Target::of(options)?;
     let (model, decode_bytes) = load_model(&checkpoint, options, target.as_ref())
-        .map_err(|error| anyhow!("cannot load {}: {error}", checkpoint.id))?;
+        .map_err(|error| anyhow!("cannot load {}: {}", checkpoint.id, device::describe(&error)))?;
     bar.finish_and_clear();
     let config = match &target {
         Some(target) => target.engine(options, config)?,

@@ -27,7 +27,7 @@ pub(super) fn guarded<T>(run: impl FnOnce() -> model::Result<T>) -> Result<T, Fa
     match catch_unwind(AssertUnwindSafe(run)) {
         Ok(outcome) => outcome.map_err(|error| Failure {
             is_fatal: device::is_device_failure(&error),
-            cause: error.to_string(),
+            cause: device::describe(&error),
         }),
         Err(_) => Err(Failure { cause: "a step panicked".into(), is_fatal: false }),
     }
@@ -44,6 +44,8 @@ mod tests {
         assert!(!failure(ModelError::Msg("a request's own".into())).is_fatal);
         let lost = failure(ModelError::Cuda("an illegal memory access".into()).bt().context("decoding"));
         assert!(lost.is_fatal && lost.cause.contains("illegal memory access"), "{lost:?}");
+        let full = failure(ModelError::Cuda("DriverError(CUDA_ERROR_OUT_OF_MEMORY)".into()).bt());
+        assert!(full.is_fatal && full.cause.starts_with("the GPU has no memory left: "), "{full:?}");
         let panicked = guarded::<()>(|| panic!("a kernel's assertion")).unwrap_err();
         assert_eq!(panicked, Failure { cause: "a step panicked".into(), is_fatal: false });
     }

@@ -5,7 +5,7 @@
 use std::sync::{Mutex, PoisonError};
 
 use candle_core::Device;
-use rayon::iter::{IndexedParallelIterator, IntoParallelRefIterator, ParallelIterator};
+use rayon::iter::{IntoParallelIterator, IntoParallelRefIterator, ParallelIterator};
 
 use super::{
     encoder_cache::EncoderCache,
@@ -20,7 +20,7 @@ use crate::{
     },
     scheduler::{
         self, ComputeWork, EncodeWork, SamplingParams, Scheduler, SequenceId, TokenId, TokenLogprobs,
-        VideoDigest,
+        VideoDigest, sequence::Sequence,
     },
 };
 
@@ -107,42 +107,37 @@ impl Runner {
             self.tap.tensor("logits_last", None, &logits.to_device(&Device::Cpu)?);
         }
         let sampling: Vec<&ComputeWork> = works.iter().filter(|work| work.samples).collect();
+        let is_here = logits.device().is_cpu();
         let needed = |work: &&ComputeWork| {
             let params = requests.sampling(work.sequence);
-            match logprobs::is_asked_for(params) || requests.guide(work.sequence).is_some() {
-                false if sampler::is_plain_greedy(params) => Needed::Largest,
-                false if sampler::needs_few(params) => Needed::Few,
-                _ => Needed::All,
+            if is_here || logprobs::is_asked_for(params) || requests.guide(work.sequence).is_some() {
+                return Needed::All;
+            }
+            let sequence = planned(scheduler, work);
+            let adjustments =
+                || sampler::adjustments(params, sequence.token_ids(), sequence.num_prompt_tokens());
+            match params.temperature <= 0.0 {
+                true => Needed::Largest(adjustments()),
+                false if sampler::needs_few(params) => Needed::Few(params.temperature, adjustments()),
+                false => Needed::All,
             }
         };
-        let needed: Vec<Needed> = sampling.iter().map(needed).collect();
-        let logits = Logits::fetch(&logits, self.num_token_ids, &needed)?;
-        let sample = |(index, work): (usize, &&ComputeWork)| {
-            let sequence =
-                scheduler.sequence(work.sequence).expect("a planned sequence is unknown: this is a bug");
-            let params = requests.sampling(work.sequence);
-            let row = match logits.row(index) {
-                Row::Logits(row) => row,
-                Row::Largest(token) => return Ok(Sampled { token, logprobs: None }),
-                Row::Few(few) => {
-                    let token = sampler::sample_few(few, params, sequence.token_ids());
-                    return Ok(Sampled { token, logprobs: None });
-                }
-                Row::NotFinite => return Err(ModelError::Msg("the model produced no finite logit".into())),
-            };
-            let (tokens, num_prompt) = (sequence.token_ids(), sequence.num_prompt_tokens());
-            let sample = |allowed: Allowed<'_>| sampler::sample(row, params, tokens, num_prompt, allowed);
-            let token = match requests.guide(work.sequence) {
-                None => sample(Allowed::All),
-                Some(guide) => {
-                    let mut guide = guide.lock().unwrap_or_else(PoisonError::into_inner);
-                    let completion = sequence.completion();
-                    guide.choose(completion, params.max_tokens - completion.len(), sample)
-                }
-            };
-            Ok(Sampled { token, logprobs: logprobs::report(row, params, token) })
+        let needed: Vec<Needed> = sampling.par_iter().map(needed).collect();
+        let mut logits = Logits::fetch(&logits, self.num_token_ids, &needed)?;
+        let sample = |logits: &Logits, index: usize| {
+            let work = sampling[index];
+            sample(logits.row(index), work, scheduler, requests)
         };
-        sampling.par_iter().enumerate().map(sample).collect()
+        let mut sampled: Vec<Option<Sampled>> =
+            (0..sampling.len()).into_par_iter().map(|index| sample(&logits, index)).collect::<Result<_>>()?;
+        let undecided: Vec<usize> = (0..sampled.len()).filter(|&index| sampled[index].is_none()).collect();
+        logits.fetch_whole(&undecided)?;
+        let again = |&index: &usize| Ok((index, sample(&logits, index)?));
+        for (index, token) in undecided.par_iter().map(again).collect::<Result<Vec<_>>>()? {
+            sampled[index] = token;
+        }
+        let decided = |token: Option<_>| token.expect("all logits decide no token: this is a bug");
+        Ok(sampled.into_iter().map(decided).collect())
     }
 
     fn step_input(
@@ -186,4 +181,37 @@ impl Runner {
         }
         Ok(input)
     }
+}
+
+fn planned<'a>(scheduler: &'a Scheduler, work: &ComputeWork) -> &'a Sequence {
+    scheduler.sequence(work.sequence).expect("a planned sequence is unknown: this is a bug")
+}
+
+/// The token that follows a sequence; none where the few largest logits do not decide it.
+fn sample(
+    row: Row<'_>,
+    work: &ComputeWork,
+    scheduler: &Scheduler,
+    requests: &dyn Requests,
+) -> Result<Option<Sampled>> {
+    let (sequence, params) = (planned(scheduler, work), requests.sampling(work.sequence));
+    let (tokens, num_prompt) = (sequence.token_ids(), sequence.num_prompt_tokens());
+    let plain = |token| Some(Sampled { token, logprobs: None });
+    let row = match row {
+        Row::Logits(row) => row,
+        Row::Adjusted(row) => return Ok(plain(sampler::sample_adjusted(row, params, tokens.len()))),
+        Row::Few(few) => return Ok(sampler::sample_few(few, params, tokens.len()).and_then(plain)),
+        Row::Largest(token) => return Ok(plain(token)),
+        Row::NotFinite => return Err(ModelError::Msg("the model produced no finite logit".into())),
+    };
+    let sample = |allowed: Allowed<'_>| sampler::sample(row, params, tokens, num_prompt, allowed);
+    let token = match requests.guide(work.sequence) {
+        None => sample(Allowed::All),
+        Some(guide) => {
+            let mut guide = guide.lock().unwrap_or_else(PoisonError::into_inner);
+            let completion = sequence.completion();
+            guide.choose(completion, params.max_tokens - completion.len(), sample)
+        }
+    };
+    Ok(Some(Sampled { token, logprobs: logprobs::report(row, params, token) }))
 }

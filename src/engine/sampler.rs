@@ -27,79 +27,98 @@ pub fn sample(
     if let Allowed::Only(token) = allowed {
         return token;
     }
-    let mut adjusted = adjust(logits, params, tokens, num_prompt_tokens);
+    let adjustments = adjustments(params, tokens, num_prompt_tokens);
+    let mut adjusted = (!adjustments.is_empty()).then(|| logits.to_vec());
+    for Adjustment { id, factor, shift } in adjustments {
+        if let Some(logit) = adjusted.as_mut().and_then(|logits| logits.get_mut(id as usize)) {
+            *logit = if *logit > 0.0 { *logit / factor } else { *logit * factor } + shift;
+        }
+    }
     let again = matches!(allowed, Allowed::MaskAgain(_));
     if let Allowed::Mask(mask) | Allowed::MaskAgain(mask) = allowed {
         forbid(adjusted.get_or_insert_with(|| logits.to_vec()), mask);
     }
-    let logits = adjusted.as_deref().unwrap_or(logits);
-    if params.temperature <= 0.0 {
-        return argmax(logits);
-    }
-    let position = tokens.len() as u64;
-    draw(&candidates(logits, params), unit_random(if again { !params.seed } else { params.seed }, position))
+    let seed = if again { !params.seed } else { params.seed };
+    choose(adjusted.as_deref().unwrap_or(logits), params, unit_random(seed, tokens.len()))
 }
 
-/// [`sample`] of the logits of few ids, ascending, for parameters that need no others ([`needs_few`]): the same token as of all.
-pub fn sample_few(few: &[(TokenId, f32)], params: &SamplingParams, tokens: &[TokenId]) -> TokenId {
-    let (ids, logits): (Vec<TokenId>, Vec<f32>) = few.iter().copied().unzip();
-    let candidates = candidates(&logits, params);
-    ids[draw(&candidates, unit_random(params.seed, tokens.len() as u64)) as usize]
+/// [`sample`] of logits that are adjusted already, for the token at `position`.
+pub fn sample_adjusted(logits: &[f32], params: &SamplingParams, position: usize) -> TokenId {
+    choose(logits, params, unit_random(params.seed, position))
+}
+
+fn choose(logits: &[f32], params: &SamplingParams, random: f64) -> TokenId {
+    if params.temperature <= 0.0 { argmax(logits) } else { draw(candidates(logits, params), random) }
+}
+
+/// Logits that a device found to be the largest.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Few {
+    /// Ids, ascending, and their logits: all that are no smaller than the smallest of them, and at least [`FEW`] if there are as many.
+    pub logits: Vec<(TokenId, f32)>,
+    /// Sum of `exp((logit - largest) / temperature)` over all ids.
+    pub total: f64,
+}
+
+/// [`sample_adjusted`] of a few logits: the same token as of all, or none where the choice may fall on others.
+pub fn sample_few(few: &Few, params: &SamplingParams, position: usize) -> Option<TokenId> {
+    let (ids, logits): (Vec<TokenId>, Vec<f32>) = few.logits.iter().copied().unzip();
+    let random = unit_random(params.seed, position);
+    let token = if params.top_k > 0 {
+        draw(candidates(&logits, params), random)
+    } else {
+        let all = SamplingParams { top_p: 1.0, min_p: 0.0, ..params.clone() };
+        let mut kept = candidates(&logits, &all);
+        let least = kept.iter().map(|&(_, weight)| weight).fold(f32::INFINITY, f32::min);
+        let reaches_top_p = params.top_p < 1.0 && keep_until(&mut kept, f64::from(params.top_p) * few.total);
+        if reaches_top_p || least < params.min_p {
+            kept.retain(|&(_, weight)| weight >= params.min_p);
+            draw(kept, random)
+        } else if params.top_p < 1.0 || params.min_p > 0.0 || !keep_until(&mut kept, random * few.total) {
+            return None;
+        } else {
+            kept.last()?.0
+        }
+    };
+    Some(ids[token as usize])
 }
 
 /// Most largest logits that [`needs_few`] may want.
 pub const FEW: usize = 256;
 
-/// Whether the [`FEW`] largest logits of a row, as the model gives them, are all these parameters can choose from.
+/// Whether a row's [`FEW`] largest logits, and the sum over all, are most probably all that these parameters need.
 pub fn needs_few(params: &SamplingParams) -> bool {
-    params.temperature > 0.0 && !adjusts(params) && (1..=FEW).contains(&params.top_k)
+    params.temperature > 0.0 && params.top_k <= FEW
 }
 
-/// Whether these parameters ask for the largest logit, as the model gives it.
-pub fn is_plain_greedy(params: &SamplingParams) -> bool {
-    params.temperature <= 0.0 && !adjusts(params)
+/// What is to be done to a logit: divided by `factor` if it is positive, else multiplied; then `shift` is added.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Adjustment {
+    pub id: TokenId,
+    pub factor: f32,
+    pub shift: f32,
 }
 
-/// Whether there are penalties or a bias.
-fn adjusts(params: &SamplingParams) -> bool {
-    penalises(params) || !params.logit_bias.is_empty()
-}
-
-fn penalises(params: &SamplingParams) -> bool {
-    params.repetition_penalty != 1.0 || params.frequency_penalty != 0.0 || params.presence_penalty != 0.0
-}
-
-/// Penalties and bias; `None` when there are none.
-fn adjust(
-    logits: &[f32],
-    params: &SamplingParams,
-    tokens: &[TokenId],
-    num_prompt_tokens: usize,
-) -> Option<Vec<f32>> {
-    if !adjusts(params) {
-        return None;
-    }
-    let mut logits = logits.to_vec();
-    if penalises(params) {
+/// Penalties and bias; one for each id that has any.
+pub fn adjustments(params: &SamplingParams, tokens: &[TokenId], num_prompt_tokens: usize) -> Vec<Adjustment> {
+    let penalises =
+        params.repetition_penalty != 1.0 || params.frequency_penalty != 0.0 || params.presence_penalty != 0.0;
+    let mut of_ids: HashMap<TokenId, Adjustment> = HashMap::new();
+    if penalises {
         // Every id of the sequence, and how often it stands in the completion.
         let mut counts: HashMap<TokenId, f32> = HashMap::new();
         for (position, &id) in tokens.iter().enumerate().filter(|&(_, &id)| id != VISUAL_TOKEN) {
             *counts.entry(id).or_default() += if position < num_prompt_tokens { 0.0 } else { 1.0 };
         }
-        for (id, count) in counts {
-            let Some(logit) = logits.get_mut(id as usize) else { continue };
-            let factor =
-                if *logit > 0.0 { 1.0 / params.repetition_penalty } else { params.repetition_penalty };
-            *logit *= factor;
-            *logit -= count * params.frequency_penalty + count.min(1.0) * params.presence_penalty;
-        }
+        of_ids.extend(counts.into_iter().map(|(id, count)| {
+            let penalty = count * params.frequency_penalty + count.min(1.0) * params.presence_penalty;
+            (id, Adjustment { id, factor: params.repetition_penalty, shift: -penalty })
+        }));
     }
     for &(id, bias) in &params.logit_bias {
-        if let Some(logit) = logits.get_mut(id as usize) {
-            *logit += bias;
-        }
+        of_ids.entry(id).or_insert(Adjustment { id, factor: 1.0, shift: 0.0 }).shift += bias;
     }
-    Some(logits)
+    of_ids.into_values().collect()
 }
 
 /// Leaves only what `mask` allows; if the model has ruled all of that out, the first of it.
@@ -159,7 +178,8 @@ fn candidates(logits: &[f32], params: &SamplingParams) -> Vec<(TokenId, f32)> {
     let kept = logits.iter().enumerate().filter(|&(_, &logit)| is_kept(logit));
     let mut kept: Vec<(TokenId, f32)> = kept.map(|(id, &logit)| (id as TokenId, weight(logit))).collect();
     if params.top_p < 1.0 {
-        keep_top_p(&mut kept, params.top_p);
+        let wanted = f64::from(params.top_p) * total(&kept);
+        keep_until(&mut kept, wanted);
     }
     // The largest weight is 1 by construction.
     kept.retain(|&(_, weight)| weight >= params.min_p && weight > 0.0);
@@ -187,22 +207,21 @@ fn nth_largest(logits: &[f32], n: usize) -> f32 {
     *best.select_nth_unstable_by(n - 1, descending).1
 }
 
-/// Keeps the smallest set of most probable tokens whose probability reaches `top_p`.
-fn keep_top_p(kept: &mut Vec<(TokenId, f32)>, top_p: f32) {
+/// Keeps the most probable tokens, in their order, until their weights reach `wanted`, and says whether they do.
+fn keep_until(kept: &mut Vec<(TokenId, f32)>, wanted: f64) -> bool {
     /// Of the most probable token's weight. Few tokens have more, and seldom are others needed.
     const LIKELY: f32 = 1.0 / 1024.0;
-    let wanted = top_p * kept.iter().map(|(_, weight)| weight).sum::<f32>();
     let mut likely: Vec<(TokenId, f32)> =
         kept.iter().copied().filter(|&(_, weight)| weight >= LIKELY).collect();
     if keep_first(&mut likely, wanted) {
         *kept = likely;
-    } else {
-        keep_first(kept, wanted);
+        return true;
     }
+    keep_first(kept, wanted)
 }
 
-/// Keeps the most probable ones until their weights reach `wanted`, if they do; sorts no more than it must.
-fn keep_first(kept: &mut Vec<(TokenId, f32)>, wanted: f32) -> bool {
+/// [`keep_until`] by sorting no more than it must.
+fn keep_first(kept: &mut Vec<(TokenId, f32)>, wanted: f64) -> bool {
     let by_weight = |a: &(TokenId, f32), b: &(TokenId, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
     let mut head = 256;
     loop {
@@ -212,8 +231,8 @@ fn keep_first(kept: &mut Vec<(TokenId, f32)>, wanted: f32) -> bool {
         }
         kept[..head].sort_unstable_by(by_weight);
         let mut sum = 0.0;
-        let enough = kept[..head].iter().position(|(_, weight)| {
-            sum += weight;
+        let enough = kept[..head].iter().position(|&(_, weight)| {
+            sum += f64::from(weight);
             sum >= wanted
         });
         match enough {
@@ -227,22 +246,21 @@ fn keep_first(kept: &mut Vec<(TokenId, f32)>, wanted: f32) -> bool {
     }
 }
 
-fn draw(candidates: &[(TokenId, f32)], random: f64) -> TokenId {
-    let total: f64 = candidates.iter().map(|&(_, weight)| f64::from(weight)).sum();
-    let mut left = random * total;
-    for &(id, weight) in candidates {
-        left -= f64::from(weight);
-        if left < 0.0 {
-            return id;
-        }
-    }
+fn total(weights: &[(TokenId, f32)]) -> f64 {
+    weights.iter().map(|&(_, weight)| f64::from(weight)).sum()
+}
+
+/// The token at which the sum of weights, the largest first, reaches the share `random` of all.
+fn draw(mut candidates: Vec<(TokenId, f32)>, random: f64) -> TokenId {
+    let wanted = random * total(&candidates);
+    keep_until(&mut candidates, wanted);
     candidates.last().expect("there is always a candidate: this is a bug").0
 }
 
 /// A number in `[0, 1)` that depends on seed and position alone.
-fn unit_random(seed: u64, position: u64) -> f64 {
+fn unit_random(seed: u64, position: usize) -> f64 {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    rng.set_stream(position);
+    rng.set_stream(position as u64);
     (rng.next_u64() >> 11) as f64 / (1u64 << 53) as f64
 }
 
@@ -290,16 +308,20 @@ mod tests {
 
     #[test]
     fn few_are_not_enough_where_any_logit_may_count() {
-        assert!(needs_few(&SamplingParams { top_k: 50, ..params(1.0) }));
-        for params in [
-            SamplingParams { top_k: 0, ..params(1.0) },
-            SamplingParams { top_k: FEW + 1, ..params(1.0) },
-            SamplingParams { top_k: 50, ..params(0.0) },
-            SamplingParams { top_k: 50, repetition_penalty: 1.1, ..params(1.0) },
-            SamplingParams { top_k: 50, logit_bias: vec![(7, 1.0)], ..params(1.0) },
-        ] {
-            assert!(!needs_few(&params), "{params:?}");
-        }
+        // Ten thousand logits, all equal: the 300 that are looked at weigh 300 of 10,000.
+        let few = Few { logits: (0..300).map(|id| (id, 1.0)).collect(), total: 10_000.0 };
+        let drawn = |params: SamplingParams| {
+            (0..1000)
+                .filter(|&seed| sample_few(&few, &SamplingParams { seed, ..params.clone() }, 7).is_some())
+                .count()
+        };
+        assert!((5..80).contains(&drawn(params(1.0))));
+        assert_eq!(drawn(SamplingParams { top_p: 0.04, ..params(1.0) }), 0);
+        assert_eq!(drawn(SamplingParams { min_p: 0.5, ..params(1.0) }), 0);
+        assert_eq!(drawn(SamplingParams { top_p: 0.02, ..params(1.0) }), 1000);
+        assert_eq!(drawn(SamplingParams { top_k: 50, ..params(1.0) }), 1000);
+        assert!(!needs_few(&SamplingParams { top_k: FEW + 1, ..params(1.0) }));
+        assert!(!needs_few(&SamplingParams { top_k: 50, ..params(0.0) }));
     }
 
     #[test]
@@ -347,11 +369,11 @@ mod tests {
             .map(|(id, &logit)| (id, ((logit - largest) / params.temperature).exp()))
             .collect();
         if params.top_p < 1.0 {
-            let wanted = params.top_p * kept.iter().map(|(_, weight)| weight).sum::<f32>();
+            let wanted = f64::from(params.top_p) * total(&kept);
             kept.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
             let mut sum = 0.0;
-            let enough = kept.iter().position(|(_, weight)| {
-                sum += weight;
+            let enough = kept.iter().position(|&(_, weight)| {
+                sum += f64::from(weight);
                 sum >= wanted
             });
             kept.truncate(enough.map_or(kept.len(), |last| last + 1));
@@ -399,18 +421,22 @@ mod tests {
         }
 
         #[test]
-        fn the_few_largest_give_the_token_that_all_give(
+        fn the_few_largest_give_the_token_that_all_give_or_none(
             logits in prop::collection::vec(prop_oneof![-9.0f32..9.0, Just(8.5f32)], 1..2000), seed: u64,
-            top_k in 1..=FEW, top_p in 0.05f32..1.2, min_p in prop_oneof![Just(0.0f32), 0.0f32..0.5],
+            top_k in prop_oneof![Just(0), 1..=FEW], top_p in 0.05f32..1.2, min_p in prop_oneof![Just(0.0f32), 0.0f32..0.5],
         ) {
             let params = SamplingParams { seed, top_k, top_p, min_p, ..params(0.8) };
             prop_assert!(needs_few(&params));
             let mut sorted = logits.clone();
             sorted.sort_unstable_by(|a, b| b.total_cmp(a));
             let least = sorted.get(FEW - 1).copied().unwrap_or(f32::NEG_INFINITY);
-            let few: Vec<(TokenId, f32)> = (0..).zip(logits.iter().copied()).filter(|one| one.1 >= least).collect();
+            let few = Few {
+                logits: (0..).zip(logits.iter().copied()).filter(|one| one.1 >= least).collect(),
+                total: logits.iter().map(|logit| f64::from(((logit - sorted[0]) / 0.8).exp())).sum(),
+            };
             let all = sample(&logits, &params, &[1, 0, 1], 1, Allowed::All);
-            prop_assert_eq!(sample_few(&few, &params, &[1, 0, 1]), all);
+            let found = sample_few(&few, &params, 3);
+            prop_assert!(found.is_none() && (top_k == 0 && logits.len() > FEW) || found == Some(all));
         }
 
         #[test]

@@ -145,7 +145,7 @@ async fn choice_zero_is_the_reply_to_the_same_seed_alone_and_the_others_differ()
             .ask(&demo(
                 "count.mp4",
                 "How many objects?\nA. 2\nB. 4",
-                json!({"n": n, "temperature": 1.5, "seed": 3}),
+                json!({"n": n, "temperature": 2.0, "seed": 3}),
             ))
             .await
     };

@@ -26,7 +26,7 @@ use super::{
 };
 use attention::{LayerCache, PagedAttention};
 use layers::Loader;
-pub use ops::{Candidates, few_largest, largest};
+pub use ops::{Candidates, Change, adjust, few_largest, largest};
 
 /// Keys and values of all layers, in device memory.
 #[derive(Debug, Clone)]
@@ -78,7 +78,7 @@ impl DeviceModel {
                 &config.text,
                 config.context,
             )?,
-            attention: attention::choose((device, dtype), &shape)?,
+            attention: attention::choose((device, dtype), &config.text, config.context)?,
             #[cfg(feature = "cuda")]
             graphs: cuda::graph::Graphs::from_env(),
             shape,
@@ -110,6 +110,18 @@ pub fn is_device_failure(error: &ModelError) -> bool {
         | ModelError::WithPath { inner, .. }
         | ModelError::WithBacktrace { inner, .. } => is_device_failure(inner),
         _ => false,
+    }
+}
+
+/// What went wrong, in one sentence, without a backtrace.
+pub fn describe(error: &ModelError) -> String {
+    match error {
+        ModelError::WithBacktrace { inner, .. } => describe(inner),
+        ModelError::Cuda(cause) if cause.to_string().contains("OUT_OF_MEMORY") => {
+            "the GPU has no memory left: --quant q8 or q4 and a smaller --gpu-memory-utilization take less of it"
+                .into()
+        }
+        other => other.to_string(),
     }
 }
 

@@ -133,34 +133,69 @@ pub fn largest(logits: &Tensor, num_ids: usize) -> Result<Vec<(u32, f32)>> {
     Ok(ids.into_iter().zip(largest).collect())
 }
 
-/// Ids and logits, ids ascending.
-pub type Candidates = Vec<(u32, f32)>;
+/// What is to be done to a logit of a row: divided by `factor` if it is positive, else multiplied; then `shift` is added.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Change {
+    pub row: usize,
+    pub id: u32,
+    pub factor: f32,
+    pub shift: f32,
+}
 
-/// Of each row of `logits` `[rows, vocab]` in f32 all of the first `num_ids` that are no smaller than the `few`th largest, and perhaps
-/// others; none of a row for which that cannot be said.
-pub fn few_largest(logits: &Tensor, num_ids: usize, few: usize) -> Result<Vec<Option<Candidates>>> {
+/// `logits` `[rows, vocab]` in f32, changed, an id of a row at most once; on a device perhaps in their own place.
+pub fn adjust(logits: &Tensor, changes: &[Change]) -> Result<Tensor> {
+    if changes.is_empty() {
+        return Ok(logits.clone());
+    }
+    #[cfg(feature = "cuda")]
+    if logits.device().is_cuda()
+        && let Some(adjusted) = super::cuda::fused::adjust(logits, changes)?
+    {
+        return Ok(adjusted);
+    }
+    let (mut rows, dims) = (logits.to_vec2::<f32>()?, logits.dims());
+    for change in changes {
+        let logit = &mut rows[change.row][change.id as usize];
+        *logit = if *logit > 0.0 { *logit / change.factor } else { *logit * change.factor } + change.shift;
+    }
+    Tensor::from_vec(rows.concat(), dims, logits.device())
+}
+
+/// Ids and logits, ids ascending, and the sum of `exp((logit - largest) / temperature)` over all ids.
+pub type Candidates = (Vec<(u32, f32)>, f32);
+
+/// Of each row of `logits` `[rows, vocab]` in f32 all of the first `num_ids` that are no smaller than the smallest of what is given, the
+/// `few` largest among them, and the sum at its temperature; none of a row for which that cannot be said.
+pub fn few_largest(
+    logits: &Tensor,
+    num_ids: usize,
+    few: usize,
+    temperatures: &[f32],
+) -> Result<Vec<Option<Candidates>>> {
     #[cfg(feature = "cuda")]
     if logits.device().is_cuda() {
-        let Some(found) = super::cuda::fused::few_largest(logits, num_ids, few)? else {
+        let Some(found) = super::cuda::fused::few_largest(logits, num_ids, few, temperatures)? else {
             return Ok(vec![None; logits.dim(0)?]);
         };
         let candidates = |row: Vec<u32>| {
-            let pairs = row[1..].as_chunks::<2>().0.get(..row[0] as usize)?;
-            let mut pairs: Candidates = pairs.iter().map(|&[id, bits]| (id, f32::from_bits(bits))).collect();
+            let pairs = row[2..].as_chunks::<2>().0.get(..row[0] as usize)?;
+            let mut pairs: Vec<(u32, f32)> =
+                pairs.iter().map(|&[id, bits]| (id, f32::from_bits(bits))).collect();
             pairs.sort_unstable_by_key(|pair| pair.0);
-            Some(pairs)
+            Some((pairs, f32::from_bits(row[1])))
         };
         return Ok(found.to_vec2::<u32>()?.into_iter().map(candidates).collect());
     }
     let rows = logits.narrow(1, 0, num_ids)?.to_vec2::<f32>()?;
-    let candidates = |row: Vec<f32>| {
+    let candidates = |(row, temperature): (Vec<f32>, &f32)| {
         let mut sorted = row.clone();
         sorted.sort_unstable_by(|a, b| b.total_cmp(a));
         let least = sorted.get(few - 1).copied().unwrap_or(f32::NEG_INFINITY);
+        let total = row.iter().map(|logit| ((logit - sorted[0]) / temperature).exp()).sum();
         let kept = (0u32..).zip(row).filter(|&(_, logit)| logit >= least && logit > f32::NEG_INFINITY);
-        Some(kept.collect())
+        Some((kept.collect(), total))
     };
-    Ok(rows.into_iter().map(candidates).collect())
+    Ok(rows.into_iter().zip(temperatures).map(candidates).collect())
 }
 
 /// What [`rotate`] wants its cosines and sines in, for an `x` of type `dtype`.

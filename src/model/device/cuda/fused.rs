@@ -6,7 +6,10 @@
 use candle_core::{D, DType};
 
 use super::{
-    super::super::{Result, Tensor},
+    super::{
+        super::{Result, Tensor},
+        ops::Change,
+    },
     launch::{FUSED, Grid, LARGEST, address, address_or_none, count, ensure, fresh},
 };
 
@@ -166,17 +169,26 @@ const FEW_ROOM: usize = 512;
 /// Threads that look for them: no fewer than are wanted.
 const FEW_THREADS: u32 = 1024;
 
-/// Of each row of `logits` `[rows, vocab]` in f32 all of the first `num_ids` that are no smaller than the `few`th largest, as
-/// `[rows, 1 + 2 room]` in u32: how many, then ids and bits, in any order. Where they are more than there is room for, some are missing.
-pub fn few_largest(logits: &Tensor, num_ids: usize, few: usize) -> Result<Option<Tensor>> {
+/// Of each row of `logits` `[rows, vocab]` in f32 all of the first `num_ids` that are no smaller than the `few`th largest, and the sum of
+/// `exp((logit - largest) / temperature)` over all, as `[rows, 2 + 2 room]` in u32: how many, the bits of the sum, then ids and bits, in any
+/// order. Where they are more than there is room for, some are missing.
+pub fn few_largest(
+    logits: &Tensor,
+    num_ids: usize,
+    few: usize,
+    temperatures: &[f32],
+) -> Result<Option<Tensor>> {
     if !LARGEST.is_there(DType::F32) {
         return Ok(None);
     }
     let (rows, vocab) = rows_of_logits(logits, num_ids)?;
     ensure((1..=FEW_THREADS as usize).contains(&few), "more candidates than threads")?;
-    let out = fresh(&[rows, 1 + 2 * FEW_ROOM], DType::U32, logits.device())?;
+    ensure(temperatures.len() == rows, "temperatures of other rows")?;
+    let temperatures = Tensor::new(temperatures, logits.device())?;
+    let out = fresh(&[rows, 2 + 2 * FEW_ROOM], DType::U32, logits.device())?;
     let arguments = [
         address(logits)?,
+        address(&temperatures)?,
         address(&out)?,
         count(num_ids)?.into(),
         count(vocab)?.into(),
@@ -187,6 +199,27 @@ pub fn few_largest(logits: &Tensor, num_ids: usize, few: usize) -> Result<Option
     // SAFETY: rows are `vocab` wide, and no more than that is looked at; no more is written than there is room for.
     unsafe { LARGEST.launch("few_largest_f32", logits, grid, &arguments) }?;
     Ok(Some(out))
+}
+
+/// Changes `logits` `[rows, vocab]` in f32 where they lie.
+pub fn adjust(logits: &Tensor, changes: &[Change]) -> Result<Option<Tensor>> {
+    if !LARGEST.is_there(DType::F32) {
+        return Ok(None);
+    }
+    let (rows, vocab) = rows_of_logits(logits, 0)?;
+    let fits = |change: &Change| change.row < rows && (change.id as usize) < vocab;
+    ensure(changes.iter().all(fits), "a change of a logit that there is not")?;
+    let words =
+        |change: &Change| [change.row as u32, change.id, change.factor.to_bits(), change.shift.to_bits()];
+    let words =
+        Tensor::from_vec(changes.iter().flat_map(words).collect(), (changes.len(), 4), logits.device())?;
+    let number = count(changes.len())?;
+    let arguments = [address(logits)?, address(&words)?, number.into(), count(vocab)?.into()];
+    // SAFETY: every change is of a logit that there is, as was looked at.
+    unsafe {
+        LARGEST.launch("adjust_f32", logits, Grid::rows(number.div_ceil(THREADS), THREADS), &arguments)
+    }?;
+    Ok(Some(logits.clone()))
 }
 
 /// Unless each of `of_width` is as wide as the rows of `x`, and `residual` of its shape, all of its type, an error.
@@ -264,11 +297,35 @@ mod tests {
         let values: Vec<f32> =
             (0..3 * 40_000).map(|i| ((i * 37) as f32 * 0.7).sin() * (i % 97) as f32).collect();
         let logits = Tensor::from_vec(values, (3, 40_000), &Device::Cpu).unwrap();
-        let there = ops::few_largest(&logits.to_device(&gpu).unwrap(), 39_000, 64).unwrap();
-        for (got, least) in there.iter().zip(ops::few_largest(&logits, 39_000, 64).unwrap()) {
-            let (got, least) = (got.as_ref().unwrap(), least.unwrap());
+        let temperatures = [0.3, 1.0, 2.0];
+        let find = |logits: &Tensor| ops::few_largest(logits, 39_000, 64, &temperatures).unwrap();
+        for (got, expected) in find(&logits.to_device(&gpu).unwrap()).into_iter().zip(find(&logits)) {
+            let ((got, total), (least, expected)) = (got.unwrap(), expected.unwrap());
             assert!(least.iter().all(|one| got.contains(one)) && got.is_sorted_by_key(|one| one.0));
+            assert!((total / expected - 1.0).abs() < 1e-4, "{total} {expected}");
         }
+    }
+
+    #[test]
+    fn adjusted_logits_are_those_of_the_processor_where_there_is_a_gpu() {
+        if super::super::num_devices() == 0 {
+            return println!("skipped: no GPU");
+        }
+        let gpu = super::super::open(0).unwrap();
+        let values: Vec<f32> = (0..3 * 400).map(|i| ((i * 37) as f32 * 0.7).sin()).collect();
+        let logits = Tensor::from_vec(values, (3, 400), &Device::Cpu).unwrap();
+        let changes: Vec<Change> = (0..900)
+            .map(|i| Change {
+                row: i % 3,
+                id: (i / 3) as u32,
+                factor: 1.0 + (i % 5) as f32,
+                shift: i as f32 - 450.0,
+            })
+            .collect();
+        let there = ops::adjust(&logits.to_device(&gpu).unwrap(), &changes).unwrap();
+        let there = there.to_vec2::<f32>().unwrap();
+        assert_eq!(there, ops::adjust(&logits, &changes).unwrap().to_vec2::<f32>().unwrap());
+        assert_ne!(there, logits.to_vec2::<f32>().unwrap());
     }
 
     #[test]
