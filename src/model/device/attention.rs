@@ -8,7 +8,7 @@ use std::cell::OnceCell;
 use candle_core::{D, DType, Device};
 
 use super::{
-    super::{ModelShape, Result, Tensor},
+    super::{ModelShape, Result, Tensor, config::Qwen2Config},
     ops,
     step::{Decodes, Prefill, Step},
 };
@@ -136,12 +136,16 @@ pub trait PagedAttention: std::fmt::Debug + Send + Sync {
 ///
 /// # Errors
 /// When the device fails.
-pub fn choose((device, dtype): (&Device, DType), shape: &ModelShape) -> Result<Box<dyn PagedAttention>> {
+pub fn choose(
+    (device, dtype): (&Device, DType),
+    config: &Qwen2Config,
+    context: usize,
+) -> Result<Box<dyn PagedAttention>> {
     #[cfg(feature = "cuda")]
-    if device.is_cuda() && super::cuda::paged::Kernels::fit(shape) {
+    if device.is_cuda() && super::cuda::paged::Kernels::fit((device, dtype), config, context) {
         return Ok(Box::new(super::cuda::paged::Kernels::new(device, dtype)?));
     }
-    tracing::debug!(?device, ?dtype, shape.head_dim, "attention by gathering blocks");
+    tracing::debug!(?device, ?dtype, head_dim = config.head_dim(), context, "attention by gathering blocks");
     Ok(Box::new(Gathered))
 }
 

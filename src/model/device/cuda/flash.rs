@@ -23,7 +23,7 @@ const THREADS: u32 = 128;
 /// Queries of a block; twice as many of narrow heads.
 const TILE: usize = 64;
 /// Widths of a head the kernels are compiled for; those of whole matrices take narrower ones too.
-const WIDTHS: [usize; 3] = [64, 80, 128];
+const WIDTHS: [usize; 4] = [32, 64, 80, 128];
 /// Elements that are read at once: 16 bytes.
 const VECTOR: usize = 8;
 /// Most query heads that share a KV head.
@@ -70,7 +70,7 @@ pub fn attend(queries: &Tensor, keys: &Tensor, values: &Tensor, is_causal: bool)
     sizes.push(scale(d).to_bits());
     let arguments =
         [address(&queries)?, address(&keys)?, address(&values)?, address(&out)?, Argument::Words(sizes)];
-    let tile = if width < WIDTHS[2] { 2 * TILE } else { TILE };
+    let tile = if width < 128 { 2 * TILE } else { TILE };
     let grid = (count(m.div_ceil(tile))?, count(heads)?, count(batch)?);
     let name = format!("attend_{}_{width}", dtype.as_str());
     // SAFETY: sizes and strides are those of the tensors; pieces of 16 bytes are aligned.

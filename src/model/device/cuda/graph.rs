@@ -23,6 +23,7 @@ use super::{
         step::{Decodes, Step},
     },
     failure,
+    launch::overwrite,
 };
 
 /// Most sequences of a recording: beyond it the kernels take longer than it takes to start them.
@@ -212,13 +213,8 @@ impl Inputs {
     /// Puts a step there.
     fn fill(&self, input: &StepInput, size: Size) -> Result<()> {
         let (flat, slots) = laid_out(input, size);
-        for (there, here) in [
-            (&self.flat, Tensor::from_vec(flat, self.flat.dims(), self.flat.device())?),
-            (&self.slots, Tensor::from_vec(slots, self.slots.dims(), self.slots.device())?),
-        ] {
-            there.slice_set(&here, 0, 0)?;
-        }
-        Ok(())
+        overwrite(&self.flat, &flat)?;
+        overwrite(&self.slots, &slots)
     }
 }
 

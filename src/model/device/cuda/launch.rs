@@ -11,13 +11,13 @@ use std::{
 };
 
 use candle_core::{
-    DType, Device, Storage,
+    DType, Device, Storage, WithDType,
     backend::BackendStorage,
     cuda::{
         CudaDType, CudaStorage,
         cudarc::{
             driver::{
-                DevicePtr, DeviceRepr,
+                DevicePtr, DeviceRepr, result,
                 sys::{self, CUlaunchAttribute, CUlaunchAttributeID, CUlaunchAttributeValue, CUlaunchConfig},
             },
             nvrtc,
@@ -305,6 +305,16 @@ pub fn fresh(dims: &[usize], dtype: DType, device: &Device) -> Result<Tensor> {
     unsafe { Tensor::empty(dims, dtype, device) }
 }
 
+/// Puts `values` where the elements of `x` are, after all that reads them now.
+pub fn overwrite<T: WithDType + DeviceRepr>(x: &Tensor, values: &[T]) -> Result<()> {
+    let fits = x.dtype() == T::DTYPE && x.is_contiguous() && x.elem_count() == values.len();
+    ensure(fits, "values of another tensor")?;
+    let stream = x.device().as_cuda_device()?.cuda_stream();
+    stream.context().bind_to_thread().map_err(super::failure)?;
+    // SAFETY: `x` has as many elements; the driver keeps a copy of what lies in ordinary host memory before it returns.
+    unsafe { result::memcpy_htod_async(start_of(x)?, values, stream.cu_stream()) }.map_err(super::failure)
+}
+
 /// A size as the kernels count.
 pub fn count(n: usize) -> Result<u32> {
     u32::try_from(n).or_else(|_| bug("a size beyond 32 bits"))
@@ -335,7 +345,11 @@ mod tests {
 
     #[test]
     fn the_kernels_compile_for_every_type_where_nvrtc_is_installed() {
-        assert_has(&LARGEST, DType::F32, &["largest_f32".into(), "few_largest_f32".into()]);
+        assert_has(
+            &LARGEST,
+            DType::F32,
+            &["largest_f32".into(), "few_largest_f32".into(), "adjust_f32".into()],
+        );
         for dtype in [DType::F32, DType::F16, DType::BF16] {
             let kind = dtype.as_str();
             let products = ["q8", "q4"]
@@ -354,7 +368,7 @@ mod tests {
                 ["product", "normed_product", "normed_gated_product"].map(|name| format!("{name}_{kind}")),
             );
             for name in ["attend", "attend_paged", "attend_fresh"] {
-                names.extend([64, 80, 128].map(|width| format!("{name}_{kind}_{width}")));
+                names.extend([32, 64, 80, 128].map(|width| format!("{name}_{kind}_{width}")));
             }
             assert_has(&AMPERE, dtype, &names);
             assert_has(&HOPPER, dtype, &names);

@@ -10,16 +10,16 @@ use mistralrs_paged_attn::{paged_attention, reshape_and_cache};
 
 use super::{
     super::{
-        super::{ModelShape, Result, Tensor},
+        super::{ModelShape, Result, Tensor, config::Qwen2Config},
         attention::{LayerCache, PagedAttention, Projected, Rotary, Rows, attend_causally},
         step::{Decodes, Prefill, Step},
     },
     flash::{self, Workspace},
-    launch::{FUSED, fresh, tensor_kernels},
+    launch::{FUSED, ensure, fresh, tensor_kernels},
     rope::rope_and_cache,
 };
 
-/// Widths of a head the kernels were compiled for.
+/// Widths of a head that crate's kernels were compiled for.
 const HEAD_DIMS: [usize; 8] = [64, 80, 96, 112, 128, 192, 256, 512];
 /// Blocks they were compiled for; with others they compute nothing.
 const BLOCK_SIZES: [usize; 3] = [8, 16, 32];
@@ -48,9 +48,11 @@ impl Kernels {
         Ok(Kernels { counters: flash::counters(device)?, dtype, has_pool })
     }
 
-    /// Whether the kernels know a model of these sizes.
-    pub fn fit(shape: &ModelShape) -> bool {
-        HEAD_DIMS.contains(&shape.head_dim) && shape.context <= MAX_CONTEXT
+    /// Whether there are kernels for a model of these sizes.
+    pub fn fit((device, dtype): (&Device, DType), config: &Qwen2Config, context: usize) -> bool {
+        let (dim, group) = (config.head_dim(), config.num_attention_heads / config.num_key_value_heads);
+        let is_known = flash::knows(dim, group) && tensor_kernels(device, dtype).is_some();
+        context <= MAX_CONTEXT && (is_known || HEAD_DIMS.contains(&dim))
     }
 }
 
@@ -147,6 +149,7 @@ impl PagedAttention for Kernels {
             flash::decode(workspace, &queries, None, cache, decodes, &out)?;
             return Ok(out);
         }
+        ensure(HEAD_DIMS.contains(&dim), "heads of a width that no kernel knows")?;
         let scale = 1.0 / (dim as f32).sqrt();
         paged_attention(
             &queries,

@@ -397,8 +397,8 @@ __device__ void attend_paged(const u16 *q, const u16 *keys, const u16 *values, c
 // Wide heads leave no registers for more than one row of tiles.
 #define FOR_ALL(T, D, stack) FOR(T, D, stack) FOR_PAGED(attend_paged, T, D, false) FOR_PAGED(attend_fresh, T, D, true)
 #if !defined(ONLY) || ONLY == 16
-FOR_ALL(f16, 64, 2) FOR_ALL(f16, 80, 2) FOR_ALL(f16, 128, 1)
+FOR_ALL(f16, 32, 2) FOR_ALL(f16, 64, 2) FOR_ALL(f16, 80, 2) FOR_ALL(f16, 128, 1)
 #endif
 #if !defined(ONLY) || ONLY == 0
-FOR_ALL(bf16, 64, 2) FOR_ALL(bf16, 80, 2) FOR_ALL(bf16, 128, 1)
+FOR_ALL(bf16, 32, 2) FOR_ALL(bf16, 64, 2) FOR_ALL(bf16, 80, 2) FOR_ALL(bf16, 128, 1)
 #endif
