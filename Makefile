@@ -1,5 +1,5 @@
 # `make demo` and `make test` do everything on a fresh Debian or Ubuntu with Rust.
-.PHONY: demo test test-clients test-deploy test-balancer test-image check check-cuda bench-micro build build-cuda gpu-check openapi serve clean
+.PHONY: demo test test-clients test-deploy test-balancer test-image check check-cuda test-cuda bench-micro build build-cuda gpu-check openapi serve clean
 
 demo: ## Build, start the server on the embedded model, ask it about real videos
 	@scripts/demo.sh
@@ -28,6 +28,9 @@ check: ## What CI checks before the tests
 
 check-cuda: ## Type check and clippy of the CUDA code, without a toolkit
 	@scripts/check-cuda.sh
+
+test-cuda: ## The CUDA code at work, on a GPU that the processor plays: no GPU, driver or toolkit is needed
+	@scripts/test-cuda.sh
 
 bench-micro: ## Criterion benches of what runs for every token beside the model's products
 	cargo bench --locked --bench pure_parts

@@ -3,9 +3,7 @@
 # GPU and toolkit.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source scripts/no-cuda/env.sh
 
-export PATH="$PWD/scripts/no-cuda:$PATH" CUDA_COMPUTE_CAP=90
-# The stand-in's empty kernels must not get into a real build.
-cargo clippy --locked --features cuda --lib --bins --target-dir target/check-cuda -- -D warnings
-cargo clippy --locked --features cuda --lib --profile test --target-dir target/check-cuda -- -D warnings
-scripts/check_kernels.py target/nvrtc
+cargo clippy --locked --features cuda --all-targets -- -D warnings
+scripts/check_kernels.py "$NVRTC_DIR"

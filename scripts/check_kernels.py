@@ -37,12 +37,11 @@ def library(folder):
     return ctypes.CDLL(str(found))
 
 
-def compiled(nvrtc, files, arch, kind):
-    """PTX of these files as one source, for a type; `arch` is what it is compiled for, or None for any card."""
-    source = "".join((KERNELS / file).read_text() for file in files)
-    options = OPTIONS + [TYPES[kind]] + ([f"--gpu-architecture={arch}"] if arch else [])
+def ptx(nvrtc, source, options, headers={}):
+    """PTX of a source; `headers` are those that it may include beside files."""
+    texts = [(ctypes.c_char_p * len(headers))(*(text.encode() for text in part)) for part in (headers.values(), headers)]
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
-    nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), None, 0, None, None)
+    nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), None, len(headers), *texts)
     arguments = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
     failed = nvrtc.nvrtcCompileProgram(program, len(options), arguments)
     what = "ProgramLog" if failed else "PTX"
@@ -52,6 +51,12 @@ def compiled(nvrtc, files, arch, kind):
     if failed:
         raise SystemExit(text.value.decode())
     return text.value
+
+
+def compiled(nvrtc, files, arch, kind):
+    """PTX of these files as one source, for a type; `arch` is what it is compiled for, or None for any card."""
+    source = "".join((KERNELS / file).read_text() for file in files)
+    return ptx(nvrtc, source, OPTIONS + [TYPES[kind]] + ([f"--gpu-architecture={arch}"] if arch else []))
 
 
 def main():

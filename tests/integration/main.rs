@@ -14,6 +14,8 @@ mod deployment;
 mod device;
 mod engine;
 mod golden;
+#[cfg(feature = "cuda")]
+mod gpu;
 mod guided_output;
 mod http_access;
 mod http_chat;
