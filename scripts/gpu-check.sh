@@ -83,8 +83,10 @@ server() {
     sleep 0.1
   done
   echo "ready after $((SECONDS - began)) s"
-  part "server" "$binary" bench --url http://127.0.0.1:8899 --video "$clip" --distinct-videos --ignore-eos \
-    --concurrency "$clients" --temperature 0 --json "$out/server.json"
+  local load=(--url http://127.0.0.1:8899 --video "$clip" --distinct-videos --ignore-eos)
+  part "server" "$binary" bench "${load[@]}" --concurrency "$clients" --temperature 0 --json "$out/server.json"
+  # What it costs that replies are drawn, from all of the vocabulary.
+  part "server sampled" "$binary" bench "${load[@]}" --concurrency "${clients##*,}" --temperature 1 --json "$out/server-sampled.json"
   kill "$server" 2>/dev/null
   wait "$server" 2>/dev/null
 }
@@ -129,6 +131,11 @@ for path in sorted(out.glob("engine-*.json")):
             times = plain[row["what"]] / row["ms"]
             what = f"{row['what']} {path.stem.removeprefix('engine-')}"
             print(f"{what:<22}{row['ms']:>10.2f}{row['tokens_per_second']:>11.1f}  {times:.2f} times as fast as without")
+for name in ("server", "server-sampled"):
+    for level in read(f"{name}.json").get("levels", []):
+        first, between = (1e3 * level[key]["median"] for key in ("time_to_first_token_s", "inter_token_latency_s"))
+        what = f"{name} x {level['concurrency']}"
+        print(f"{what:<32}{level['tokens_per_second']:>11.1f}  first token after {first:.1f} ms, the next after {between:.2f}")
 machine = read("engine.json").get("machine", {})
 if machine:
     print(f"{machine['what']} {machine['gflops'] / 1e3:.1f} TFLOP/s, memory {machine['gbytes_per_second'] / 1e3:.2f} TB/s")

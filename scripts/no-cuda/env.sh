@@ -1,7 +1,12 @@
-# For cargo, to be sourced: what stands in for a CUDA toolkit. What nvcc's stand-in writes lies where an ordinary build with `--features
-# cuda` would look for it: `cargo clean -p candle-kernels -p mistralrs-paged-attn` before one.
+# For cargo, to be sourced: what stands in for a CUDA toolkit. What is built lies with ordinary builds, to share all that has nothing to do
+# with CUDA: `cargo clean -p candle-kernels -p mistralrs-paged-attn` before one with `--features cuda` and a real nvcc.
 no_cuda=$(dirname "$(realpath "${BASH_SOURCE[0]}")")
 target=${CARGO_TARGET_DIR:-target}
 NVRTC_DIR=$(realpath -m "$target/nvrtc") PATH=$no_cuda:$PATH
 export NVRTC_DIR PATH CUDA_COMPUTE_CAP=90
+if ! python3 -m pip --version >/dev/null 2>&1; then
+  echo "Installing python3-pip with apt-get (needed to fetch NVRTC)…"
+  as_root=$([ "$(id -u)" -eq 0 ] || echo sudo)
+  $as_root apt-get update -qq && $as_root apt-get install -y -qq --no-install-recommends python3-pip >/dev/null
+fi
 "$no_cuda/ptx.py" fetch

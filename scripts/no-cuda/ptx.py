@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 
+sys.dont_write_bytecode = True
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 import check_kernels
 

@@ -125,6 +125,12 @@ impl Guide {
         }
     }
 
+    /// Whether the token after `completion` may be any, and sampled without [`Guide::choose`].
+    pub fn is_free(&mut self, completion: &[TokenId], num_left: usize) -> bool {
+        self.close_in_time(completion, num_left);
+        self.answer.is_none() && self.forced.is_empty() && !self.ends_tag
+    }
+
     /// The token that was chosen; tells whether the reply is complete with it.
     pub fn advance(&mut self, token: TokenId) -> bool {
         match self.forced.front() {

@@ -41,8 +41,8 @@ pub(super) enum Row<'a> {
     Few(&'a Few),
     /// The id with the largest logit.
     Largest(TokenId),
-    /// No logit is finite.
-    NotFinite,
+    /// No logit is a number above minus infinity.
+    Nothing,
 }
 
 /// All rows of a step.
@@ -59,7 +59,7 @@ enum Place {
     Host { logits: Vec<f32>, is_adjusted: bool },
     Few(Few),
     Largest(TokenId),
-    NotFinite,
+    Nothing,
 }
 
 impl Logits {
@@ -68,7 +68,7 @@ impl Logits {
     pub(super) fn fetch(logits: &Tensor, num_ids: usize, needed: &[Needed]) -> Result<Self> {
         if logits.device().is_cpu() {
             let mut all =
-                Logits { tensor: logits.clone(), num_ids, rows: vec![Place::NotFinite; needed.len()] };
+                Logits { tensor: logits.clone(), num_ids, rows: vec![Place::Nothing; needed.len()] };
             all.copy(&(0..needed.len()).collect::<Vec<_>>(), |_| false)?;
             return Ok(all);
         }
@@ -88,8 +88,9 @@ impl Logits {
                 rows.iter_mut().zip(device::largest(&tensor, num_ids)?).zip(needed)
             {
                 if matches!(needed, Needed::Largest(_)) {
-                    // The largest itself tells whether there is a finite one.
-                    *place = Some(if largest.is_finite() { Place::Largest(id) } else { Place::NotFinite });
+                    // The largest itself tells whether there is one.
+                    *place =
+                        Some(if largest > f32::NEG_INFINITY { Place::Largest(id) } else { Place::Nothing });
                 }
             }
         }
@@ -100,15 +101,15 @@ impl Logits {
             let all = device::few_largest(&tensor, num_ids, sampler::FEW, &temperatures)?;
             for ((place, few), needed) in rows.iter_mut().zip(all).zip(needed) {
                 if let (Needed::Few(..), Some((logits, total))) = (needed, few) {
-                    *place = Some(match logits.iter().any(|(_, logit)| logit.is_finite()) {
+                    *place = Some(match logits.iter().any(|&(_, logit)| logit > f32::NEG_INFINITY) {
                         true => Place::Few(Few { logits, total: f64::from(total) }),
-                        false => Place::NotFinite,
+                        false => Place::Nothing,
                     });
                 }
             }
         }
         let whole: Vec<usize> = (0..rows.len()).filter(|&row| rows[row].is_none()).collect();
-        let rows = rows.into_iter().map(|row| row.unwrap_or(Place::NotFinite)).collect();
+        let rows = rows.into_iter().map(|row| row.unwrap_or(Place::Nothing)).collect();
         let mut all = Logits { tensor, num_ids, rows };
         all.copy(&whole, |row| needed[row] != Needed::All)?;
         Ok(all)
@@ -131,9 +132,9 @@ impl Logits {
         };
         let values = wanted.narrow(1, 0, self.num_ids)?.to_vec2::<f32>()?;
         for (&row, logits) in rows.iter().zip(values) {
-            self.rows[row] = match logits.iter().any(|logit| logit.is_finite()) {
+            self.rows[row] = match logits.iter().any(|&logit| logit > f32::NEG_INFINITY) {
                 true => Place::Host { logits, is_adjusted: is_adjusted(row) },
-                false => Place::NotFinite,
+                false => Place::Nothing,
             };
         }
         Ok(())
@@ -144,7 +145,7 @@ impl Logits {
         match &self.rows[index] {
             Place::Largest(id) => Row::Largest(*id),
             Place::Few(few) => Row::Few(few),
-            Place::NotFinite => Row::NotFinite,
+            Place::Nothing => Row::Nothing,
             Place::Host { logits, is_adjusted: false } => Row::Logits(logits),
             Place::Host { logits, is_adjusted: true } => Row::Adjusted(logits),
         }
@@ -171,7 +172,7 @@ mod tests {
             [Needed::Largest(vec![]), Needed::All, Needed::Largest(vec![]), Needed::Few(1.0, vec![SHIFT])];
         let fetched = Logits::fetch(&logits(), 3, &needed).unwrap();
         assert!(matches!(fetched.row(0), Row::Logits([1.0, 5.0, 2.0])));
-        assert!(matches!(fetched.row(2), Row::NotFinite));
+        assert!(matches!(fetched.row(2), Row::Nothing));
         assert!(matches!(fetched.row(3), Row::Logits([0.0, 1.0, 7.0])));
     }
 
@@ -190,7 +191,7 @@ mod tests {
             let fetched = Logits::fetch_from_device(&logits(), 3, &needed).unwrap();
             for (row, (id, expected)) in rows.iter().enumerate() {
                 match fetched.row(row) {
-                    Row::NotFinite => assert_eq!(row, 2),
+                    Row::Nothing => assert_eq!(row, 2),
                     Row::Largest(largest) => {
                         assert!(needed[row] == Needed::Largest(vec![]) && largest == *id)
                     }

@@ -110,10 +110,15 @@ impl Runner {
         let is_here = logits.device().is_cpu();
         let needed = |work: &&ComputeWork| {
             let params = requests.sampling(work.sequence);
-            if is_here || logprobs::is_asked_for(params) || requests.guide(work.sequence).is_some() {
+            let sequence = planned(scheduler, work);
+            let is_free = |guide: &Mutex<Guide>| {
+                let (completion, num_left) = (sequence.completion(), num_left(sequence, params));
+                guide.lock().unwrap_or_else(PoisonError::into_inner).is_free(completion, num_left)
+            };
+            if is_here || logprobs::is_asked_for(params) || !requests.guide(work.sequence).is_none_or(is_free)
+            {
                 return Needed::All;
             }
-            let sequence = planned(scheduler, work);
             let adjustments =
                 || sampler::adjustments(params, sequence.token_ids(), sequence.num_prompt_tokens());
             match params.temperature <= 0.0 {
@@ -187,6 +192,11 @@ fn planned<'a>(scheduler: &'a Scheduler, work: &ComputeWork) -> &'a Sequence {
     scheduler.sequence(work.sequence).expect("a planned sequence is unknown: this is a bug")
 }
 
+/// Tokens that may come.
+fn num_left(sequence: &Sequence, params: &SamplingParams) -> usize {
+    params.max_tokens - sequence.completion().len()
+}
+
 /// The token that follows a sequence; none where the few largest logits do not decide it.
 fn sample(
     row: Row<'_>,
@@ -202,7 +212,7 @@ fn sample(
         Row::Adjusted(row) => return Ok(plain(sampler::sample_adjusted(row, params, tokens.len()))),
         Row::Few(few) => return Ok(sampler::sample_few(few, params, tokens.len()).and_then(plain)),
         Row::Largest(token) => return Ok(plain(token)),
-        Row::NotFinite => return Err(ModelError::Msg("the model produced no finite logit".into())),
+        Row::Nothing => return Err(ModelError::Msg("the model produced no finite logit".into())),
     };
     let sample = |allowed: Allowed<'_>| sampler::sample(row, params, tokens, num_prompt, allowed);
     let token = match requests.guide(work.sequence) {
@@ -210,7 +220,7 @@ fn sample(
         Some(guide) => {
             let mut guide = guide.lock().unwrap_or_else(PoisonError::into_inner);
             let completion = sequence.completion();
-            guide.choose(completion, params.max_tokens - completion.len(), sample)
+            guide.choose(completion, num_left(sequence, params), sample)
         }
     };
     Ok(Some(Sampled { token, logprobs: logprobs::report(row, params, token) }))

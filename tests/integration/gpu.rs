@@ -3,8 +3,16 @@
 
 use std::process::{Command, Output};
 
+use candle_core::DType;
 use serde_json::{Value, json};
-use tinyllava::model::device::cuda;
+use tinyllava::model::{
+    config::ModelConfig,
+    device::{DeviceModel, cuda},
+    layers::WeightFormat,
+    tinyllava::TinyLlava,
+    trial::{self, Case, relative_error},
+    weights::{StoredDType, Weights},
+};
 
 use crate::{http_setup::demo, server_process::Server};
 
@@ -64,9 +72,9 @@ fn question(clip: &str, more: Value) -> Value {
 #[test]
 fn recorded_models_agree_on_a_gpu_in_every_type() {
     if is_there(false) {
-        for name in ["tiny", "tiny_bf16_sharded"] {
+        for (name, types) in [("tiny", "f32,bf16,f16"), ("tiny_bf16_sharded", "bf16")] {
             let model = format!("tests/golden/{name}");
-            check(&[], &["--model", &model, "--golden", &format!("{model}/{GOLDEN}")]);
+            check(&[], &["--types", types, "--model", &model, "--golden", &format!("{model}/{GOLDEN}")]);
         }
     }
 }
@@ -94,10 +102,38 @@ fn quantised_models_agree_on_a_gpu() {
 }
 
 #[test]
+fn all_widths_of_heads_and_sizes_of_groups_agree_on_a_gpu() {
+    if !is_there(false) {
+        return;
+    }
+    let gpu = cuda::open(0).unwrap();
+    for (width, heads, kv_heads) in [(32, 8, 1), (64, 7, 1), (80, 4, 2), (128, 3, 3), (128, 8, 1)] {
+        let mut config = ModelConfig::tiny_test();
+        (config.text.num_attention_heads, config.text.num_key_value_heads) = (heads, kv_heads);
+        (config.text.hidden_size, config.text.intermediate_size) = (width * heads, 96);
+        config.connector.hidden_size = config.text.hidden_size;
+        let weights = Weights::synthetic(&config, 5);
+        let mut cpu = TinyLlava::load(&weights, &config, WeightFormat::Float(StoredDType::F32)).unwrap();
+        // Contexts of several parts.
+        let case = Case::made_up(&cpu, 200, 4);
+        let expected = trial::run(&mut cpu, &case).unwrap().whole.concat();
+        for (dtype, tolerance) in [(DType::F16, 0.01), (DType::BF16, 0.06)] {
+            let mut model = DeviceModel::load(&weights, &config, (&gpu, dtype), None).unwrap();
+            let got = trial::run(&mut model, &case).unwrap();
+            for logits in [got.whole, got.chunked, got.beside_others, got.after_a_hit] {
+                let error = relative_error(&logits.concat(), &expected);
+                assert!(error < tolerance, "heads of {width}, {heads} and {kv_heads}, {dtype:?}: {error}");
+            }
+        }
+    }
+}
+
+#[test]
 fn nano_agrees_by_our_own_kernels_recorded_and_started_one_by_one() {
     if is_there(true) {
-        let by_graph = check(&[], &["--model", "nano"]);
-        let one_by_one = check(&[("TINYLLAVA_CUDA_GRAPHS", "0")], &["--model", "nano"]);
+        let nano = ["--model", "nano", "--types", "bf16,f16"];
+        let by_graph = check(&[], &nano);
+        let one_by_one = check(&[("TINYLLAVA_CUDA_GRAPHS", "0")], &nano);
         for kernel in ["attend_{}_32", "attend_fresh_{}_32", "normed_gated_product_{}", "rope_and_cache_{}"] {
             for output in [&by_graph, &one_by_one] {
                 for kind in ["bf16", "f16"] {
@@ -147,14 +183,15 @@ fn a_server_on_a_gpu_says_what_one_on_the_processor_says() {
     for (clip, expected) in ["direction", "count", "shape"].iter().zip(&expected) {
         assert_eq!(text(&answer(&on_gpu, &greedy(clip))), *expected);
     }
-    // More at once than the kernels for few sequences take.
+    // More at once than the kernels for few sequences take. What is summed in another order may be said otherwise.
     let many: Vec<_> = (0..12)
         .map(|i| on_gpu.post("one-of-many", &greedy(["direction", "count", "shape"][i % 3]).to_string()))
         .collect();
-    for (i, reply) in many.into_iter().enumerate() {
-        let reply = serde_json::from_slice(&reply.wait_with_output().unwrap().stdout).unwrap();
-        assert_eq!(text(&reply), expected[i % 3]);
-    }
+    let replies = many
+        .into_iter()
+        .map(|reply| text(&serde_json::from_slice(&reply.wait_with_output().unwrap().stdout).unwrap()));
+    let num_equal = replies.enumerate().filter(|(i, reply)| *reply == expected[i % 3]).count();
+    assert!(num_equal >= 9, "{num_equal} of 12");
     on_gpu.stop();
 }
 
@@ -163,7 +200,7 @@ fn what_a_gpu_finds_of_the_logits_is_what_all_of_them_would_give() {
     if !is_there(false) {
         return;
     }
-    let server = Server::start(&["--device", "cuda:0"]);
+    let server = Server::start_in(&[("GPU_COUNTS", "1")], &["--device", "cuda:0"]);
     for (seed, more) in [
         json!({}),
         json!({"top_k": 5}),
@@ -183,7 +220,13 @@ fn what_a_gpu_finds_of_the_logits_is_what_all_of_them_would_give() {
         request["logprobs"] = json!(true);
         assert_eq!(few, text(&answer(&server, &request)), "{more}");
     }
-    server.stop();
+    let log = server.stop();
+    for kernel in ["few_largest_f32", "largest_f32", "adjust_f32"] {
+        assert!(
+            !is_there(true) || log.iter().any(|line| line.ends_with(&format!(" x {kernel}"))),
+            "{kernel}"
+        );
+    }
 }
 
 #[test]

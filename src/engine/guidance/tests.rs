@@ -82,9 +82,14 @@ impl Setup {
         let pick = std::cell::RefCell::new(pick);
         let all: Vec<TokenId> = (0..self.compiler.end()).collect();
         while completion.len() < max_tokens {
+            let is_free = guide.is_free(&completion, max_tokens - completion.len());
+            let asked_of_all = std::cell::Cell::new(false);
             let sample = |allowed: Allowed<'_>| match allowed {
                 Allowed::Only(token) => token,
-                Allowed::All => pick.borrow_mut()(&all),
+                Allowed::All => {
+                    asked_of_all.set(true);
+                    pick.borrow_mut()(&all)
+                }
                 Allowed::Mask(mask) | Allowed::MaskAgain(mask) => {
                     let allowed: Vec<TokenId> =
                         mask.iter().map(|id| id as TokenId).filter(|&id| id < self.compiler.end()).collect();
@@ -97,6 +102,11 @@ impl Setup {
                 }
             };
             let token = guide.choose(&completion, max_tokens - completion.len(), sample);
+            assert_eq!(
+                is_free,
+                asked_of_all.get() && guide.answer.is_none(),
+                "free is what no guide touches"
+            );
             if token == self.end() {
                 return (self.tokenizer.decode(&completion), true);
             }

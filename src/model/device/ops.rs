@@ -188,6 +188,9 @@ pub fn few_largest(
     }
     let rows = logits.narrow(1, 0, num_ids)?.to_vec2::<f32>()?;
     let candidates = |(row, temperature): (Vec<f32>, &f32)| {
+        if row.iter().any(|logit| logit.is_nan()) {
+            return None;
+        }
         let mut sorted = row.clone();
         sorted.sort_unstable_by(|a, b| b.total_cmp(a));
         let least = sorted.get(few - 1).copied().unwrap_or(f32::NEG_INFINITY);

@@ -108,12 +108,16 @@ impl Matrix {
 
     /// Its rows, one after the other, or its columns.
     fn load(self, rows: usize, columns: usize, by_columns: bool) -> Vec<f32> {
-        // SAFETY: `of` made sure of them all.
-        let get = |row, column| self.kind.wide(unsafe { read(self.place(row, column), self.kind.bytes()) });
-        match by_columns {
-            true => (0..columns).flat_map(|column| (0..rows).map(move |row| get(row, column))).collect(),
-            false => (0..rows).flat_map(|row| (0..columns).map(move |column| get(row, column))).collect(),
-        }
+        let mut all = vec![0.0; rows * columns];
+        let len = if by_columns { rows } else { columns };
+        all.par_chunks_mut(len.max(1)).enumerate().for_each(|(i, line)| {
+            for (j, x) in line.iter_mut().enumerate() {
+                let place = if by_columns { self.place(j, i) } else { self.place(i, j) };
+                // SAFETY: `of` made sure of them all.
+                *x = self.kind.wide(unsafe { read(place, self.kind.bytes()) });
+            }
+        });
+        all
     }
 }
 

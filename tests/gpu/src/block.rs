@@ -54,13 +54,18 @@ pub fn run(launch: &Launch<'_>, state: &mut State) -> Result<()> {
             unfinished,
             writes: vec![],
         };
-        block.run(threads, registers).map_err(|why| format!("{}, block {index:?}: {why}", kernel.name))?;
-        Ok(block.writes)
+        let has_waited = block
+            .run(threads, registers)
+            .map_err(|why| format!("{}, block {index:?}: {why}", kernel.name))?;
+        Ok((block.writes, has_waited))
     };
     let blocks = (0..x * y * z).into_par_iter();
     let writes = blocks.map_init(Vec::new, block).collect::<Result<Vec<_>>>()?;
+    if !writes.iter().any(|(_, has_waited)| *has_waited) {
+        return Err(format!("{} may end before those before it: it does not wait for them", kernel.name));
+    }
     if kernel.lets_next_begin {
-        state.unfinished.end(writes.into_iter().flatten());
+        state.unfinished.end(writes.into_iter().flat_map(|(writes, _)| writes));
     }
     Ok(())
 }
@@ -102,7 +107,8 @@ fn lanes(mask: u32) -> impl Iterator<Item = usize> {
 
 impl Block<'_> {
     /// `registers` are those of the block before: a kernel that looks at one that it has not written may be told anything.
-    fn run(&mut self, threads: u32, registers: &mut Vec<Vec<Row>>) -> Result<()> {
+    /// Whether it has waited for the kernel before.
+    fn run(&mut self, threads: u32, registers: &mut Vec<Vec<Row>>) -> Result<bool> {
         let kernel = self.launch.kernel;
         let num_warps = threads.div_ceil(LANES as u32);
         registers.resize_with(num_warps as usize, || vec![[0; LANES]; kernel.num_registers]);
@@ -124,7 +130,7 @@ impl Block<'_> {
             }
             self.shared.begin_epoch();
         }
-        Ok(())
+        Ok(warps.iter().any(|warp| warp.has_waited))
     }
 
     fn run_warp(&mut self, warp: &mut Warp) -> Result<()> {

@@ -29,6 +29,8 @@ pub mod status {
 
 /// What a program may take of shared memory without asking for more.
 const MAX_SHARED_BYTES: usize = 48 << 10;
+/// Of a grid in its first dimension; in the others it is 65,535.
+const MAX_BLOCKS: u32 = i32::MAX as u32;
 
 #[derive(Debug, Default)]
 pub struct Device {
@@ -138,7 +140,9 @@ impl Device {
         (params, is_early): (Vec<u8>, bool),
     ) -> c_int {
         trace(|| format!("{} {blocks:?} {threads:?}", kernel.name));
-        if kernel.shared_bytes + dynamic_shared > MAX_SHARED_BYTES || blocks.contains(&0) {
+        let [x, y, z] = blocks;
+        let fits = (1..=MAX_BLOCKS).contains(&x) && [y, z].iter().all(|n| (1..=0xffff).contains(n));
+        if kernel.shared_bytes + dynamic_shared > MAX_SHARED_BYTES || !fits {
             eprintln!("gpu: {} cannot be started: {blocks:?}, {dynamic_shared} shared bytes", kernel.name);
             return status::INVALID_VALUE;
         }

@@ -180,7 +180,7 @@ pub fn lanewise(parts: &[&str]) -> Option<Lanewise> {
     match name {
         "cvt" => return convert(parts),
         "prmt" => return Some(each!(|a, b, c| permute(a, b, c))),
-        "bfi" => {
+        "bfi" if kind == "b32" => {
             return Some(each!(|a, b, packed| {
                 let (position, length) = (packed as u32 as u64, packed >> 32);
                 let mask = ((1u64 << length.min(32)) - 1) << position.min(32);
@@ -188,20 +188,23 @@ pub fn lanewise(parts: &[&str]) -> Option<Lanewise> {
             }));
         }
         "bfe" if kind == "u32" => return Some(each!(|a, b, c| (a >> b.min(63)) & ((1u64 << c.min(32)) - 1))),
-        "shf" => {
+        "shf" if parts.contains(&"wrap") => {
             return Some(if parts.contains(&"l") {
                 each!(|a, b, c| (((b << 32 | a) << (c & 31)) >> 32) & 0xffff_ffff)
             } else {
                 each!(|a, b, c| ((b << 32 | a) >> (c & 31)) & 0xffff_ffff)
             });
         }
-        "dp4a" => {
+        "dp4a" if parts[1..] == ["s32", "s32"] => {
             return Some(each!(|a, b, c| {
                 let byte = |x: u64, i: u32| i32::from((x >> (8 * i)) as u8 as i8);
                 (0..4).fold(c as u32 as i32, |sum, i| sum.wrapping_add(byte(a, i) * byte(b, i))) as u32 as u64
             }));
         }
         _ => {}
+    }
+    if modifiers.iter().any(|modifier| ["sat", "rz", "rp", "cc", "clamp"].contains(modifier)) {
+        return None;
     }
     match kind {
         "f64" => float_op::<f64>(name, modifiers),
@@ -265,6 +268,9 @@ fn convert(parts: &[&str]) -> Option<Lanewise> {
                 "f32" if has("rmi") => each!(|a, _, _| f32::narrow(<$f>::of(a).wide().floor()).bits()),
                 "f32" if has("rpi") => each!(|a, _, _| f32::narrow(<$f>::of(a).wide().ceil()).bits()),
                 "f64" if has("rni") => each!(|a, _, _| <$f>::of(a).wide().round_ties_even().bits()),
+                "f64" if has("rzi") => each!(|a, _, _| <$f>::of(a).wide().trunc().bits()),
+                "f64" if has("rmi") => each!(|a, _, _| <$f>::of(a).wide().floor().bits()),
+                "f64" if has("rpi") => each!(|a, _, _| <$f>::of(a).wide().ceil().bits()),
                 "f64" => each!(|a, _, _| <$f>::of(a).wide().bits()),
                 "f32" => each!(|a, _, _| f32::narrow(<$f>::of(a).wide()).bits()),
                 "f16" => each!(|a, _, _| f16::narrow(<$f>::of(a).wide()).bits()),
@@ -278,6 +284,7 @@ fn convert(parts: &[&str]) -> Option<Lanewise> {
                 "s16" if has("rni") => {
                     each!(|a, _, _| <$f>::of(a).wide().round_ties_even() as i16 as u16 as u64)
                 }
+                _ if has("rni") || has("rmi") || has("rpi") => return None,
                 "u8" => each!(|a, _, _| <$f>::of(a).wide() as u8 as u64),
                 "u16" => each!(|a, _, _| <$f>::of(a).wide() as u16 as u64),
                 "u32" => each!(|a, _, _| <$f>::of(a).wide() as u32 as u64),

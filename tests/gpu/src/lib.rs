@@ -9,13 +9,14 @@
 //! - an access to memory that is nobody's, was freed, or begins where it must not for its size ([`memory`]);
 //! - two warps at the same byte of shared memory, one of them writing, with no barrier between ([`shared`]);
 //! - a barrier, a shuffle or a product that some lanes of a warp do not reach;
-//! - what an asynchronous copy brings, read before it was waited for;
 //! - a kernel that begins before the one before it has ended, and until it waits reads what is still being written ([`early`]).
 //!
-//! Memory that nobody has written holds no number of any floating type. What it takes from the environment: `GPU_MIB`, its memory;
-//! `GPU_COUNT`, how many there are; `GPU_CAPABILITY`, as in 90; `GPU_FAILS_AFTER`, kernels until it is lost; `GPU_CANNOT_RECORD`, that
-//! recordings of its work fail; `GPU_TRACE`, a line a
-//! call; `GPU_COUNTS`, a line for each kernel when the program ends.
+//! Memory that nobody has written holds no number of any floating type; nor does the place to which an asynchronous copy goes, until that
+//! was waited for. What compilers write that is not known here is an error when the kernel is asked for.
+//!
+//! From the environment it takes `GPU_MIB`, its memory; `GPU_COUNT`, how many there are; `GPU_CAPABILITY`, as in 90; `GPU_FAILS_AFTER`,
+//! kernels until it is lost; `GPU_CANNOT_RECORD`, that recordings of its work fail; `GPU_TRACE`, a line a call; `GPU_COUNTS`, a line for
+//! each kernel when the program ends.
 
 mod blas;
 mod block;

@@ -21,6 +21,7 @@ struct Visit {
     epoch: u32,
     writer: u8,
     reader: u8,
+    adder: u8,
 }
 
 /// What a warp does with bytes.
@@ -28,13 +29,13 @@ struct Visit {
 pub enum Access {
     Read,
     Write,
-    /// Beside others.
+    /// Beside others that do the same.
     Atomic,
 }
 
 impl Shared {
     pub fn new(len: usize) -> Self {
-        let visit = Visit { epoch: 0, writer: NOBODY, reader: NOBODY };
+        let visit = Visit { epoch: 0, writer: NOBODY, reader: NOBODY, adder: NOBODY };
         Shared { bytes: vec![UNWRITTEN; len], visits: vec![visit; len], epoch: 1 }
     }
 
@@ -48,18 +49,18 @@ impl Shared {
     /// # Errors
     /// When there are none, or another warp is at one of them.
     pub fn pointer(&mut self, at: usize, bytes: usize, warp: u8, access: Access) -> Result<*mut u8, String> {
-        if at + bytes > self.bytes.len() {
+        if at.checked_add(bytes).is_none_or(|end| end > self.bytes.len()) {
             return Err(format!("{bytes} bytes at {at} of {} shared ones", self.bytes.len()));
         }
         for (i, visit) in self.visits[at..at + bytes].iter_mut().enumerate() {
             if visit.epoch != self.epoch {
-                *visit = Visit { epoch: self.epoch, writer: NOBODY, reader: NOBODY };
+                *visit = Visit { epoch: self.epoch, writer: NOBODY, reader: NOBODY, adder: NOBODY };
             }
             let is_others = |who: u8| who != NOBODY && who != warp;
             let clashes = match access {
-                Access::Read => is_others(visit.writer),
-                Access::Write => is_others(visit.writer) || is_others(visit.reader),
-                Access::Atomic => false,
+                Access::Read => is_others(visit.writer) || is_others(visit.adder),
+                Access::Write => [visit.writer, visit.reader, visit.adder].into_iter().any(is_others),
+                Access::Atomic => is_others(visit.writer) || is_others(visit.reader),
             };
             if clashes {
                 return Err(format!(
@@ -68,10 +69,9 @@ impl Shared {
                 ));
             }
             match access {
-                Access::Read if is_others(visit.reader) => visit.reader = MANY,
-                Access::Read => visit.reader = warp,
+                Access::Read => visit.reader = if is_others(visit.reader) { MANY } else { warp },
                 Access::Write => visit.writer = warp,
-                Access::Atomic => {}
+                Access::Atomic => visit.adder = if is_others(visit.adder) { MANY } else { warp },
             }
         }
         Ok(self.bytes[at..].as_mut_ptr())

@@ -99,10 +99,26 @@ fn two_warps_at_one_byte_need_a_barrier_between() {
 }
 
 #[test]
+fn what_is_added_to_is_read_after_a_barrier() {
+    let add = |barrier: &str| {
+        format!(
+            "setp.eq.u32 %p0, %r0, 0; mov.u32 %r1, 0; @%p0 st.shared.u32 [s], %r1; bar.sync 0;
+            atom.shared.add.u32 %r2, [s], 1; {barrier} ld.shared.u32 %r3, [s];
+            add.u64 %rd2, %rd0, %rd1; cvt.u16.u32 %rs0, %r3; st.global.u16 [%rd2], %rs0;"
+        )
+    };
+    assert_eq!(on_its_own(&add("bar.sync 0;"), 64).unwrap(), [64; 64]);
+    fails_with(&add(""), 64, "are both at shared byte 0");
+}
+
+#[test]
 fn lanes_that_part_before_they_work_together_are_an_error() {
     let part = "setp.lt.u32 %p0, %r0, 7; @%p0 ret;";
     fails_with(&format!("{part} shfl.sync.bfly.b32 %r1, %r0, 1, 31, -1;"), 32, "which is not there");
     fails_with("setp.lt.u32 %p0, %r0, 7; @%p0 bar.sync 0;", 32, "not all lanes");
+    let half = "setp.lt.u32 %p0, %r0, 16; @%p0 shfl.sync.bfly.b32 %r1, %r0, 1, 31,";
+    on_its_own(&format!("{half} 0xffff;"), 32).unwrap();
+    fails_with(&format!("{half} -1;"), 32, "only lanes 0xffff reach");
 }
 
 #[test]
@@ -131,5 +147,6 @@ fn a_kernel_that_begins_early_waits_before_it_looks_at_what_is_being_written() {
     after(one, &format!("{wait} {load}"), true).unwrap();
     after(other, &format!("{load} {wait}"), true).unwrap();
     after(one, load, false).unwrap();
+    assert!(after(one, "", true).unwrap_err().contains("does not wait"));
     assert!(after(one, &format!("{load} {wait}"), true).unwrap_err().contains("before the kernel waited"));
 }

@@ -199,7 +199,10 @@ fn parts(longest: usize, rows: usize) -> (usize, usize) {
 
 #[cfg(test)]
 mod tests {
-    use super::{super::super::attention, *};
+    use super::{
+        super::{super::attention, testing},
+        *,
+    };
 
     #[test]
     fn parts_cover_the_longest_context() {
@@ -215,26 +218,31 @@ mod tests {
 
     #[test]
     fn the_kernel_agrees_with_the_plain_operations_where_there_is_a_gpu() {
-        let Ok(gpu) = super::super::open(0) else { return println!("skipped: no GPU") };
+        let Some(gpu) = testing::gpu() else { return };
         let noise = |dims: [usize; 4], seed: usize| {
             let len = dims.iter().product::<usize>();
             let values: Vec<f32> = (0..len).map(|i| ((i * 37 + seed * 101) as f32 * 0.013).sin()).collect();
             Tensor::from_vec(values, dims.to_vec(), &Device::Cpu).unwrap()
         };
         for (dtype, tolerance) in [(DType::F16, 2e-3), (DType::BF16, 2e-2)] {
-            for (batch, heads, m, n, d) in [(3, 4, 70, 130, 72), (1, 2, 5, 7, 128), (2, 8, 64, 64, 64)] {
+            let sizes = [(3, 4, 70, 130, 72), (1, 2, 5, 7, 128), (2, 8, 64, 64, 64), (1, 3, 133, 140, 24)];
+            for ((batch, heads, m, n, d), is_causal) in
+                sizes.into_iter().flat_map(|sizes| [(sizes, false), (sizes, true)])
+            {
                 let (q, k, v) = (
                     noise([batch, heads, m, d], 1),
                     noise([batch, heads, n, d], 2),
                     noise([batch, heads, n, d], 3),
                 );
-                let expected = attention::attend(&q, &k, &v).unwrap();
+                let of_row = |row: usize| {
+                    let seen = if is_causal { n - m + row + 1 } else { n };
+                    let (k, v) = (k.narrow(2, 0, seen).unwrap(), v.narrow(2, 0, seen).unwrap());
+                    attention::attend(&q.narrow(2, row, 1).unwrap(), &k, &v).unwrap()
+                };
+                let expected = Tensor::cat(&(0..m).map(of_row).collect::<Vec<_>>(), 2).unwrap();
                 let there = |x: &Tensor| x.to_dtype(dtype).unwrap().to_device(&gpu).unwrap();
-                let got = attend(&there(&q), &there(&k), &there(&v), false).unwrap().unwrap();
-                let got = got.to_device(&Device::Cpu).unwrap().to_dtype(DType::F32).unwrap();
-                let off = (got - expected).unwrap().abs().unwrap().max_all().unwrap();
-                let off = off.to_scalar::<f32>().unwrap();
-                assert!(off < tolerance, "{dtype:?} {m} {n} {d}: {off}");
+                let got = attend(&there(&q), &there(&k), &there(&v), is_causal).unwrap().unwrap();
+                testing::assert_close(&got, &expected, tolerance, &format!("{dtype:?} {m} {n} {d}"));
             }
         }
     }

@@ -269,14 +269,14 @@ fn rows(x: &Tensor) -> Result<(u32, u32)> {
 mod tests {
     use candle_core::Device;
 
-    use super::{super::super::ops, *};
+    use super::{
+        super::{super::ops, testing},
+        *,
+    };
 
     #[test]
     fn the_largest_is_the_first_of_them_and_no_nan_where_there_is_a_gpu() {
-        if super::super::num_devices() == 0 {
-            return println!("skipped: no GPU");
-        }
-        let gpu = super::super::open(0).unwrap();
+        let Some(gpu) = testing::gpu() else { return };
         let mut rows = vec![vec![0.0f32; 5000]; 4];
         rows[0][4999] = 9.0;
         (rows[1][70], rows[1][4000]) = (3.0, 3.0);
@@ -290,28 +290,36 @@ mod tests {
 
     #[test]
     fn the_few_largest_are_those_of_the_processor_where_there_is_a_gpu() {
-        if super::super::num_devices() == 0 {
-            return println!("skipped: no GPU");
-        }
-        let gpu = super::super::open(0).unwrap();
-        let values: Vec<f32> =
-            (0..3 * 40_000).map(|i| ((i * 37) as f32 * 0.7).sin() * (i % 97) as f32).collect();
-        let logits = Tensor::from_vec(values, (3, 40_000), &Device::Cpu).unwrap();
-        let temperatures = [0.3, 1.0, 2.0];
-        let find = |logits: &Tensor| ops::few_largest(logits, 39_000, 64, &temperatures).unwrap();
-        for (got, expected) in find(&logits.to_device(&gpu).unwrap()).into_iter().zip(find(&logits)) {
-            let ((got, total), (least, expected)) = (got.unwrap(), expected.unwrap());
-            assert!(least.iter().all(|one| got.contains(one)) && got.is_sorted_by_key(|one| one.0));
-            assert!((total / expected - 1.0).abs() < 1e-4, "{total} {expected}");
+        let Some(gpu) = testing::gpu() else { return };
+        const VOCAB: usize = 40_000;
+        const IDS: usize = 39_000;
+        let mut rows: Vec<Vec<f32>> = (0..6)
+            .map(|row| (0..VOCAB).map(|i| ((i * 37 + row) as f32 * 0.7).sin() * (i % 97) as f32).collect())
+            .collect();
+        // Nothing but a few numbers; then more of the largest than there is room for, and one that is no number.
+        rows[3] =
+            (0..VOCAB).map(|i| if i % 1000 == 3 { i as f32 * 1e-3 } else { f32::NEG_INFINITY }).collect();
+        (0..600).for_each(|i| rows[4][i * 60] = 500.0);
+        rows[5][7] = f32::NAN;
+        let logits = Tensor::new(rows.clone(), &Device::Cpu).unwrap();
+        let temperatures = [0.3, 1.0, 2.0, 0.7, 1.0, 1.0];
+        let find = |logits: &Tensor| ops::few_largest(logits, IDS, 256, &temperatures).unwrap();
+        let found = find(&logits.to_device(&gpu).unwrap());
+        assert!(found[4].is_none() && found[5].is_none());
+        for ((row, got), expected) in rows.iter().zip(found).zip(find(&logits)).take(4) {
+            let ((got, total), (expected, expected_total)) = (got.unwrap(), expected.unwrap());
+            let least = got.iter().map(|one| one.1).fold(f32::INFINITY, f32::min);
+            let all: Vec<(u32, f32)> =
+                (0u32..).zip(row[..IDS].iter().copied()).filter(|one| one.1 >= least).collect();
+            assert_eq!(got, all);
+            assert!(got.len() >= expected.len() && expected.iter().all(|one| got.contains(one)));
+            assert!((total / expected_total - 1.0).abs() < 1e-4, "{total} {expected_total}");
         }
     }
 
     #[test]
     fn adjusted_logits_are_those_of_the_processor_where_there_is_a_gpu() {
-        if super::super::num_devices() == 0 {
-            return println!("skipped: no GPU");
-        }
-        let gpu = super::super::open(0).unwrap();
+        let Some(gpu) = testing::gpu() else { return };
         let values: Vec<f32> = (0..3 * 400).map(|i| ((i * 37) as f32 * 0.7).sin()).collect();
         let logits = Tensor::from_vec(values, (3, 400), &Device::Cpu).unwrap();
         let changes: Vec<Change> = (0..900)
@@ -330,10 +338,7 @@ mod tests {
 
     #[test]
     fn the_kernels_agree_with_the_plain_operations_where_there_is_a_gpu() {
-        if super::super::num_devices() == 0 {
-            return println!("skipped: no GPU");
-        }
-        let gpu = super::super::open(0).unwrap();
+        let Some(gpu) = testing::gpu() else { return };
         let noise = |len: usize, seed: usize| (0..len).map(move |i| ((i * 37 + seed) as f32 * 0.013).sin());
         let tensor = |rows: usize, width: usize, seed| {
             let values: Vec<f32> = noise(rows * width, seed).collect();
@@ -347,10 +352,7 @@ mod tests {
             let weight = tensor(1, width, 3).squeeze(0).unwrap();
             let there = |x: &Tensor| x.to_dtype(dtype).unwrap().to_device(&gpu).unwrap();
             let close = |got: &Tensor, expected: &Tensor| {
-                let got = got.to_device(&Device::Cpu).unwrap().to_dtype(DType::F32).unwrap();
-                let off = (got - expected).unwrap().abs().unwrap().max_all().unwrap();
-                let off = off.to_scalar::<f32>().unwrap();
-                assert!(off < tolerance, "{dtype:?}: {off}");
+                testing::assert_close(got, expected, tolerance, &format!("{dtype:?}"));
             };
             for (bias, residual) in [(None, None), (Some(&weight), Some(&delta))] {
                 let norm = (&weight, &weight);

@@ -99,3 +99,30 @@ pub fn memory(device: &Device) -> Result<(usize, usize)> {
 fn failure(error: DriverError) -> ModelError {
     ModelError::Cuda(Box::new(error))
 }
+
+/// For the tests of this folder.
+#[cfg(test)]
+mod testing {
+    use candle_core::{DType, Device, Tensor};
+
+    /// The first GPU. Without one a test says so and passes.
+    pub fn gpu() -> Option<Device> {
+        if super::num_devices() == 0 {
+            println!("skipped: no GPU");
+            return None;
+        }
+        Some(super::open(0).unwrap())
+    }
+
+    /// Every element is a number, and no further from the expected one.
+    pub fn assert_close(got: &Tensor, expected: &Tensor, tolerance: f32, what: &str) {
+        assert_eq!(got.dims(), expected.dims(), "{what}");
+        let values = |x: &Tensor| {
+            let x = x.to_device(&Device::Cpu).unwrap().to_dtype(DType::F32).unwrap();
+            x.flatten_all().unwrap().to_vec1::<f32>().unwrap()
+        };
+        for (index, (got, expected)) in values(got).into_iter().zip(values(expected)).enumerate() {
+            assert!((got - expected).abs() < tolerance, "{what}: {got} is not {expected} at {index}");
+        }
+    }
+}

@@ -57,14 +57,11 @@ pub fn multiply(x: &Tensor, weight: &QTensor) -> Result<Option<Tensor>> {
 mod tests {
     use candle_core::{DType, Device};
 
-    use super::*;
+    use super::{super::testing, *};
 
     #[test]
     fn the_kernel_agrees_with_the_floats_of_the_weights_where_there_is_a_gpu() {
-        if super::super::num_devices() == 0 {
-            return println!("skipped: no GPU");
-        }
-        let gpu = super::super::open(0).unwrap();
+        let Some(gpu) = testing::gpu() else { return };
         let (outputs, inputs) = (46, 96);
         let noise = |rows: usize, seed: usize| {
             let values = (0..rows * inputs).map(|i| ((i * 37 + seed) as f32 * 0.7).sin());
@@ -80,10 +77,8 @@ mod tests {
                     let expected = x.matmul(&floats.t().unwrap()).unwrap();
                     let x = x.to_device(&gpu).unwrap().to_dtype(dtype).unwrap();
                     let got = multiply(&x, &there).unwrap().unwrap();
-                    let got = got.to_device(&Device::Cpu).unwrap().to_dtype(DType::F32).unwrap();
-                    let off = (got - expected).unwrap().abs().unwrap().max_all().unwrap();
-                    let off = off.to_scalar::<f32>().unwrap();
-                    assert!(off < tolerance, "{block:?} {dtype:?} {rows} rows: {off}");
+                    let what = format!("{block:?} {dtype:?} {rows} rows");
+                    testing::assert_close(&got, &expected, tolerance, &what);
                 }
             }
         }

@@ -86,14 +86,14 @@ pub fn rope_and_cache(
 mod tests {
     use candle_core::Device;
 
-    use super::{super::super::rope_reference::Sizes, *};
+    use super::{
+        super::{super::rope_reference::Sizes, testing},
+        *,
+    };
 
     #[test]
     fn the_kernel_agrees_with_plain_loops_where_there_is_a_gpu() {
-        if super::super::num_devices() == 0 {
-            return println!("skipped: no GPU");
-        }
-        let gpu = super::super::open(0).unwrap();
+        let Some(gpu) = testing::gpu() else { return };
         let (rows, num_heads, num_kv_heads, dim, block_size, num_blocks) = (5, 6, 2, 64, 16, 4);
         let heads = num_heads + 2 * num_kv_heads;
         let noise = |len: usize, seed: usize| -> Vec<f32> {
@@ -140,10 +140,8 @@ mod tests {
                 (&cache.keys, &expected.keys),
                 (&cache.values, &expected.values),
             ] {
-                let got = got.to_device(&Device::Cpu).unwrap().to_dtype(DType::F32).unwrap();
-                let got = got.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-                let off = got.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-                assert!(off < tolerance, "{dtype:?}: {off}");
+                let expected = Tensor::from_slice(expected, got.dims(), &Device::Cpu).unwrap();
+                testing::assert_close(got, &expected, tolerance, &format!("{dtype:?}"));
             }
         }
     }

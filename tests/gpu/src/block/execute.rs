@@ -3,7 +3,10 @@
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use super::{
-    super::ptx::{Operand, Special},
+    super::{
+        memory::UNWRITTEN,
+        ptx::{Operand, Special},
+    },
     Access, Address, Block, Copy, Instruction, LANES, Op, Result, Row, Space, Warp, lanes,
 };
 
@@ -93,7 +96,7 @@ impl Block<'_> {
                 let row = std::array::from_fn(|lane| if by[lane] & 1 == 1 { a[lane] } else { b[lane] });
                 warp.put(*to, row, active);
             }
-            Op::Load { to, from, bytes, is_signed } => {
+            Op::Load { to, from, bytes, sign_bits } => {
                 let base = self.row(warp, from.base);
                 for lane in lanes(active) {
                     let all = bytes * to.len();
@@ -101,9 +104,9 @@ impl Block<'_> {
                     for (i, to) in to.iter().enumerate() {
                         // SAFETY: `pointer` looked at all of them.
                         let value = unsafe { read(pointer.add(i * bytes), *bytes) };
-                        // A byte keeps its sign in a wider register.
-                        let value =
-                            if *is_signed && *bytes == 1 { value as i8 as i16 as u16 as u64 } else { value };
+                        let unused = 64 - 8 * *bytes as u32;
+                        let signed = |bits| ((value << unused) as i64 >> unused) as u64 & low(bits);
+                        let value = sign_bits.map_or(value, signed);
                         warp.registers[*to as usize][lane] = value;
                     }
                 }
@@ -125,6 +128,10 @@ impl Block<'_> {
                 let (target, source, of) =
                     (self.row(warp, to.base), self.row(warp, from.base), self.row(warp, *of));
                 for lane in lanes(active) {
+                    // Until it was waited for, no number is there.
+                    let place = self.pointer(warp, lane, (*to, target[lane]), *bytes, Access::Write)?;
+                    // SAFETY: as above.
+                    unsafe { place.write_bytes(UNWRITTEN, *bytes) };
                     let mut copy =
                         Copy { to: target[lane].wrapping_add_signed(to.offset), bytes: vec![0; *bytes] };
                     let count = (of[lane] as usize).min(*bytes);
@@ -150,7 +157,11 @@ impl Block<'_> {
             Op::AwaitPrevious => warp.has_waited = true,
             Op::Fail => return Err("the kernel gives up".into()),
             Op::Nothing | Op::Branch(_) | Op::Exit | Op::Barrier => {}
-            Op::Shuffle { .. } | Op::Vote { .. } | Op::Multiply { .. } | Op::LoadMatrices { .. } => {
+            Op::AwaitLanes(_)
+            | Op::Shuffle { .. }
+            | Op::Vote { .. }
+            | Op::Multiply { .. }
+            | Op::LoadMatrices { .. } => {
                 self.execute_together(warp, instruction, active)?;
             }
         }

@@ -3,7 +3,7 @@
 use super::{
     super::{
         matrix,
-        ptx::{Shuffle, Vote},
+        ptx::{Operand, Shuffle, Vote},
     },
     Access, Block, Instruction, LANES, Op, Result, Row, Warp,
     execute::read,
@@ -21,7 +21,9 @@ impl Block<'_> {
         active: u32,
     ) -> Result<()> {
         match &instruction.op {
-            Op::Shuffle { to, is_valid, of, by, clamp, mode } => {
+            Op::AwaitLanes(members) => self.meet(warp, *members, active)?,
+            Op::Shuffle { to, is_valid, of, by, clamp, members, mode } => {
+                self.meet(warp, *members, active)?;
                 let (row, by, clamp) = (self.row(warp, *of), self.row(warp, *by), self.row(warp, *clamp));
                 let (mut out, mut valid) = (row, [0; LANES]);
                 for lane in lanes(active) {
@@ -38,7 +40,8 @@ impl Block<'_> {
                     warp.put(*to, valid, active);
                 }
             }
-            Op::Vote { to, of, mode } => {
+            Op::Vote { to, of, members, mode } => {
+                self.meet(warp, *members, active)?;
                 let row = self.row(warp, *of);
                 let yes =
                     lanes(active).filter(|&lane| row[lane] & 1 == 1).fold(0, |all, lane| all | 1 << lane);
@@ -77,6 +80,17 @@ impl Block<'_> {
             _ => {}
         }
         Ok(())
+    }
+}
+
+impl Block<'_> {
+    /// An error unless the lanes that are here are those that say they work together.
+    fn meet(&self, warp: &Warp<'_>, members: Operand, active: u32) -> Result<()> {
+        let members = self.row(warp, members);
+        match lanes(active).all(|lane| members[lane] as u32 & warp.alive == active) {
+            true => Ok(()),
+            false => Err(format!("only lanes {active:#x} reach what they do with others")),
+        }
     }
 }
 

@@ -99,7 +99,8 @@ pub enum Op {
         to: Vec<u32>,
         from: Address,
         bytes: usize,
-        is_signed: bool,
+        /// Where numbers keep their sign: the bits of the registers.
+        sign_bits: Option<u32>,
     },
     Store {
         of: Vec<Operand>,
@@ -123,11 +124,13 @@ pub enum Op {
         of: Operand,
         by: Operand,
         clamp: Operand,
+        members: Operand,
         mode: Shuffle,
     },
     Vote {
         to: u32,
         of: Operand,
+        members: Operand,
         mode: Vote,
     },
     /// `mma.m16n8k16` of f16 or bf16, summed in f32.
@@ -154,6 +157,8 @@ pub enum Op {
     /// Until no more than so many groups are on their way.
     AwaitCopies(usize),
     AwaitPrevious,
+    /// Of the warp.
+    AwaitLanes(Operand),
     Nothing,
     Fail,
 }

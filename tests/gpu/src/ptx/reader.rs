@@ -9,6 +9,8 @@ use super::{
 
 pub struct Reader {
     registers: HashMap<String, u32>,
+    /// Bits of registers that were declared, by their name or, where they are many, by what their names begin with.
+    bits: HashMap<String, u32>,
     /// Addresses of variables, parameters and tables, each in its space.
     symbols: HashMap<String, u64>,
     labels: HashMap<String, usize>,
@@ -16,7 +18,12 @@ pub struct Reader {
 
 impl Reader {
     pub fn new(tables: &HashMap<String, u64>) -> Self {
-        Reader { registers: HashMap::new(), symbols: tables.clone(), labels: HashMap::new() }
+        Reader {
+            registers: HashMap::new(),
+            bits: HashMap::new(),
+            symbols: tables.clone(),
+            labels: HashMap::new(),
+        }
     }
 
     /// From `.entry` to the closing brace; `of_module` are the shared variables of the module.
@@ -42,6 +49,8 @@ impl Reader {
                 let (name, bytes, align) = variable(statement)?;
                 let end = if statement.starts_with(".shared") { &mut shared } else { &mut local };
                 place(&mut self.symbols, end, &name, bytes, align);
+            } else if let Some(registers) = statement.strip_prefix(".reg") {
+                self.declare(registers)?;
             } else if !statement.starts_with('.') {
                 lines.push(statement);
             }
@@ -83,9 +92,26 @@ impl Reader {
         Ok(params)
     }
 
-    fn register(&mut self, name: &str) -> u32 {
+    /// `.b32 %r<57>`, or `.pred p, q`.
+    fn declare(&mut self, text: &str) -> Result<()> {
+        let (kind, names) = text.trim().split_once(char::is_whitespace).ok_or("registers without type")?;
+        let bits = if kind == ".pred" { 1 } else { 8 * size_of(kind)? as u32 };
+        for name in names.split(',') {
+            let name = name.split('<').next().unwrap_or("").trim();
+            self.bits.insert(name.to_owned(), bits);
+        }
+        Ok(())
+    }
+
+    fn bits_of(&self, name: &str) -> Option<u32> {
+        let family = name.trim_end_matches(|c: char| c.is_ascii_digit());
+        self.bits.get(name).or(self.bits.get(family)).copied()
+    }
+
+    fn register(&mut self, name: &str) -> Result<u32> {
+        self.bits_of(name).ok_or_else(|| format!("{name} is no register"))?;
         let next = self.registers.len() as u32;
-        *self.registers.entry(name.to_owned()).or_insert(next)
+        Ok(*self.registers.entry(name.to_owned()).or_insert(next))
     }
 
     fn operand(&mut self, text: &str) -> Result<Operand> {
@@ -102,12 +128,9 @@ impl Reader {
             "%nctaid" => Operand::Special(Special::Blocks(axis)),
             "%laneid" => Operand::Special(Special::Lane),
             "WARP_SZ" => Operand::Value(32),
-            _ if text.starts_with('%') => Operand::Register(self.register(text)),
             _ => match (immediate(text), self.symbols.get(text)) {
                 (Some(value), _) | (None, Some(&value)) => Operand::Value(value),
-                // Registers that inline assembly declares have no `%`.
-                _ if text.chars().all(is_name) => Operand::Register(self.register(text)),
-                _ => return Err(format!("operand {text}")),
+                _ => Operand::Register(self.register(text)?),
             },
         })
     }
@@ -143,7 +166,7 @@ impl Reader {
         let (guard, line) = match line.strip_prefix('@') {
             Some(rest) => {
                 let (name, rest) = rest.split_once(char::is_whitespace).ok_or("a guard of nothing")?;
-                (Some((self.register(name.trim_start_matches('!')), name.starts_with('!'))), rest.trim())
+                (Some((self.register(name.trim_start_matches('!'))?, name.starts_with('!'))), rest.trim())
             }
             None => (None, line),
         };
@@ -159,9 +182,10 @@ impl Reader {
             "bra" => Op::Branch(*self.labels.get(at(0)?).ok_or("an unknown label")?),
             "ret" | "exit" => Op::Exit,
             "trap" | "call" => Op::Fail,
-            "bar" | "barrier" if !has("warp") => Op::Barrier,
+            "bar" | "barrier" if has("warp") => Op::AwaitLanes(self.operand(at(0)?)?),
+            "bar" | "barrier" if opcode.kind() == "sync" && operands == ["0"] => Op::Barrier,
             "griddepcontrol" if has("wait") => Op::AwaitPrevious,
-            "bar" | "membar" | "fence" | "griddepcontrol" | "prefetch" => Op::Nothing,
+            "membar" | "fence" | "griddepcontrol" | "prefetch" => Op::Nothing,
             "cp" if has("commit_group") => Op::CommitCopies,
             "cp" if has("wait_group") => {
                 Op::AwaitCopies(immediate(at(0)?).ok_or("a number of groups")? as usize)
@@ -172,12 +196,18 @@ impl Reader {
                 bytes: immediate(at(2)?).ok_or("a number of bytes")? as usize,
                 of: self.operand(at(3).or(at(2))?)?,
             },
-            "ld" => Op::Load {
-                to: self.targets(at(0)?)?,
-                from: self.address(at(1)?, opcode.space())?,
-                bytes: size_of(opcode.kind())?,
-                is_signed: opcode.kind().starts_with('s'),
-            },
+            "ld" => {
+                let name = at(0)?.trim_start_matches('{').split([',', '}']).next().unwrap_or("");
+                let bits = self.bits_of(name).ok_or("no register")?;
+                Op::Load {
+                    to: self.targets(at(0)?)?,
+                    from: self.address(at(1)?, opcode.space())?,
+                    bytes: size_of(opcode.kind())?,
+                    sign_bits: opcode.kind().starts_with('s').then_some(bits),
+                }
+            }
+            // What a function is called with: here only one that gives up.
+            "st" if has("param") => Op::Nothing,
             "st" => Op::Store {
                 to: self.address(at(0)?, opcode.space())?,
                 of: self.vector(at(1)?)?,
@@ -188,10 +218,12 @@ impl Reader {
             "vote" => Op::Vote {
                 to: self.target(at(0)?)?,
                 of: self.operand(at(1)?)?,
+                members: self.operand(at(2)?)?,
                 mode: match () {
                     () if has("ballot") => Vote::Ballot,
                     () if has("any") => Vote::Any,
-                    () => Vote::All,
+                    () if has("all") => Vote::All,
+                    () => return Err("an unknown vote".into()),
                 },
             },
             "mma" if has("m16n8k16") && has("row") && has("col") && opcode.kind() == "f32" => Op::Multiply {
@@ -208,7 +240,8 @@ impl Reader {
             },
             "mov" if at(0)?.starts_with('{') => {
                 let names = at(0)?.trim_matches(['{', '}']).split(',').map(str::trim);
-                let to: Vec<_> = names.map(|name| (name != "_").then(|| self.register(name))).collect();
+                let to = names.map(|name| (name != "_").then(|| self.register(name)).transpose());
+                let to = to.collect::<Result<Vec<_>>>()?;
                 let bits = 8 * size_of(opcode.kind())? as u32 / to.len() as u32;
                 Op::Split { to, of: self.operand(at(1)?)?, bits }
             }
@@ -217,11 +250,15 @@ impl Reader {
                 let bits = 8 * size_of(opcode.kind())? as u32 / of.len() as u32;
                 Op::Join { to: self.target(at(0)?)?, of, bits }
             }
-            "selp" => Op::Select {
-                to: self.target(at(0)?)?,
-                of: [self.operand(at(1)?)?, self.operand(at(2)?)?],
-                by: self.operand(at(3)?)?,
-            },
+            "selp" => {
+                let of = [self.operand(at(1)?)?, self.operand(at(2)?)?];
+                let bits = 8 * size_of(opcode.kind())?;
+                let narrow = |operand| match operand {
+                    Operand::Value(value) => Operand::Value(value & u64::MAX >> (64 - bits)),
+                    other => other,
+                };
+                Op::Select { to: self.target(at(0)?)?, of: of.map(narrow), by: self.operand(at(3)?)? }
+            }
             _ => self.lanewise(opcode, operands)?,
         })
     }
@@ -247,6 +284,7 @@ impl Reader {
                 of = [self.operand(a)?, self.operand(b)?, Operand::Value(place)];
                 lanewise(&opcode.parts).ok_or("an unknown instruction")?
             }
+            ("setp", [_, _, _]) => return Err("a comparison joined with another".into()),
             (_, operands) if operands.len() <= 3 => {
                 for (of, text) in of.iter_mut().zip(operands) {
                     *of = match (self.operand(text)?, opcode.kind()) {
@@ -282,7 +320,7 @@ impl Reader {
     }
 
     fn shuffle(&mut self, opcode: &Opcode, operands: &[String]) -> Result<Op> {
-        let [to, of, by, clamp, ..] = operands else { return Err("too few operands".into()) };
+        let [to, of, by, clamp, members] = operands else { return Err("not five operands".into()) };
         let (to, is_valid) = match to.split_once('|') {
             Some((to, is_valid)) => (to, Some(self.target(is_valid)?)),
             None => (to.as_str(), None),
@@ -293,8 +331,9 @@ impl Reader {
             () if opcode.has("up") => Shuffle::Up,
             () => Shuffle::Index,
         };
-        let [of, by, clamp] = [self.operand(of)?, self.operand(by)?, self.operand(clamp)?];
-        Ok(Op::Shuffle { to: self.target(to)?, is_valid, of, by, clamp, mode })
+        let [of, by] = [self.operand(of)?, self.operand(by)?];
+        let [clamp, members] = [self.operand(clamp)?, self.operand(members)?];
+        Ok(Op::Shuffle { to: self.target(to)?, is_valid, of, by, clamp, members, mode })
     }
 }
 

@@ -38,7 +38,7 @@ __device__ inline void load_tile(u16 *tile, const u16 *from, u32 stride, u32 sta
 }
 
 // A block for `TILE` x STACK queries of one head, a warp for 16 x STACK of them: what it loads of keys and values serves all of these. D is
-// `d` rounded up to a multiple of 16.
+// the next width there is for `d`.
 template <typename T, u32 D, u32 STACK>
 __device__ void attend(const u16 *q, const u16 *k, const u16 *v, u16 *out, const Sizes &sizes) {
   __shared__ __align__(16) u16 keys[TILE * (D + 8)], values[TILE * (D + 8)];

@@ -1,4 +1,5 @@
-// What of the logits is looked at by the host. Both kernels: a block a row of `x` [rows, stride], whose first `width` numbers count.
+// What becomes of logits before the host looks at them: `x` [rows, stride], of whose rows the first `width` numbers count. The kernels that
+// search have a block a row.
 
 #define NONE __uint_as_float(0xff800000u)
 
