@@ -11,6 +11,7 @@ mod limits;
 mod logits;
 pub mod logprobs;
 pub mod observer;
+mod request_table;
 pub mod runner;
 pub mod sampler;
 pub mod worker;

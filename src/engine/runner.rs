@@ -16,7 +16,8 @@ use super::{
 };
 use crate::{
     model::{
-        self, KvPool, ModelError, Result, SequenceInput, StepInput, Tap, VideoLanguageModel, VisualRows,
+        self, KvPool, ModelError, Result, SequenceInput, StepInput, Tap, Tensor, VideoLanguageModel,
+        VisualRows,
     },
     scheduler::{
         self, ComputeWork, EncodeWork, SamplingParams, Scheduler, SequenceId, TokenId, TokenLogprobs,
@@ -77,9 +78,15 @@ impl Runner {
         self.encoder.drop_video(digest);
     }
 
-    /// Encodes some frames; with the last of them also runs the connector.
-    pub fn encode(&mut self, work: &EncodeWork, video: &VideoInput) -> Result<()> {
-        let features = self.model.encode_frames(&video.frames, work.frames.clone(), self.tap.as_mut())?;
+    /// Features of the frames of each work. Keeps nothing.
+    pub fn encode(&mut self, works: &[EncodeWork], requests: &dyn Requests) -> Result<Vec<Tensor>> {
+        let video = |work: &EncodeWork| &requests.videos(work.sequence)[work.video];
+        let videos: Vec<_> = works.iter().map(|work| (&video(work).frames, work.frames.clone())).collect();
+        self.model.encode_videos(&videos, self.tap.as_mut())
+    }
+
+    /// Keeps what [`Runner::encode`] gave for a work; with a video's last frames runs the connector.
+    pub fn connect(&mut self, work: &EncodeWork, features: Tensor) -> Result<()> {
         self.encoder.push(work.digest, features);
         if work.is_last {
             let features = self.encoder.take_features(&work.digest)?;

@@ -15,20 +15,18 @@ use tokio::sync::{mpsc, watch};
 use super::{
     failure::{Failure, guarded, on_kernel_threads},
     fleet::Member,
-    guidance::Guide,
-    handle::{
-        EngineHandle, EngineLimits, EngineStatus, Place, PromptTimes, Submission, TokenEvent, VideoInput,
-    },
+    handle::{EngineHandle, EngineLimits, EngineStatus, PromptTimes, Submission, TokenEvent, VideoInput},
     limits::engine_limits,
     observer::{StepObserver, StepReport},
-    runner::{Requests, Runner, Sampled},
+    request_table::{Request, RequestTable},
+    runner::{Runner, Sampled},
 };
 use crate::{
     config::EngineConfig,
-    model::{KvDType, KvPool, Tap, VideoLanguageModel},
+    model::{KvDType, KvPool, Tap, Tensor, VideoLanguageModel},
     scheduler::{
-        ComputeWork, EncodeWork, SamplingParams, Scheduler, SchedulerLimits, SequenceId, SequenceSpec,
-        SequenceUpdate, StepPlan, StopReason, TokenId, VisualSpan,
+        ComputeWork, EncodeWork, Scheduler, SchedulerLimits, SequenceId, SequenceSpec, SequenceUpdate,
+        StepPlan, StopReason, TokenId, VisualSpan,
     },
 };
 
@@ -103,33 +101,6 @@ struct FailOnDrop(watch::Sender<EngineStatus>);
 impl Drop for FailOnDrop {
     fn drop(&mut self) {
         self.0.send_replace(EngineStatus::Failed);
-    }
-}
-
-/// What the worker keeps of a request.
-struct Request {
-    sampling: SamplingParams,
-    videos: Vec<VideoInput>,
-    guide: Option<Mutex<Guide>>,
-    events: mpsc::Sender<TokenEvent>,
-    /// Until they are told.
-    times: Option<PromptTimes>,
-    _place: Place,
-}
-
-struct RequestTable(HashMap<SequenceId, Request>);
-
-impl Requests for RequestTable {
-    fn sampling(&self, id: SequenceId) -> &SamplingParams {
-        &self.0[&id].sampling
-    }
-
-    fn videos(&self, id: SequenceId) -> &[VideoInput] {
-        &self.0[&id].videos
-    }
-
-    fn guide(&self, id: SequenceId) -> Option<&Mutex<Guide>> {
-        self.0[&id].guide.as_ref()
     }
 }
 
@@ -249,7 +220,7 @@ impl Worker {
         };
         plan.drop_videos.iter().for_each(|digest| self.runner.drop_video(digest));
         let start = Instant::now();
-        plan.encode.into_iter().for_each(|work| self.encode(work));
+        self.encode(plan.encode);
         report.encode_seconds = start.elapsed().as_secs_f64();
         let start = Instant::now();
         for work in &plan.compute[plan.num_decodes..] {
@@ -272,10 +243,31 @@ impl Worker {
         }
     }
 
-    fn encode(&mut self, work: EncodeWork) {
+    /// Encodes the frames of all works together. When that fails, each runs alone, so that only the culprits fail.
+    fn encode(&mut self, mut works: Vec<EncodeWork>) {
+        works.retain(|work| self.scheduler.sequence(work.sequence).is_some());
+        if works.is_empty() || self.lost_device.is_some() {
+            return;
+        }
         let start = Instant::now();
-        let outcome =
-            on_kernel_threads(|| self.runner.encode(&work, &self.requests.videos(work.sequence)[work.video]));
+        match on_kernel_threads(|| self.runner.encode(&works, &self.requests)) {
+            Ok(features) => works
+                .into_iter()
+                .zip(features)
+                .for_each(|(work, features)| self.connect(work, features, start)),
+            Err(failure) if works.len() == 1 || failure.is_fatal => {
+                self.fail(&StepPlan { encode: works, ..StepPlan::default() }, failure)
+            }
+            Err(_) => works.into_iter().for_each(|work| self.encode(vec![work])),
+        }
+    }
+
+    fn connect(&mut self, work: EncodeWork, features: Tensor, start: Instant) {
+        // What was encoded with it may have failed it.
+        if self.scheduler.sequence(work.sequence).is_none() || self.lost_device.is_some() {
+            return;
+        }
+        let outcome = on_kernel_threads(|| self.runner.connect(&work, features));
         self.note(work.sequence, |times| times.encoded(start));
         let part = StepPlan { encode: vec![work], ..StepPlan::default() };
         match outcome {

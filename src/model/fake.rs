@@ -28,7 +28,7 @@ pub struct FakeModel {
     slots: Vec<Option<(u32, u32)>>,
     /// Sleep of every call.
     pub step_delay: Duration,
-    /// A step whose rows hold this token fails.
+    /// A step whose rows hold this token fails, and so does the encoding of frames that begin with it.
     pub poison: Option<u32>,
     /// A step whose rows hold this token loses the device.
     pub device_poison: Option<u32>,
@@ -96,6 +96,9 @@ impl VideoLanguageModel for FakeModel {
 
     fn encode_frames(&mut self, frames: &FrameBatch, range: Range<usize>, _: &mut dyn Tap) -> Result<Tensor> {
         std::thread::sleep(self.step_delay);
+        if self.poison.is_some_and(|poison| u32::from(frames.frames(range.clone())[0]) == poison) {
+            return Err(ModelError::Msg("a poisoned pixel".into()));
+        }
         // One feature a frame: its mean.
         let means: Vec<f32> = range
             .map(|frame| {

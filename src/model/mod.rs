@@ -177,6 +177,15 @@ pub trait VideoLanguageModel: Send {
         tap: &mut dyn Tap,
     ) -> Result<Tensor>;
 
+    /// [`Self::encode_frames`] of several videos, where the model likes that at once. Returns the features of each.
+    fn encode_videos(
+        &mut self,
+        videos: &[(&FrameBatch, Range<usize>)],
+        tap: &mut dyn Tap,
+    ) -> Result<Vec<Tensor>> {
+        videos.iter().map(|(frames, range)| self.encode_frames(frames, range.clone(), tap)).collect()
+    }
+
     /// Runs the connector over the features of a whole video. Returns `[visual_tokens, hidden_size]`.
     fn connect(&mut self, features: &Tensor, tap: &mut dyn Tap) -> Result<Tensor>;
 

@@ -144,6 +144,23 @@ async fn a_failing_sequence_fails_alone() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_video_that_cannot_be_encoded_fails_alone() {
+    let mut model = FakeModel::saying(&"x".repeat(40));
+    model.poison = Some(u32::from(b'#'));
+    model.step_delay = Duration::from_millis(2);
+    let (handle, _thread, report) = start(model, EngineConfig::default());
+    let (good, bad, late) = tokio::join!(
+        reply(&handle, with_video("good", 1, 60)),
+        reply(&handle, with_video("bad", b'#', 60)),
+        reply(&handle, with_video("late", 2, 60))
+    );
+    assert_eq!((good.0.len(), good.1), (40, Ok(StopReason::EndOfSequence)));
+    assert_eq!(bad, (String::new(), Err("a poisoned pixel".into())));
+    assert_eq!((late.0.len(), late.1), (40, Ok(StopReason::EndOfSequence)));
+    until_idle(&report).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_lost_device_fails_everything_once_and_stops_the_engine() {
     let mut model = FakeModel::saying(&"x".repeat(400));
     model.device_poison = Some(u32::from(b'#'));

@@ -149,10 +149,26 @@ impl VideoLanguageModel for DeviceModel {
         range: std::ops::Range<usize>,
         tap: &mut dyn Tap,
     ) -> Result<Tensor> {
-        let features = self.vision_tower.forward(frames, range, tap)?;
+        Ok(self.encode_videos(&[(frames, range)], tap)?.remove(0))
+    }
+
+    fn encode_videos(
+        &mut self,
+        videos: &[(&FrameBatch, std::ops::Range<usize>)],
+        tap: &mut dyn Tap,
+    ) -> Result<Vec<Tensor>> {
+        let features = self.vision_tower.forward(videos, tap)?;
         // Otherwise its time and its errors would be the next work's, which belongs to another sequence.
         self.device.synchronize()?;
-        Ok(features)
+        let num_frames: usize = videos.iter().map(|(_, range)| range.len()).sum();
+        let patches = features.dim(0)? / num_frames.max(1);
+        let mut start = 0;
+        let own = |(_, range): &(&FrameBatch, std::ops::Range<usize>)| {
+            let rows = range.len() * patches;
+            start += rows;
+            features.narrow(0, start - rows, rows)
+        };
+        videos.iter().map(own).collect()
     }
 
     fn connect(&mut self, features: &Tensor, tap: &mut dyn Tap) -> Result<Tensor> {

@@ -2,6 +2,8 @@
 //!
 //! Called by [`super`]. Frames arrive as bytes and become pixel values there.
 
+use std::ops::Range;
+
 use candle_core::DType;
 
 use super::{
@@ -49,14 +51,9 @@ impl VisionTower {
         })
     }
 
-    /// Features of some frames: `[frames x (patches - 1), hidden]`. The first patch of each frame is dropped.
-    pub fn forward(
-        &self,
-        frames: &FrameBatch,
-        range: std::ops::Range<usize>,
-        tap: &mut dyn Tap,
-    ) -> Result<Tensor> {
-        let pixel_values = self.pixel_values(frames, range)?;
+    /// Features of some frames of videos: `[frames x (patches - 1), hidden]`. The first patch of each frame is dropped.
+    pub fn forward(&self, videos: &[(&FrameBatch, Range<usize>)], tap: &mut dyn Tap) -> Result<Tensor> {
+        let pixel_values = self.pixel_values(videos)?;
         show(tap, "pixel_values", None, &pixel_values)?;
         let mut x = self.embed(&pixel_values)?;
         show(tap, "vision_hidden", Some(0), &x.flatten_to(1)?)?;
@@ -73,10 +70,14 @@ impl VisionTower {
     }
 
     /// Normalised pixels `[frames, 3, size, size]` in f32: only bytes travel to the device.
-    fn pixel_values(&self, frames: &FrameBatch, range: std::ops::Range<usize>) -> Result<Tensor> {
-        let (count, size) = (range.len(), self.config.image_size);
-        let bytes = frames.frames(range);
-        let bytes = Tensor::from_slice(bytes, bytes.len(), self.byte_values.device())?;
+    fn pixel_values(&self, videos: &[(&FrameBatch, Range<usize>)]) -> Result<Tensor> {
+        let (count, size) =
+            (videos.iter().map(|(_, range)| range.len()).sum::<usize>(), self.config.image_size);
+        let upload = |(frames, range): &(&FrameBatch, Range<usize>)| {
+            let bytes = frames.frames(range.clone());
+            Tensor::from_slice(bytes, bytes.len(), self.byte_values.device())
+        };
+        let bytes = Tensor::cat(&videos.iter().map(upload).collect::<Result<Vec<_>>>()?, 0)?;
         // Not by the bytes themselves: the largest index of a type stands for nothing, and gives 0.
         let values = self.byte_values.index_select(&bytes.to_dtype(DType::U32)?, 0)?;
         values.reshape((count, size, size, 3))?.permute((0, 3, 1, 2))
