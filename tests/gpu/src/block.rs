@@ -106,8 +106,8 @@ fn lanes(mask: u32) -> impl Iterator<Item = usize> {
 }
 
 impl Block<'_> {
-    /// `registers` are those of the block before: a kernel that looks at one that it has not written may be told anything.
-    /// Whether it has waited for the kernel before.
+    /// Tells whether a warp has waited for the kernel before. `registers` are those of another block: a kernel that looks at one
+    /// that it has not written may find anything.
     fn run(&mut self, threads: u32, registers: &mut Vec<Vec<Row>>) -> Result<bool> {
         let kernel = self.launch.kernel;
         let num_warps = threads.div_ceil(LANES as u32);
