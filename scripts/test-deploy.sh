@@ -4,12 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 need() { # PROGRAM PACKAGE
-  command -v "$1" >/dev/null && return
-  as_root=()
-  [ "$(id -u)" -eq 0 ] || as_root=(sudo)
-  echo "Installing $2 with apt-get (needed for $1)…"
-  "${as_root[@]}" apt-get update -qq
-  DEBIAN_FRONTEND=noninteractive "${as_root[@]}" apt-get install -y -qq --no-install-recommends "$2" >/dev/null
+  command -v "$1" >/dev/null || scripts/install.sh "for $1" "$2"
 }
 
 echo "Prometheus: the configuration, the rules, and each alert when it must fire and when it must not"

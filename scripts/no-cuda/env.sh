@@ -4,9 +4,5 @@ no_cuda=$(dirname "$(realpath "${BASH_SOURCE[0]}")")
 target=${CARGO_TARGET_DIR:-target}
 NVRTC_DIR=$(realpath -m "$target/nvrtc") PATH=$no_cuda:$PATH
 export NVRTC_DIR PATH CUDA_COMPUTE_CAP=90
-if ! python3 -m pip --version >/dev/null 2>&1; then
-  echo "Installing python3-pip with apt-get (needed to fetch NVRTC)…"
-  as_root=$([ "$(id -u)" -eq 0 ] || echo sudo)
-  $as_root apt-get update -qq && $as_root apt-get install -y -qq --no-install-recommends python3-pip >/dev/null
-fi
+python3 -m pip --version >/dev/null 2>&1 || "$no_cuda/../install.sh" "to fetch NVRTC" python3-pip
 "$no_cuda/ptx.py" fetch

@@ -3,11 +3,11 @@
 //!
 //! Made by the runner for each step. Chooses nothing but largest logits.
 
-use super::sampler::{self, Adjustment, Few};
+use super::sampler::{self, Few};
 use crate::{
     model::{
         Result, Tensor,
-        device::{self, Change},
+        device::{self, Adjustment},
     },
     scheduler::TokenId,
 };
@@ -76,38 +76,34 @@ impl Logits {
     }
 
     fn fetch_from_device(logits: &Tensor, num_ids: usize, needed: &[Needed]) -> Result<Self> {
-        let changes = needed.iter().enumerate().flat_map(|(row, needed)| {
-            let of_row =
-                move |&Adjustment { id, factor, shift }: &Adjustment| Change { row, id, factor, shift };
-            needed.adjustments().iter().filter(|one| (one.id as usize) < num_ids).map(of_row)
+        let of_rows = needed.iter().enumerate().flat_map(|(row, needed)| {
+            let known = needed.adjustments().iter().filter(|one| (one.id as usize) < num_ids);
+            known.map(move |&one| (row, one))
         });
-        let tensor = device::adjust(logits, &changes.collect::<Vec<_>>())?;
-        let mut rows: Vec<Option<Place>> = vec![None; needed.len()];
+        let tensor = device::adjust(logits, &of_rows.collect::<Vec<_>>())?;
+        let (mut largest, mut few) = (vec![], vec![]);
         if needed.iter().any(|needed| matches!(needed, Needed::Largest(_))) {
-            for ((place, (id, largest)), needed) in
-                rows.iter_mut().zip(device::largest(&tensor, num_ids)?).zip(needed)
-            {
-                if matches!(needed, Needed::Largest(_)) {
-                    // The largest itself tells whether there is one.
-                    *place =
-                        Some(if largest > f32::NEG_INFINITY { Place::Largest(id) } else { Place::Nothing });
-                }
-            }
+            largest = device::largest(&tensor, num_ids)?;
         }
         if needed.iter().any(|needed| matches!(needed, Needed::Few(..))) {
             let temperature =
                 |needed: &Needed| if let Needed::Few(degrees, _) = needed { *degrees } else { 1.0 };
             let temperatures: Vec<f32> = needed.iter().map(temperature).collect();
-            let all = device::few_largest(&tensor, num_ids, sampler::FEW, &temperatures)?;
-            for ((place, few), needed) in rows.iter_mut().zip(all).zip(needed) {
-                if let (Needed::Few(..), Some((logits, total))) = (needed, few) {
-                    *place = Some(match logits.iter().any(|&(_, logit)| logit > f32::NEG_INFINITY) {
-                        true => Place::Few(Few { logits, total: f64::from(total) }),
-                        false => Place::Nothing,
-                    });
-                }
-            }
+            few = device::few_largest(&tensor, num_ids, sampler::FEW, &temperatures)?;
         }
+        let place = |(row, needed): (usize, &Needed)| match needed {
+            // The largest itself tells whether there is one.
+            Needed::Largest(_) if largest[row].1 > f32::NEG_INFINITY => Some(Place::Largest(largest[row].0)),
+            Needed::Largest(_) => Some(Place::Nothing),
+            Needed::Few(..) => {
+                let (logits, total) = few[row].take()?;
+                let is_any = logits.iter().any(|&(_, logit)| logit > f32::NEG_INFINITY);
+                let few = Few { logits, total: f64::from(total) };
+                Some(if is_any { Place::Few(few) } else { Place::Nothing })
+            }
+            Needed::All => None,
+        };
+        let rows: Vec<Option<Place>> = needed.iter().enumerate().map(place).collect();
         let whole: Vec<usize> = (0..rows.len()).filter(|&row| rows[row].is_none()).collect();
         let rows = rows.into_iter().map(|row| row.unwrap_or(Place::Nothing)).collect();
         let mut all = Logits { tensor, num_ids, rows };

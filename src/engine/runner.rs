@@ -2,7 +2,7 @@
 //!
 //! Owned by the worker's thread. Decides nothing: the plan says what runs.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use candle_core::Device;
 use rayon::iter::{IntoParallelIterator, IntoParallelRefIterator, ParallelIterator};
@@ -120,7 +120,7 @@ impl Runner {
             let sequence = planned(scheduler, work);
             let is_free = |guide: &Mutex<Guide>| {
                 let (completion, num_left) = (sequence.completion(), num_left(sequence, params));
-                guide.lock().unwrap_or_else(PoisonError::into_inner).is_free(completion, num_left)
+                locked(guide).is_free(completion, num_left)
             };
             if is_here || logprobs::is_asked_for(params) || !requests.guide(work.sequence).is_none_or(is_free)
             {
@@ -199,6 +199,10 @@ fn planned<'a>(scheduler: &'a Scheduler, work: &ComputeWork) -> &'a Sequence {
     scheduler.sequence(work.sequence).expect("a planned sequence is unknown: this is a bug")
 }
 
+fn locked(guide: &Mutex<Guide>) -> MutexGuard<'_, Guide> {
+    guide.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// Tokens that may come.
 fn num_left(sequence: &Sequence, params: &SamplingParams) -> usize {
     params.max_tokens - sequence.completion().len()
@@ -225,9 +229,8 @@ fn sample(
     let token = match requests.guide(work.sequence) {
         None => sample(Allowed::All),
         Some(guide) => {
-            let mut guide = guide.lock().unwrap_or_else(PoisonError::into_inner);
             let completion = sequence.completion();
-            guide.choose(completion, num_left(sequence, params), sample)
+            locked(guide).choose(completion, num_left(sequence, params), sample)
         }
     };
     Ok(Some(Sampled { token, logprobs: logprobs::report(row, params, token) }))

@@ -13,7 +13,10 @@ use rand_chacha::{
 use toktrie::SimpleVob;
 
 use super::guidance::Allowed;
-use crate::scheduler::{SamplingParams, TokenId, VISUAL_TOKEN};
+use crate::{
+    model::device::Adjustment,
+    scheduler::{SamplingParams, TokenId, VISUAL_TOKEN},
+};
 
 /// Chooses the token that follows `tokens` (prompt and completion; the completion starts at `num_prompt_tokens`).
 /// `logits` holds the ids that may be sampled, and no others; `allowed` narrows them down.
@@ -29,10 +32,8 @@ pub fn sample(
     }
     let adjustments = adjustments(params, tokens, num_prompt_tokens);
     let mut adjusted = (!adjustments.is_empty()).then(|| logits.to_vec());
-    for Adjustment { id, factor, shift } in adjustments {
-        if let Some(logit) = adjusted.as_mut().and_then(|logits| logits.get_mut(id as usize)) {
-            *logit = if *logit > 0.0 { *logit / factor } else { *logit * factor } + shift;
-        }
+    if let Some(logits) = &mut adjusted {
+        adjustments.into_iter().for_each(|adjustment| adjustment.apply(logits));
     }
     let again = matches!(allowed, Allowed::MaskAgain(_));
     if let Allowed::Mask(mask) | Allowed::MaskAgain(mask) = allowed {
@@ -89,14 +90,6 @@ pub const FEW: usize = 256;
 /// Whether a row's [`FEW`] largest logits, and the sum over all, are most probably all that these parameters need.
 pub fn needs_few(params: &SamplingParams) -> bool {
     params.temperature > 0.0 && params.top_k <= FEW
-}
-
-/// What is to be done to a logit: divided by `factor` if it is positive, else multiplied; then `shift` is added.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Adjustment {
-    pub id: TokenId,
-    pub factor: f32,
-    pub shift: f32,
 }
 
 /// Penalties and bias; one for each id that has any.

@@ -126,38 +126,28 @@ async fn many_sequences_with_dropped_streams_leave_nothing_behind() {
     assert_eq!(reply(&handle, text("still there?", 4)).await.0, "abcd");
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_failing_sequence_fails_alone() {
+/// Runs three sequences at once on a model that `#` fails: the second one, for this reason, and no other.
+async fn only_the_second_fails([good, bad, late]: [NewSequence; 3], reason: &str) {
     let mut model = FakeModel::saying(&"x".repeat(40));
     model.poison = Some(u32::from(b'#'));
     model.step_delay = Duration::from_millis(2);
     let (handle, _thread, report) = start(model, EngineConfig::default());
-    let (good, bad, late) = tokio::join!(
-        reply(&handle, text("good", 60)),
-        reply(&handle, text("b#d", 60)),
-        reply(&handle, text("late", 60))
-    );
+    let (good, bad, late) = tokio::join!(reply(&handle, good), reply(&handle, bad), reply(&handle, late));
     assert_eq!((good.0.len(), good.1), (40, Ok(StopReason::EndOfSequence)));
-    assert_eq!(bad, (String::new(), Err("a poisoned token".into())));
+    assert_eq!(bad, (String::new(), Err(reason.into())));
     assert_eq!((late.0.len(), late.1), (40, Ok(StopReason::EndOfSequence)));
     until_idle(&report).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_failing_sequence_fails_alone() {
+    only_the_second_fails([text("good", 60), text("b#d", 60), text("late", 60)], "a poisoned token").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_video_that_cannot_be_encoded_fails_alone() {
-    let mut model = FakeModel::saying(&"x".repeat(40));
-    model.poison = Some(u32::from(b'#'));
-    model.step_delay = Duration::from_millis(2);
-    let (handle, _thread, report) = start(model, EngineConfig::default());
-    let (good, bad, late) = tokio::join!(
-        reply(&handle, with_video("good", 1, 60)),
-        reply(&handle, with_video("bad", b'#', 60)),
-        reply(&handle, with_video("late", 2, 60))
-    );
-    assert_eq!((good.0.len(), good.1), (40, Ok(StopReason::EndOfSequence)));
-    assert_eq!(bad, (String::new(), Err("a poisoned pixel".into())));
-    assert_eq!((late.0.len(), late.1), (40, Ok(StopReason::EndOfSequence)));
-    until_idle(&report).await;
+    let sequences = [with_video("good", 1, 60), with_video("bad", b'#', 60), with_video("late", 2, 60)];
+    only_the_second_fails(sequences, "a poisoned pixel").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

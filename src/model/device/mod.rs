@@ -26,7 +26,7 @@ use super::{
 };
 use attention::{LayerCache, PagedAttention};
 use layers::Loader;
-pub use ops::{Candidates, Change, adjust, few_largest, largest};
+pub use ops::{Adjustment, Candidates, adjust, few_largest, largest};
 
 /// Keys and values of all layers, in device memory.
 #[derive(Debug, Clone)]

@@ -133,31 +133,36 @@ pub fn largest(logits: &Tensor, num_ids: usize) -> Result<Vec<(u32, f32)>> {
     Ok(ids.into_iter().zip(largest).collect())
 }
 
-/// What is to be done to a logit of a row: divided by `factor` if it is positive, else multiplied; then `shift` is added.
+/// What is to be done to the logit of an id: divided by `factor` if it is positive, else multiplied; then `shift` is added.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Change {
-    pub row: usize,
+pub struct Adjustment {
     pub id: u32,
     pub factor: f32,
     pub shift: f32,
 }
 
-/// `logits` `[rows, vocab]` in f32, changed, an id of a row at most once; on a device perhaps in their own place.
-pub fn adjust(logits: &Tensor, changes: &[Change]) -> Result<Tensor> {
-    if changes.is_empty() {
+impl Adjustment {
+    /// Does it, if `logits` have the id.
+    pub fn apply(self, logits: &mut [f32]) {
+        if let Some(logit) = logits.get_mut(self.id as usize) {
+            *logit = if *logit > 0.0 { *logit / self.factor } else { *logit * self.factor } + self.shift;
+        }
+    }
+}
+
+/// `logits` `[rows, vocab]` in f32, adjusted, an id of a row at most once; on a device perhaps in their own place.
+pub fn adjust(logits: &Tensor, of_rows: &[(usize, Adjustment)]) -> Result<Tensor> {
+    if of_rows.is_empty() {
         return Ok(logits.clone());
     }
     #[cfg(feature = "cuda")]
     if logits.device().is_cuda()
-        && let Some(adjusted) = super::cuda::fused::adjust(logits, changes)?
+        && let Some(adjusted) = super::cuda::fused::adjust(logits, of_rows)?
     {
         return Ok(adjusted);
     }
     let (mut rows, dims) = (logits.to_vec2::<f32>()?, logits.dims());
-    for change in changes {
-        let logit = &mut rows[change.row][change.id as usize];
-        *logit = if *logit > 0.0 { *logit / change.factor } else { *logit * change.factor } + change.shift;
-    }
+    of_rows.iter().for_each(|(row, adjustment)| adjustment.apply(&mut rows[*row]));
     Tensor::from_vec(rows.concat(), dims, logits.device())
 }
 

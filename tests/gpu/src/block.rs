@@ -105,6 +105,11 @@ fn lanes(mask: u32) -> impl Iterator<Item = usize> {
     (0..LANES).filter(move |lane| mask >> lane & 1 == 1)
 }
 
+/// Those of `mask` for which `holds`.
+fn lanes_where(mask: u32, holds: impl Fn(usize) -> bool) -> u32 {
+    lanes(mask).filter(|&lane| holds(lane)).fold(0, |all, lane| all | 1 << lane)
+}
+
 impl Block<'_> {
     /// Tells whether a warp has waited for the kernel before. `registers` are those of another block: a kernel that looks at one
     /// that it has not written may find anything.
@@ -136,8 +141,7 @@ impl Block<'_> {
     fn run_warp(&mut self, warp: &mut Warp) -> Result<()> {
         while warp.alive != 0 && !warp.is_at_barrier {
             let at = lanes(warp.alive).map(|lane| warp.pc[lane]).min().unwrap_or(0);
-            let mask =
-                lanes(warp.alive).filter(|&lane| warp.pc[lane] == at).fold(0, |all, lane| all | 1 << lane);
+            let mask = lanes_where(warp.alive, |lane| warp.pc[lane] == at);
             let others = lanes(warp.alive & !mask).map(|lane| warp.pc[lane]).min().unwrap_or(usize::MAX);
             self.run_lanes(warp, mask, at, others)?;
         }
@@ -153,8 +157,7 @@ impl Block<'_> {
                 None => mask,
                 Some((register, is_negated)) => {
                     let row = &warp.registers[register as usize];
-                    let holds = lanes(mask).filter(|&lane| (row[lane] & 1 == 1) != is_negated);
-                    holds.fold(0, |all, lane| all | 1 << lane)
+                    lanes_where(mask, |lane| (row[lane] & 1 == 1) != is_negated)
                 }
             };
             let mut parts = at + 1 >= others;

@@ -8,7 +8,7 @@ use candle_core::{D, DType};
 use super::{
     super::{
         super::{Result, Tensor},
-        ops::Change,
+        ops::Adjustment,
     },
     launch::{FUSED, Grid, LARGEST, address, address_or_none, count, ensure, fresh},
 };
@@ -201,21 +201,21 @@ pub fn few_largest(
     Ok(Some(out))
 }
 
-/// Changes `logits` `[rows, vocab]` in f32 where they lie.
-pub fn adjust(logits: &Tensor, changes: &[Change]) -> Result<Option<Tensor>> {
+/// Adjusts `logits` `[rows, vocab]` in f32 where they lie.
+pub fn adjust(logits: &Tensor, of_rows: &[(usize, Adjustment)]) -> Result<Option<Tensor>> {
     if !LARGEST.is_there(DType::F32) {
         return Ok(None);
     }
     let (rows, vocab) = rows_of_logits(logits, 0)?;
-    let fits = |change: &Change| change.row < rows && (change.id as usize) < vocab;
-    ensure(changes.iter().all(fits), "a change of a logit that there is not")?;
+    let fits = |(row, one): &(usize, Adjustment)| *row < rows && (one.id as usize) < vocab;
+    ensure(of_rows.iter().all(fits), "an adjustment of a logit that there is not")?;
     let words =
-        |change: &Change| [change.row as u32, change.id, change.factor.to_bits(), change.shift.to_bits()];
+        |&(row, one): &(usize, Adjustment)| [row as u32, one.id, one.factor.to_bits(), one.shift.to_bits()];
     let words =
-        Tensor::from_vec(changes.iter().flat_map(words).collect(), (changes.len(), 4), logits.device())?;
-    let number = count(changes.len())?;
+        Tensor::from_vec(of_rows.iter().flat_map(words).collect(), (of_rows.len(), 4), logits.device())?;
+    let number = count(of_rows.len())?;
     let arguments = [address(logits)?, address(&words)?, number.into(), count(vocab)?.into()];
-    // SAFETY: every change is of a logit that there is, as was looked at.
+    // SAFETY: every adjustment is of a logit that there is, as was looked at.
     unsafe {
         LARGEST.launch("adjust_f32", logits, Grid::rows(number.div_ceil(THREADS), THREADS), &arguments)
     }?;
@@ -322,17 +322,15 @@ mod tests {
         let Some(gpu) = testing::gpu() else { return };
         let values: Vec<f32> = (0..3 * 400).map(|i| ((i * 37) as f32 * 0.7).sin()).collect();
         let logits = Tensor::from_vec(values, (3, 400), &Device::Cpu).unwrap();
-        let changes: Vec<Change> = (0..900)
-            .map(|i| Change {
-                row: i % 3,
-                id: (i / 3) as u32,
-                factor: 1.0 + (i % 5) as f32,
-                shift: i as f32 - 450.0,
-            })
-            .collect();
-        let there = ops::adjust(&logits.to_device(&gpu).unwrap(), &changes).unwrap();
+        let adjustment = |i: usize| Adjustment {
+            id: (i / 3) as u32,
+            factor: 1.0 + (i % 5) as f32,
+            shift: i as f32 - 450.0,
+        };
+        let of_rows: Vec<_> = (0..900).map(|i| (i % 3, adjustment(i))).collect();
+        let there = ops::adjust(&logits.to_device(&gpu).unwrap(), &of_rows).unwrap();
         let there = there.to_vec2::<f32>().unwrap();
-        assert_eq!(there, ops::adjust(&logits, &changes).unwrap().to_vec2::<f32>().unwrap());
+        assert_eq!(there, ops::adjust(&logits, &of_rows).unwrap().to_vec2::<f32>().unwrap());
         assert_ne!(there, logits.to_vec2::<f32>().unwrap());
     }
 

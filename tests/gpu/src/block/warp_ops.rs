@@ -7,7 +7,7 @@ use super::{
     },
     Access, Block, Instruction, LANES, Op, Result, Row, Warp,
     execute::read,
-    lanes,
+    lanes, lanes_where,
 };
 
 /// Bytes of a row of a matrix that `ldmatrix` reads.
@@ -43,8 +43,7 @@ impl Block<'_> {
             Op::Vote { to, of, members, mode } => {
                 self.meet(warp, *members, active)?;
                 let row = self.row(warp, *of);
-                let yes =
-                    lanes(active).filter(|&lane| row[lane] & 1 == 1).fold(0, |all, lane| all | 1 << lane);
+                let yes = lanes_where(active, |lane| row[lane] & 1 == 1);
                 let value = match mode {
                     Vote::Ballot => yes,
                     Vote::Any => u32::from(yes != 0),
