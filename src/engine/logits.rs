@@ -1,34 +1,23 @@
-//! The logits of a step, wherever they lie: a device adjusts them and finds what is needed of each row, the largest or the few largest, and
-//! nothing else comes back; whole rows are copied to host memory where that is not enough.
+//! The logits of a step, wherever they lie: a device adjusts them and chooses tokens, and nothing else comes back; whole rows are copied
+//! to host memory where that is not enough.
 //!
-//! Made by the runner for each step. Chooses nothing but largest logits.
+//! Made by the runner for each step. Chooses nothing itself.
 
-use super::sampler::{self, Few};
 use crate::{
     model::{
         Result, Tensor,
-        device::{self, Adjustment},
+        device::{self, Adjustment, Draw, Readback},
     },
     scheduler::TokenId,
 };
 
-/// What is needed of a row, after what was adjusted.
+/// What is needed of a row.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Needed {
-    Largest(Vec<Adjustment>),
-    /// What is no smaller than the logit of rank [`sampler::FEW`], and the sum of all at a temperature.
-    Few(f32, Vec<Adjustment>),
+    /// The token, which a device can choose: after what is adjusted the largest logit's, or one that is drawn.
+    Token(Vec<Adjustment>, Option<Draw>),
     /// Everything, as the model gave it.
     All,
-}
-
-impl Needed {
-    fn adjustments(&self) -> &[Adjustment] {
-        match self {
-            Needed::Largest(adjustments) | Needed::Few(_, adjustments) => adjustments,
-            Needed::All => &[],
-        }
-    }
 }
 
 /// One row of a step.
@@ -38,9 +27,8 @@ pub(super) enum Row<'a> {
     Logits(&'a [f32]),
     /// The same, adjusted.
     Adjusted(&'a [f32]),
-    Few(&'a Few),
-    /// The id with the largest logit.
-    Largest(TokenId),
+    /// The token.
+    Token(TokenId),
     /// No logit is a number above minus infinity.
     Nothing,
 }
@@ -57,63 +45,73 @@ pub(super) struct Logits {
 #[derive(Debug, Clone)]
 enum Place {
     Host { logits: Vec<f32>, is_adjusted: bool },
-    Few(Few),
-    Largest(TokenId),
+    Token(TokenId),
     Nothing,
 }
 
-impl Logits {
-    /// `logits` `[rows, vocab]` in f32, of which ids below `num_ids` may be sampled, and what is needed of each row. What lies in host
-    /// memory already is neither looked at nor adjusted here.
-    pub(super) fn fetch(logits: &Tensor, num_ids: usize, needed: &[Needed]) -> Result<Self> {
-        if logits.device().is_cpu() {
-            let mut all =
-                Logits { tensor: logits.clone(), num_ids, rows: vec![Place::Nothing; needed.len()] };
-            all.copy(&(0..needed.len()).collect::<Vec<_>>(), |_| false)?;
-            return Ok(all);
-        }
-        Self::fetch_from_device(logits, num_ids, needed)
-    }
+/// Rows whose tokens a device is choosing.
+#[derive(Debug)]
+pub(super) struct Choosing {
+    logits: Logits,
+    needed: Vec<Needed>,
+    /// `[rows]` in u32.
+    token_ids: Tensor,
+}
 
-    fn fetch_from_device(logits: &Tensor, num_ids: usize, needed: &[Needed]) -> Result<Self> {
+impl Choosing {
+    /// Has a device adjust `logits` `[rows, vocab]` in f32, of which ids below `num_ids` may be sampled, and choose; does not wait for it.
+    pub(super) fn start(
+        logits: &Tensor,
+        num_ids: usize,
+        needed: Vec<Needed>,
+        readback: &mut Readback,
+    ) -> Result<Self> {
         let of_rows = needed.iter().enumerate().flat_map(|(row, needed)| {
-            let known = needed.adjustments().iter().filter(|one| (one.id as usize) < num_ids);
+            let adjustments: &[_] =
+                if let Needed::Token(adjustments, _) = needed { adjustments } else { &[] };
+            let known = adjustments.iter().filter(|one| (one.id as usize) < num_ids);
             known.map(move |&one| (row, one))
         });
         let tensor = device::adjust(logits, &of_rows.collect::<Vec<_>>())?;
-        let (mut largest, mut few) = (vec![], vec![]);
-        if needed.iter().any(|needed| matches!(needed, Needed::Largest(_))) {
-            largest = device::largest(&tensor, num_ids)?;
-        }
-        if needed.iter().any(|needed| matches!(needed, Needed::Few(..))) {
-            let temperature =
-                |needed: &Needed| if let Needed::Few(degrees, _) = needed { *degrees } else { 1.0 };
-            let temperatures: Vec<f32> = needed.iter().map(temperature).collect();
-            few = device::few_largest(&tensor, num_ids, sampler::FEW, &temperatures)?;
-        }
-        let place = |(row, needed): (usize, &Needed)| match needed {
-            // The largest itself tells whether there is one.
-            Needed::Largest(_) if largest[row].1 > f32::NEG_INFINITY => Some(Place::Largest(largest[row].0)),
-            Needed::Largest(_) => Some(Place::Nothing),
-            Needed::Few(..) => {
-                let (logits, total) = few[row].take()?;
-                let is_any = logits.iter().any(|&(_, logit)| logit > f32::NEG_INFINITY);
-                let few = Few { logits, total: f64::from(total) };
-                Some(if is_any { Place::Few(few) } else { Place::Nothing })
-            }
-            Needed::All => None,
-        };
-        let rows: Vec<Option<Place>> = needed.iter().enumerate().map(place).collect();
-        let whole: Vec<usize> = (0..rows.len()).filter(|&row| rows[row].is_none()).collect();
-        let rows = rows.into_iter().map(|row| row.unwrap_or(Place::Nothing)).collect();
-        let mut all = Logits { tensor, num_ids, rows };
-        all.copy(&whole, |row| needed[row] != Needed::All)?;
-        Ok(all)
+        let draw = |needed: &Needed| if let Needed::Token(_, draw) = needed { *draw } else { None };
+        let draws: Vec<_> = needed.iter().map(draw).collect();
+        let chosen = device::choose(&tensor, num_ids, &draws)?;
+        readback.start(&chosen)?;
+        let rows = vec![Place::Nothing; needed.len()];
+        Ok(Choosing { logits: Logits { tensor, num_ids, rows }, needed, token_ids: chosen.get(0)? })
     }
 
-    /// Has these rows whole, adjusted as they were.
-    pub(super) fn fetch_whole(&mut self, rows: &[usize]) -> Result<()> {
-        self.copy(rows, |_| true)
+    /// The tokens of all rows, `[rows]` in u32, if the device chooses them. They are those of [`Logits::row`] but for rows it cannot decide.
+    pub(super) fn token_ids(&self) -> Option<&Tensor> {
+        (!self.needed.contains(&Needed::All)).then_some(&self.token_ids)
+    }
+
+    /// Waits, and has what was not decided whole.
+    pub(super) fn finish(self, readback: &mut Readback) -> Result<Logits> {
+        let Choosing { mut logits, needed, .. } = self;
+        let chosen = readback.finish()?;
+        let (ids, bits) = chosen.split_at(needed.len());
+        let mut whole = Vec::new();
+        for (row, needed) in needed.iter().enumerate() {
+            let logit = f32::from_bits(bits[row]);
+            if *needed == Needed::All || logit.is_nan() {
+                whole.push(row);
+            } else if logit > f32::NEG_INFINITY {
+                logits.rows[row] = Place::Token(ids[row]);
+            }
+        }
+        logits.copy(&whole, |row| needed[row] != Needed::All)?;
+        Ok(logits)
+    }
+}
+
+impl Logits {
+    /// All of `logits` `[rows, vocab]` in f32, of which ids below `num_ids` may be sampled.
+    pub(super) fn whole(logits: &Tensor, num_ids: usize) -> Result<Self> {
+        let num_rows = logits.dim(0)?;
+        let mut all = Logits { tensor: logits.clone(), num_ids, rows: vec![Place::Nothing; num_rows] };
+        all.copy(&(0..num_rows).collect::<Vec<_>>(), |_| false)?;
+        Ok(all)
     }
 
     fn copy(&mut self, rows: &[usize], is_adjusted: impl Fn(usize) -> bool) -> Result<()> {
@@ -139,8 +137,7 @@ impl Logits {
     /// Row `index`.
     pub(super) fn row(&self, index: usize) -> Row<'_> {
         match &self.rows[index] {
-            Place::Largest(id) => Row::Largest(*id),
-            Place::Few(few) => Row::Few(few),
+            Place::Token(id) => Row::Token(*id),
             Place::Nothing => Row::Nothing,
             Place::Host { logits, is_adjusted: false } => Row::Logits(logits),
             Place::Host { logits, is_adjusted: true } => Row::Adjusted(logits),
@@ -161,67 +158,61 @@ mod tests {
     }
 
     const SHIFT: Adjustment = Adjustment { id: 0, factor: 2.0, shift: 4.0 };
+    const DRAW: Option<Draw> = Some(Draw { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, random: 0.5 });
 
-    #[test]
-    fn in_host_memory_every_row_is_as_it_was_without_the_ids_that_may_not_be_sampled() {
-        let needed =
-            [Needed::Largest(vec![]), Needed::All, Needed::Largest(vec![]), Needed::Few(1.0, vec![SHIFT])];
-        let fetched = Logits::fetch(&logits(), 3, &needed).unwrap();
-        assert!(matches!(fetched.row(0), Row::Logits([1.0, 5.0, 2.0])));
-        assert!(matches!(fetched.row(2), Row::Nothing));
-        assert!(matches!(fetched.row(3), Row::Logits([0.0, 1.0, 7.0])));
+    fn choose(needed: &[Needed]) -> Logits {
+        let mut readback = Readback::default();
+        let choosing = Choosing::start(&logits(), 3, needed.to_vec(), &mut readback).unwrap();
+        let expected = (!needed.contains(&Needed::All)).then_some(4);
+        assert_eq!(choosing.token_ids().map(|ids| ids.elem_count()), expected);
+        choosing.finish(&mut readback).unwrap()
     }
 
     #[test]
-    fn from_a_device_comes_what_is_needed_of_each_row() {
-        let rows = [(1, [1.0, 5.0, 2.0]), (0, [4.0, 3.0, 2.0]), (0, [0.0; 3]), (2, [0.0, 1.0, 7.0])];
-        let (largest, few, all) = (Needed::Largest(vec![]), Needed::Few(1.0, vec![]), Needed::All);
+    fn whole_rows_are_as_they_were_without_the_ids_that_may_not_be_sampled() {
+        let whole = Logits::whole(&logits(), 3).unwrap();
+        assert!(matches!(whole.row(0), Row::Logits([1.0, 5.0, 2.0])));
+        assert!(matches!(whole.row(2), Row::Nothing));
+        assert!(matches!(whole.row(3), Row::Logits([0.0, 1.0, 7.0])));
+    }
+
+    #[test]
+    fn a_device_gives_tokens_and_whole_rows_where_they_are_needed_or_it_cannot_decide() {
+        let expected = [(1, [1.0, 5.0, 2.0]), (0, [4.0, 3.0, 2.0]), (0, [0.0; 3]), (2, [0.0, 1.0, 7.0])];
+        let (largest, drawn) = (Needed::Token(vec![], None), Needed::Token(vec![], DRAW));
         for needed in [
-            [&largest, &all, &largest, &all],
+            [&largest, &Needed::All, &largest, &Needed::All],
             [&largest; 4],
-            [&all; 4],
-            [&few; 4],
-            [&few, &largest, &few, &all],
+            [&Needed::All; 4],
+            [&drawn; 4],
+            [&drawn, &largest, &drawn, &Needed::All],
         ] {
             let needed = needed.map(Clone::clone);
-            let fetched = Logits::fetch_from_device(&logits(), 3, &needed).unwrap();
-            for (row, (id, expected)) in rows.iter().enumerate() {
-                match fetched.row(row) {
+            let chosen = choose(&needed);
+            for (row, (id, logits)) in expected.iter().enumerate() {
+                match chosen.row(row) {
                     Row::Nothing => assert_eq!(row, 2),
-                    Row::Largest(largest) => {
-                        assert!(needed[row] == Needed::Largest(vec![]) && largest == *id)
-                    }
-                    Row::Few(candidates) => {
-                        let all: Vec<(TokenId, f32)> = (0..).zip(*expected).collect();
-                        assert!(needed[row] == few && candidates.logits == all);
-                        let weight = |logit: &f32| f64::from(logit - expected[*id as usize]).exp();
-                        assert!((candidates.total - expected.iter().map(weight).sum::<f64>()).abs() < 1e-6);
-                    }
-                    Row::Logits(values) => assert!(needed[row] == Needed::All && values == expected),
-                    Row::Adjusted(_) => panic!("nothing was adjusted"),
+                    Row::Token(token) => assert!(needed[row] == largest && token == *id),
+                    Row::Logits(values) => assert!(needed[row] == Needed::All && values == logits),
+                    // Nothing is drawn without a GPU.
+                    Row::Adjusted(values) => assert!(needed[row] == drawn && values == logits),
                 }
             }
         }
     }
 
     #[test]
-    fn on_a_device_rows_are_adjusted_but_for_those_that_are_needed_as_they_are() {
+    fn rows_are_adjusted_but_for_those_that_are_needed_as_they_are() {
         let beyond = Adjustment { id: 3, ..SHIFT };
-        let needed = [
-            Needed::Largest(vec![SHIFT, beyond]),
-            Needed::Few(2.0, vec![SHIFT]),
-            Needed::Few(1.0, vec![]),
+        let chosen = choose(&[
+            Needed::Token(vec![SHIFT, beyond], None),
+            Needed::Token(vec![SHIFT], DRAW),
+            Needed::Token(vec![], None),
             Needed::All,
-        ];
-        let mut fetched = Logits::fetch_from_device(&logits(), 3, &needed).unwrap();
-        assert!(matches!(fetched.row(0), Row::Largest(1)));
-        let Row::Few(few) = fetched.row(1) else { panic!("the few were asked for") };
-        assert_eq!(few.logits, [(0, 6.0), (1, 3.0), (2, 2.0)]);
-        let expected = 1.0 + (-1.5f64).exp() + (-2.0f64).exp();
-        assert!((few.total - expected).abs() < 1e-6);
-        assert!(matches!(fetched.row(3), Row::Logits([0.0, 1.0, 7.0])));
-        fetched.fetch_whole(&[0, 1]).unwrap();
-        assert!(matches!(fetched.row(0), Row::Adjusted([4.5, 5.0, 2.0])));
-        assert!(matches!(fetched.row(1), Row::Adjusted([6.0, 3.0, 2.0])));
+        ]);
+        assert!(matches!(chosen.row(0), Row::Token(1)));
+        assert!(matches!(chosen.row(1), Row::Adjusted([6.0, 3.0, 2.0])));
+        assert!(matches!(chosen.row(2), Row::Nothing));
+        assert!(matches!(chosen.row(3), Row::Logits([0.0, 1.0, 7.0])));
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! Called by `http` (the handle) and `cli`. Speaks integers only: no text, JSON or HTTP.
 
+mod ahead;
 mod encoder_cache;
 mod failure;
 mod fleet;

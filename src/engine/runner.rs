@@ -8,16 +8,18 @@ use candle_core::Device;
 use rayon::iter::{IntoParallelIterator, IntoParallelRefIterator, ParallelIterator};
 
 use super::{
+    ahead::{Ahead, Started, StartedRow},
     encoder_cache::EncoderCache,
     guidance::{Allowed, Guide},
     handle::VideoInput,
-    logits::{Logits, Needed, Row},
+    logits::{Choosing, Logits, Needed, Row},
     logprobs, sampler,
 };
 use crate::{
     model::{
         self, KvPool, ModelError, Result, SequenceInput, StepInput, Tap, Tensor, VideoLanguageModel,
         VisualRows,
+        device::{Readback, is_device_failure},
     },
     scheduler::{
         self, ComputeWork, EncodeWork, SamplingParams, Scheduler, SequenceId, TokenId, TokenLogprobs,
@@ -50,6 +52,8 @@ pub struct Runner {
     model: Box<dyn VideoLanguageModel>,
     pool: KvPool,
     encoder: EncoderCache,
+    ahead: Ahead,
+    readback: Readback,
     /// Ids the tokenizer knows: `[0, n)`.
     num_token_ids: usize,
     tap: Box<dyn Tap>,
@@ -70,7 +74,8 @@ impl Runner {
         tap: Box<dyn Tap>,
     ) -> Self {
         let num_token_ids = num_token_ids.min(model.shape().vocab_size);
-        Runner { model, pool, encoder: EncoderCache::default(), num_token_ids, tap }
+        let (encoder, ahead, readback) = Default::default();
+        Runner { model, pool, encoder, ahead, readback, num_token_ids, tap }
     }
 
     /// Forgets a video's encoded tokens.
@@ -105,51 +110,111 @@ impl Runner {
         scheduler: &Scheduler,
         requests: &dyn Requests,
     ) -> Result<Vec<Sampled>> {
-        let input = self.step_input(works, scheduler, requests)?;
-        let logits = self.model.forward(&input, &mut self.pool, self.tap.as_mut())?;
-        if input.logit_rows.is_empty() {
-            return Ok(Vec::new());
-        }
+        let Some(logits) = self.logits(works, scheduler, requests)? else { return Ok(Vec::new()) };
         if self.tap.is_watching() {
             self.tap.tensor("logits_last", None, &logits.to_device(&Device::Cpu)?);
         }
         let sampling: Vec<&ComputeWork> = works.iter().filter(|work| work.samples).collect();
-        let is_here = logits.device().is_cpu();
-        let needed = |work: &&ComputeWork| {
-            let params = requests.sampling(work.sequence);
-            let sequence = planned(scheduler, work);
-            let is_free = |guide: &Mutex<Guide>| {
-                let (completion, num_left) = (sequence.completion(), num_left(sequence, params));
-                locked(guide).is_free(completion, num_left)
+        let (logits, started) = if self.model.runs_ahead() {
+            let needed = |work: &&ComputeWork| needed(work, scheduler, requests);
+            let needed: Vec<Needed> = sampling.par_iter().map(needed).collect();
+            let readback = &mut self.readback;
+            let choosing = Choosing::start(&logits, self.num_token_ids, needed, readback)?;
+            let started = match choosing.token_ids() {
+                Some(ids) => self.start_next(works, ids, scheduler, requests)?,
+                None => None,
             };
-            if is_here || logprobs::is_asked_for(params) || !requests.guide(work.sequence).is_none_or(is_free)
-            {
-                return Needed::All;
-            }
-            let adjustments =
-                || sampler::adjustments(params, sequence.token_ids(), sequence.num_prompt_tokens());
-            match params.temperature <= 0.0 {
-                true => Needed::Largest(adjustments()),
-                false if sampler::needs_few(params) => Needed::Few(params.temperature, adjustments()),
-                false => Needed::All,
-            }
+            (choosing.finish(&mut self.readback)?, started)
+        } else {
+            (Logits::whole(&logits, self.num_token_ids)?, None)
         };
-        let needed: Vec<Needed> = sampling.par_iter().map(needed).collect();
-        let mut logits = Logits::fetch(&logits, self.num_token_ids, &needed)?;
-        let sample = |logits: &Logits, index: usize| {
-            let work = sampling[index];
-            sample(logits.row(index), work, scheduler, requests)
-        };
-        let mut sampled: Vec<Option<Sampled>> =
-            (0..sampling.len()).into_par_iter().map(|index| sample(&logits, index)).collect::<Result<_>>()?;
-        let undecided: Vec<usize> = (0..sampled.len()).filter(|&index| sampled[index].is_none()).collect();
-        logits.fetch_whole(&undecided)?;
-        let again = |&index: &usize| Ok((index, sample(&logits, index)?));
-        for (index, token) in undecided.par_iter().map(again).collect::<Result<Vec<_>>>()? {
-            sampled[index] = token;
+        if let Some((next, next_logits)) = started {
+            let token_of = |row| if let Row::Token(token) = logits.row(row) { Some(token) } else { None };
+            let rows = next.into_iter().map(|(row, work)| StartedRow {
+                sequence: work.sequence,
+                position: work.positions.start,
+                token: token_of(row),
+            });
+            self.ahead.keep(Started { rows: rows.zip(0..).collect(), logits: next_logits });
         }
-        let decided = |token: Option<_>| token.expect("all logits decide no token: this is a bug");
-        Ok(sampled.into_iter().map(decided).collect())
+        let sample = |index: usize| sample(logits.row(index), sampling[index], scheduler, requests);
+        (0..sampling.len()).into_par_iter().map(sample).collect()
+    }
+
+    /// The logits of the works that sample, `[works, vocab]`; none where none does.
+    fn logits(
+        &mut self,
+        works: &[ComputeWork],
+        scheduler: &Scheduler,
+        requests: &dyn Requests,
+    ) -> Result<Option<Tensor>> {
+        let Some(started) = self.ahead.take() else { return self.forward(works, scheduler, requests) };
+        let rows: Vec<Option<usize>> = works.iter().map(|work| started.row_of(work, scheduler)).collect();
+        let rest = works.iter().zip(&rows).filter(|(_, row)| row.is_none());
+        let rest: Vec<ComputeWork> = rest.map(|(work, _)| work.clone()).collect();
+        if rest.len() == works.len() {
+            return self.forward(works, scheduler, requests);
+        }
+        let others = if rest.is_empty() { None } else { self.forward(&rest, scheduler, requests)? };
+        let sampling: Vec<_> =
+            works.iter().zip(rows).filter(|(work, _)| work.samples).map(|(_, row)| row).collect();
+        started.merge(&sampling, others).map(Some)
+    }
+
+    fn forward(
+        &mut self,
+        works: &[ComputeWork],
+        scheduler: &Scheduler,
+        requests: &dyn Requests,
+    ) -> Result<Option<Tensor>> {
+        let input = self.step_input(works, scheduler, requests)?;
+        let logits = self.model.forward(&input, &mut self.pool, self.tap.as_mut())?;
+        Ok((!input.logit_rows.is_empty()).then_some(logits))
+    }
+
+    /// Starts what is most probably the next step, if it is of nothing but the next tokens of all sequences that run: `ids` `[works]` has the
+    /// tokens of `works`. Returns its works, each with the row of `works` it follows, and its logits.
+    fn start_next(
+        &mut self,
+        works: &[ComputeWork],
+        ids: &Tensor,
+        scheduler: &Scheduler,
+        requests: &dyn Requests,
+    ) -> Result<Option<(Vec<(usize, ComputeWork)>, Tensor)>> {
+        let is_all = works.len() == scheduler.num_running() && works.iter().all(|work| work.samples);
+        if !is_all || self.tap.is_watching() || !self.ahead.is_worth_while() {
+            return Ok(None);
+        }
+        // A sequence that ends with its longest completion has no room for more.
+        let goes_on =
+            |work: &ComputeWork| num_left(planned(scheduler, work), requests.sampling(work.sequence)) > 1;
+        let follow = |work: &ComputeWork| ComputeWork {
+            positions: work.positions.end..work.positions.end + 1,
+            ..work.clone()
+        };
+        let next: Vec<(usize, ComputeWork)> = works
+            .iter()
+            .enumerate()
+            .filter(|(_, work)| goes_on(work))
+            .map(|(row, work)| (row, follow(work)))
+            .collect();
+        if next.is_empty() {
+            return Ok(None);
+        }
+        let next_works: Vec<ComputeWork> = next.iter().map(|(_, work)| work.clone()).collect();
+        let mut input = self.step_input(&next_works, scheduler, requests)?;
+        input.ids_on_device = Some(if next.len() == works.len() {
+            ids.clone()
+        } else {
+            let rows: Vec<u32> = next.iter().map(|&(row, _)| row as u32).collect();
+            ids.index_select(&Tensor::from_vec(rows, next.len(), ids.device())?, 0)?
+        });
+        match self.model.forward(&input, &mut self.pool, self.tap.as_mut()) {
+            Ok(logits) => Ok(Some((next, logits))),
+            Err(error) if is_device_failure(&error) => Err(error),
+            // It fails again when it is planned, and then those who planned it know what to do.
+            Err(_) => Ok(None),
+        }
     }
 
     fn step_input(
@@ -168,7 +233,8 @@ impl Runner {
             let num_blocks = work.positions.end.div_ceil(block_size);
             input.block_tables.extend(&sequence.blocks()[..num_blocks]);
             for position in work.positions.clone() {
-                input.token_ids.push(sequence.token_ids()[position]);
+                // Of a step that is started ahead, the host does not know it yet.
+                input.token_ids.push(sequence.token_ids().get(position).copied().unwrap_or(0));
                 input.positions.push(position as u32);
                 let block = sequence.blocks()[position / block_size] as usize;
                 input.slot_mapping.push(block * block_size + position % block_size);
@@ -208,21 +274,35 @@ fn num_left(sequence: &Sequence, params: &SamplingParams) -> usize {
     params.max_tokens - sequence.completion().len()
 }
 
-/// The token that follows a sequence; none where the few largest logits do not decide it.
+/// What a device must give of the logits of a work.
+fn needed(work: &ComputeWork, scheduler: &Scheduler, requests: &dyn Requests) -> Needed {
+    let (sequence, params) = (planned(scheduler, work), requests.sampling(work.sequence));
+    let is_free =
+        |guide: &Mutex<Guide>| locked(guide).is_free(sequence.completion(), num_left(sequence, params));
+    let is_plain = !logprobs::is_asked_for(params) && requests.guide(work.sequence).is_none_or(is_free);
+    let tokens = sequence.token_ids();
+    let draw = sampler::draw_on_device(params, tokens.len());
+    if is_plain && (params.temperature <= 0.0 || draw.is_some()) {
+        Needed::Token(sampler::adjustments(params, tokens, sequence.num_prompt_tokens()), draw)
+    } else {
+        Needed::All
+    }
+}
+
+/// The token that follows a sequence.
 fn sample(
     row: Row<'_>,
     work: &ComputeWork,
     scheduler: &Scheduler,
     requests: &dyn Requests,
-) -> Result<Option<Sampled>> {
+) -> Result<Sampled> {
     let (sequence, params) = (planned(scheduler, work), requests.sampling(work.sequence));
     let (tokens, num_prompt) = (sequence.token_ids(), sequence.num_prompt_tokens());
-    let plain = |token| Some(Sampled { token, logprobs: None });
+    let plain = |token| Sampled { token, logprobs: None };
     let row = match row {
         Row::Logits(row) => row,
         Row::Adjusted(row) => return Ok(plain(sampler::sample_adjusted(row, params, tokens.len()))),
-        Row::Few(few) => return Ok(sampler::sample_few(few, params, tokens.len()).and_then(plain)),
-        Row::Largest(token) => return Ok(plain(token)),
+        Row::Token(token) => return Ok(plain(token)),
         Row::Nothing => return Err(ModelError::Msg("the model produced no finite logit".into())),
     };
     let sample = |allowed: Allowed<'_>| sampler::sample(row, params, tokens, num_prompt, allowed);
@@ -233,5 +313,5 @@ fn sample(
             locked(guide).choose(completion, num_left(sequence, params), sample)
         }
     };
-    Ok(Some(Sampled { token, logprobs: logprobs::report(row, params, token) }))
+    Ok(Sampled { token, logprobs: logprobs::report(row, params, token) })
 }

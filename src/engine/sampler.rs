@@ -14,7 +14,7 @@ use toktrie::SimpleVob;
 
 use super::guidance::Allowed;
 use crate::{
-    model::device::Adjustment,
+    model::device::{Adjustment, Draw, FEW},
     scheduler::{SamplingParams, TokenId, VISUAL_TOKEN},
 };
 
@@ -52,44 +52,11 @@ fn choose(logits: &[f32], params: &SamplingParams, random: f64) -> TokenId {
     if params.temperature <= 0.0 { argmax(logits) } else { draw(candidates(logits, params), random) }
 }
 
-/// Logits that a device found to be the largest.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Few {
-    /// Ids, ascending, and their logits: all that are no smaller than the smallest of them, and at least [`FEW`] if there are as many.
-    pub logits: Vec<(TokenId, f32)>,
-    /// Sum of `exp((logit - largest) / temperature)` over all ids.
-    pub total: f64,
-}
-
-/// [`sample_adjusted`] of a few logits: the same token as of all, or none where the choice may fall on others.
-pub fn sample_few(few: &Few, params: &SamplingParams, position: usize) -> Option<TokenId> {
-    let (ids, logits): (Vec<TokenId>, Vec<f32>) = few.logits.iter().copied().unzip();
-    let random = unit_random(params.seed, position);
-    let token = if params.top_k > 0 {
-        draw(candidates(&logits, params), random)
-    } else {
-        let all = SamplingParams { top_p: 1.0, min_p: 0.0, ..params.clone() };
-        let mut kept = candidates(&logits, &all);
-        let least = kept.iter().map(|&(_, weight)| weight).fold(f32::INFINITY, f32::min);
-        let reaches_top_p = params.top_p < 1.0 && keep_until(&mut kept, f64::from(params.top_p) * few.total);
-        if reaches_top_p || least < params.min_p {
-            kept.retain(|&(_, weight)| weight >= params.min_p);
-            draw(kept, random)
-        } else if params.top_p < 1.0 || params.min_p > 0.0 || !keep_until(&mut kept, random * few.total) {
-            return None;
-        } else {
-            kept.last()?.0
-        }
-    };
-    Some(ids[token as usize])
-}
-
-/// Most largest logits that [`needs_few`] may want.
-pub const FEW: usize = 256;
-
-/// Whether a row's [`FEW`] largest logits, and the sum over all, are most probably all that these parameters need.
-pub fn needs_few(params: &SamplingParams) -> bool {
-    params.temperature > 0.0 && params.top_k <= FEW
+/// How a device draws the token at `position`, if it can: its largest logits are most probably all that these parameters need.
+pub fn draw_on_device(params: &SamplingParams, position: usize) -> Option<Draw> {
+    let SamplingParams { temperature, top_k, top_p, min_p, seed, .. } = *params;
+    let fits = temperature > 0.0 && top_k <= FEW;
+    fits.then(|| Draw { temperature, top_k, top_p, min_p, random: unit_random(seed, position) })
 }
 
 /// Penalties and bias; one for each id that has any.
@@ -201,20 +168,20 @@ fn nth_largest(logits: &[f32], n: usize) -> f32 {
     *best.select_nth_unstable_by(n - 1, descending).1
 }
 
-/// Keeps the most probable tokens, in their order, until their weights reach `wanted`, and says whether they do.
-fn keep_until(kept: &mut Vec<(TokenId, f32)>, wanted: f64) -> bool {
+/// Keeps the most probable tokens, in their order, until their weights reach `wanted`.
+fn keep_until(kept: &mut Vec<(TokenId, f32)>, wanted: f64) {
     /// Of the most probable token's weight. Few tokens have more, and seldom are others needed.
     const LIKELY: f32 = 1.0 / 1024.0;
     let mut likely: Vec<(TokenId, f32)> =
         kept.iter().copied().filter(|&(_, weight)| weight >= LIKELY).collect();
     if keep_first(&mut likely, wanted) {
         *kept = likely;
-        return true;
+    } else {
+        keep_first(kept, wanted);
     }
-    keep_first(kept, wanted)
 }
 
-/// [`keep_until`] by sorting no more than it must.
+/// [`keep_until`] by sorting no more than it must. Says whether they reach it.
 fn keep_first(kept: &mut Vec<(TokenId, f32)>, wanted: f64) -> bool {
     let by_weight = |a: &(TokenId, f32), b: &(TokenId, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
     let mut head = 256;
@@ -300,22 +267,72 @@ mod tests {
         assert_eq!(drawn(SamplingParams { min_p: 0.3, ..params(1.0) }), 2);
     }
 
+    #[cfg(feature = "cuda")]
     #[test]
-    fn few_are_not_enough_where_any_logit_may_count() {
-        // Ten thousand logits, all equal: the 300 that are looked at weigh 300 of 10,000.
-        let few = Few { logits: (0..300).map(|id| (id, 1.0)).collect(), total: 10_000.0 };
-        let drawn = |params: SamplingParams| {
-            (0..1000)
-                .filter(|&seed| sample_few(&few, &SamplingParams { seed, ..params.clone() }, 7).is_some())
-                .count()
-        };
-        assert!((5..80).contains(&drawn(params(1.0))));
-        assert_eq!(drawn(SamplingParams { top_p: 0.04, ..params(1.0) }), 0);
-        assert_eq!(drawn(SamplingParams { min_p: 0.5, ..params(1.0) }), 0);
-        assert_eq!(drawn(SamplingParams { top_p: 0.02, ..params(1.0) }), 1000);
-        assert_eq!(drawn(SamplingParams { top_k: 50, ..params(1.0) }), 1000);
-        assert!(!needs_few(&SamplingParams { top_k: FEW + 1, ..params(1.0) }));
-        assert!(!needs_few(&SamplingParams { top_k: 50, ..params(0.0) }));
+    fn what_is_drawn_is_what_all_logits_give_or_nothing_where_there_is_a_gpu() {
+        use candle_core::Tensor;
+
+        use crate::model::device::{choose, cuda::testing};
+
+        let Some(gpu) = testing::gpu() else { return };
+        const VOCAB: usize = 3000;
+        const IDS: usize = 2900;
+        let noise = |i: usize| ((i * 37) as f32 * 0.7).sin();
+        // Peaked, spread, nearly flat, and flat; many that are equal; few that are above minus infinity; one that is no number; none that is one.
+        let kinds: [&dyn Fn(usize) -> f32; 8] = [
+            &|i| noise(i) * 30.0,
+            &|i| noise(i) * 6.0,
+            &|i| noise(i) * 0.1,
+            &|_| 1.0,
+            &|i| (noise(i) * 200.0).round() / 20.0,
+            &|i| if i % 500 == 3 { noise(i) * 3.0 } else { f32::NEG_INFINITY },
+            &|i| if i == 77 { f32::NAN } else { noise(i) },
+            &|_| f32::NEG_INFINITY,
+        ];
+        let all = [
+            params(1.0),
+            params(0.4),
+            SamplingParams { top_k: 1, ..params(1.0) },
+            SamplingParams { top_k: 40, ..params(1.3) },
+            SamplingParams { top_p: 0.9, ..params(1.0) },
+            SamplingParams { top_p: 0.02, min_p: 0.5, ..params(1.0) },
+            SamplingParams { min_p: 0.1, ..params(2.0) },
+            SamplingParams { top_k: FEW, top_p: 0.7, min_p: 0.01, ..params(0.8) },
+            SamplingParams { top_p: 0.95, top_k: 20, ..params(0.6) },
+            params(0.0),
+        ];
+        let mut num_drawn = vec![0; kinds.len()];
+        for seed in 0..6 {
+            for (number, params) in all.iter().enumerate() {
+                let params = SamplingParams { seed, ..params.clone() };
+                let rows: Vec<Vec<f32>> = kinds.iter().map(|logit| (0..VOCAB).map(logit).collect()).collect();
+                let logits = Tensor::new(rows.clone(), &gpu).unwrap();
+                // All rows but one as this request wants them, which is as greedy ones want it.
+                let draws: Vec<_> = (0..rows.len())
+                    .map(|row| draw_on_device(&params, row).filter(|_| row != number % rows.len()))
+                    .collect();
+                let chosen = choose(&logits, IDS, &draws).unwrap().to_vec2::<u32>().unwrap();
+                for (row, logits) in rows.iter().enumerate() {
+                    let (id, logit) = (chosen[0][row], f32::from_bits(chosen[1][row]));
+                    let context = format!("row {row} of seed {seed} by {params:?}");
+                    assert!((id as usize) < IDS, "{context}: {id}");
+                    if logit > f32::NEG_INFINITY {
+                        let greedy = SamplingParams::greedy(1);
+                        let params = if draws[row].is_some() { &params } else { &greedy };
+                        assert_eq!(id, sample_adjusted(&logits[..IDS], params, row), "{context}");
+                        assert_eq!(logit, logits[id as usize], "{context}");
+                        num_drawn[row] += usize::from(draws[row].is_some());
+                    } else {
+                        // Nothing to choose from, or it is not decided.
+                        assert_eq!(logit.is_nan(), row != 7, "{context}: {logit}");
+                    }
+                }
+            }
+        }
+        let most = all.len() * 6;
+        assert!([0, 1, 4, 5].iter().all(|&row| num_drawn[row] > most / 2), "{num_drawn:?}");
+        assert!((1..most / 2).contains(&num_drawn[2]), "{num_drawn:?}");
+        assert_eq!([3, 6, 7].map(|row| num_drawn[row]), [0; 3]);
     }
 
     #[test]
@@ -412,25 +429,6 @@ mod tests {
             let token = sample(&logits, &params, &[1, 0, 1], 1, Allowed::All);
             prop_assert_eq!(token, sample(&logits, &params, &[1, 0, 1], 1, Allowed::All));
             prop_assert!((token as usize) < logits.len());
-        }
-
-        #[test]
-        fn the_few_largest_give_the_token_that_all_give_or_none(
-            logits in prop::collection::vec(prop_oneof![-9.0f32..9.0, Just(8.5f32)], 1..2000), seed: u64,
-            top_k in prop_oneof![Just(0), 1..=FEW], top_p in 0.05f32..1.2, min_p in prop_oneof![Just(0.0f32), 0.0f32..0.5],
-        ) {
-            let params = SamplingParams { seed, top_k, top_p, min_p, ..params(0.8) };
-            prop_assert!(needs_few(&params));
-            let mut sorted = logits.clone();
-            sorted.sort_unstable_by(|a, b| b.total_cmp(a));
-            let least = sorted.get(FEW - 1).copied().unwrap_or(f32::NEG_INFINITY);
-            let few = Few {
-                logits: (0..).zip(logits.iter().copied()).filter(|one| one.1 >= least).collect(),
-                total: logits.iter().map(|logit| f64::from(((logit - sorted[0]) / 0.8).exp())).sum(),
-            };
-            let all = sample(&logits, &params, &[1, 0, 1], 1, Allowed::All);
-            let found = sample_few(&few, &params, 3);
-            prop_assert!(found == Some(all) || found.is_none() && top_k == 0 && (logits.len() > FEW || min_p > 0.0));
         }
 
         #[test]

@@ -3,7 +3,14 @@
 //! It keeps each token in the slot the engine names, reads the whole sequence back through the block table at
 //! every step, and panics when that is not what a sequence must look like. Used with the byte tokenizer.
 
-use std::{ops::Range, sync::Arc, time::Duration};
+use std::{
+    ops::Range,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
 use candle_core::Device;
 
@@ -26,6 +33,10 @@ pub struct FakeModel {
     prompt_end: Vec<u32>,
     /// Token and position each slot holds.
     slots: Vec<Option<(u32, u32)>>,
+    /// Whether it pretends to be on a device, and is to be told the next step before the last one was looked at.
+    pub runs_ahead: bool,
+    /// Rows it was given so far.
+    pub num_rows: Arc<AtomicUsize>,
     /// Sleep of every call.
     pub step_delay: Duration,
     /// A step whose rows hold this token fails, and so does the encoding of frames that begin with it.
@@ -60,6 +71,8 @@ impl FakeModel {
             reply,
             prompt_end,
             slots: Vec::new(),
+            runs_ahead: false,
+            num_rows: Arc::default(),
             step_delay: Duration::ZERO,
             poison: None,
             device_poison: None,
@@ -114,22 +127,31 @@ impl VideoLanguageModel for FakeModel {
         features.mean_all()?.broadcast_as((self.shape.visual_tokens, self.shape.hidden_size))?.contiguous()
     }
 
+    fn runs_ahead(&self) -> bool {
+        self.runs_ahead
+    }
+
     fn forward(&mut self, input: &StepInput, pool: &mut KvPool, _: &mut dyn Tap) -> Result<Tensor> {
         std::thread::sleep(self.step_delay);
+        self.num_rows.fetch_add(input.token_ids.len(), Ordering::Relaxed);
         let block_size = pool.block_size();
-        if self.poison.is_some_and(|poison| input.token_ids.contains(&poison)) {
+        let token_ids = match &input.ids_on_device {
+            Some(ids) => ids.to_vec1()?,
+            None => input.token_ids.clone(),
+        };
+        if self.poison.is_some_and(|poison| token_ids.contains(&poison)) {
             return Err(ModelError::Msg("a poisoned token".into()));
         }
-        if self.device_poison.is_some_and(|poison| input.token_ids.contains(&poison)) {
+        if self.device_poison.is_some_and(|poison| token_ids.contains(&poison)) {
             return Err(ModelError::Cuda("an illegal memory access".into()));
         }
         self.slots.resize(pool.num_blocks() * block_size, None);
         for (row, &slot) in input.slot_mapping.iter().enumerate() {
-            self.slots[slot] = Some((input.token_ids[row], input.positions[row]));
+            self.slots[slot] = Some((token_ids[row], input.positions[row]));
         }
         for visual in &input.visuals {
             assert!(
-                input.token_ids[visual.rows.clone()].iter().all(|&id| id == VISUAL_TOKEN),
+                token_ids[visual.rows.clone()].iter().all(|&id| id == VISUAL_TOKEN),
                 "embeddings over text"
             );
             assert_eq!(visual.embeddings.dims(), [visual.rows.len(), self.shape.hidden_size]);

@@ -124,6 +124,9 @@ pub struct StepInput {
     pub visuals: Vec<VisualRows>,
     /// Rows whose logits are wanted.
     pub logit_rows: Vec<usize>,
+    /// `[num_rows]` in u32: the tokens where only the device knows them yet, and `token_ids` has none. For a model that
+    /// [`VideoLanguageModel::runs_ahead`].
+    pub ids_on_device: Option<Tensor>,
 }
 
 impl StepInput {
@@ -188,6 +191,12 @@ pub trait VideoLanguageModel: Send {
 
     /// Runs the connector over the features of a whole video. Returns `[visual_tokens, hidden_size]`.
     fn connect(&mut self, features: &Tensor, tap: &mut dyn Tap) -> Result<Tensor>;
+
+    /// Whether its logits are on a device, which does what it is told while the host does something else: then tokens are chosen there, and
+    /// steps started before the host knows what came of the last one.
+    fn runs_ahead(&self) -> bool {
+        false
+    }
 
     /// Runs the decoder: writes keys and values of all rows into `pool`, attends, and returns the logits of
     /// `input.logit_rows`, `[logit_rows.len(), vocab_size]` in f32.

@@ -234,6 +234,11 @@ impl Scheduler {
         failed
     }
 
+    /// Sequences that are admitted.
+    pub fn num_running(&self) -> usize {
+        self.running.len()
+    }
+
     /// Counts for the metrics.
     pub fn stats(&self) -> SchedulerStats {
         let (encoder_queries, encoder_hits) = self.encoder.queries_and_hits();

@@ -188,6 +188,7 @@ fn visual_embeddings_stand_where_the_step_says() {
             embeddings: Tensor::from_vec(values, (rows, hidden), &Device::Cpu).unwrap(),
         }],
         logit_rows: vec![19, 11],
+        ids_on_device: None,
     };
     let run = |model: &mut dyn VideoLanguageModel| {
         let mut pool = model.new_pool(KvDType::F32, NUM_BLOCKS, BLOCK_SIZE).unwrap();

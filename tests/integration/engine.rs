@@ -1,7 +1,7 @@
 //! The engine thread with the scripted model.
 
 use std::{
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, atomic::Ordering},
     time::Duration,
 };
 
@@ -98,11 +98,24 @@ async fn a_reply_streams_and_ends_with_its_reason() {
     thread.join();
 }
 
+/// As [`FakeModel::saying`], on a device that runs ahead or not.
+fn saying(text: &str, runs_ahead: bool) -> FakeModel {
+    let mut model = FakeModel::saying(text);
+    model.runs_ahead = runs_ahead;
+    model
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn many_sequences_with_dropped_streams_leave_nothing_behind() {
+    for runs_ahead in [false, true] {
+        many_sequences_with_dropped_streams(saying(&"abcdefgh".repeat(20), runs_ahead)).await;
+    }
+}
+
+async fn many_sequences_with_dropped_streams(model: FakeModel) {
     let config =
         EngineConfig { max_running_sequences: 8, max_waiting_sequences: 64, ..EngineConfig::default() };
-    let (handle, _thread, report) = start(FakeModel::saying(&"abcdefgh".repeat(20)), config);
+    let (handle, _thread, report) = start(model, config);
     let mut rng = TestRng::from_seed(RngAlgorithm::ChaCha, &[7; 32]);
     let mut clients = vec![];
     for client in 0..64u8 {
@@ -127,8 +140,18 @@ async fn many_sequences_with_dropped_streams_leave_nothing_behind() {
 }
 
 /// Runs three sequences at once on a model that `#` fails: the second one, for this reason, and no other.
-async fn only_the_second_fails([good, bad, late]: [NewSequence; 3], reason: &str) {
-    let mut model = FakeModel::saying(&"x".repeat(40));
+async fn only_the_second_fails(sequences: [NewSequence; 3], reason: &str) {
+    for runs_ahead in [false, true] {
+        let model = saying(&"x".repeat(40), runs_ahead);
+        only_the_second_of_this_model_fails(model, sequences.clone(), reason).await;
+    }
+}
+
+async fn only_the_second_of_this_model_fails(
+    mut model: FakeModel,
+    [good, bad, late]: [NewSequence; 3],
+    reason: &str,
+) {
     model.poison = Some(u32::from(b'#'));
     model.step_delay = Duration::from_millis(2);
     let (handle, _thread, report) = start(model, EngineConfig::default());
@@ -152,18 +175,94 @@ async fn a_video_that_cannot_be_encoded_fails_alone() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_lost_device_fails_everything_once_and_stops_the_engine() {
-    let mut model = FakeModel::saying(&"x".repeat(400));
-    model.device_poison = Some(u32::from(b'#'));
-    model.step_delay = Duration::from_millis(2);
-    let (handle, thread, _) = start(model, EngineConfig::default());
-    let (good, bad) = tokio::join!(reply(&handle, text("good", 400)), reply(&handle, text("b#d", 60)));
-    for (_, end) in [good, bad] {
-        assert_eq!(end, Err("the device has failed: an illegal memory access".into()));
+    for runs_ahead in [false, true] {
+        let mut model = saying(&"x".repeat(400), runs_ahead);
+        model.device_poison = Some(u32::from(b'#'));
+        model.step_delay = Duration::from_millis(2);
+        let (handle, thread, _) = start(model, EngineConfig::default());
+        let (good, bad) = tokio::join!(reply(&handle, text("good", 400)), reply(&handle, text("b#d", 60)));
+        for (_, end) in [good, bad] {
+            assert_eq!(end, Err("the device has failed: an illegal memory access".into()));
+        }
+        handle.stopped().await;
+        assert_eq!(handle.status(), EngineStatus::Failed);
+        assert_eq!(handle.reserve().unwrap_err().to_string(), "the engine has stopped");
+        thread.join();
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_device_is_lost_in_a_step_that_was_started_ahead() {
+    // The model itself says what loses it.
+    let mut model = saying("abc#def", true);
+    model.device_poison = Some(u32::from(b'#'));
+    let (handle, thread, _) = start(model, EngineConfig::default());
+    let (said, end) = reply(&handle, text("hi", 400)).await;
+    assert_eq!(end, Err("the device has failed: an illegal memory access".into()));
+    assert!("abc#".starts_with(&said), "{said}");
     handle.stopped().await;
-    assert_eq!(handle.status(), EngineStatus::Failed);
-    assert_eq!(handle.reserve().unwrap_err().to_string(), "the engine has stopped");
     thread.join();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_step_that_fails_ahead_fails_again_when_it_is_planned() {
+    let mut model = saying("abc#def", true);
+    model.poison = Some(u32::from(b'#'));
+    let (handle, _thread, report) = start(model, EngineConfig::default());
+    let end = reply(&handle, text("hi", 400)).await;
+    assert_eq!(end, ("abc#".into(), Err("a poisoned token".into())));
+    until_idle(&report).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_started_ahead_is_not_computed_again() {
+    let sequence = text("hi", 400);
+    let needed = sequence.token_ids.len() + REPLY.len();
+    const REPLY: &str = "<think>one after the other</think>";
+    for (runs_ahead, in_vain) in [(false, 0), (true, 1)] {
+        let model = saying(REPLY, runs_ahead);
+        let num_rows = model.num_rows.clone();
+        let (handle, thread, _) = start(model, EngineConfig::default());
+        assert_eq!(reply(&handle, sequence.clone()).await.0, REPLY);
+        drop(handle);
+        thread.join();
+        // The end token is not known before the step after it has begun.
+        assert_eq!(num_rows.load(Ordering::Relaxed), needed + in_vain);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_device_that_runs_ahead_says_what_others_say_whatever_is_asked_of_it() {
+    let told = "all of it, to the end";
+    let mut model = saying(told, true);
+    model.step_delay = Duration::from_micros(300);
+    let config = EngineConfig { max_running_sequences: 6, ..EngineConfig::default() };
+    let (handle, _thread, report) = start(model, config);
+    let mut rng = TestRng::from_seed(RngAlgorithm::ChaCha, &[9; 32]);
+    let mut clients = vec![];
+    for client in 0..60 {
+        let max_tokens = 1 + rng.next_u32() as usize % 30;
+        let mut sequence = match client % 3 {
+            0 => with_video("USER: what?", client as u8 % 5, max_tokens),
+            _ => text(&format!("USER: {client}?"), max_tokens),
+        };
+        // Logits are 10 for what is to come, and 0: so cold nothing else is drawn, though without a GPU the device cannot say so.
+        match rng.next_u32() % 4 {
+            0 => sequence.sampling.temperature = 0.05,
+            1 => sequence.sampling.top_logprobs = Some(1),
+            _ => {}
+        }
+        let (handle, pause) = (handle.clone(), Duration::from_micros(u64::from(rng.next_u32() % 20_000)));
+        clients.push(tokio::spawn(async move {
+            tokio::time::sleep(pause).await;
+            let expected = &told[..told.len().min(max_tokens)];
+            assert_eq!(reply(&handle, sequence).await.0, expected);
+        }));
+    }
+    for client in clients {
+        client.await.unwrap();
+    }
+    until_idle(&report).await;
 }
 
 #[tokio::test]

@@ -221,12 +221,32 @@ fn what_a_gpu_finds_of_the_logits_is_what_all_of_them_would_give() {
         assert_eq!(few, text(&answer(&server, &request)), "{more}");
     }
     let log = server.stop();
-    for kernel in ["few_largest_f32", "largest_f32", "adjust_f32"] {
+    for kernel in ["draw_f32", "largest_f32", "adjust_f32"] {
         assert!(
             !is_there(true) || log.iter().any(|line| line.ends_with(&format!(" x {kernel}"))),
             "{kernel}"
         );
     }
+}
+
+#[test]
+fn the_next_step_is_started_before_the_tokens_of_this_one_are_waited_for() {
+    if !is_there(true) {
+        return;
+    }
+    let server = Server::start_in(&[("GPU_TRACE", "1")], &["--device", "cuda:0"]);
+    for temperature in [0.0, 0.7] {
+        text(&answer(&server, &question("direction", json!({"temperature": temperature}))));
+    }
+    let log = server.stop();
+    let calls = ["cuGraphLaunch", "cuEventSynchronize", "largest_f32"];
+    let letter = |line: &String| {
+        let call = line.strip_prefix("gpu: ")?.split(' ').next()?;
+        calls.iter().position(|one| *one == call).map(|place| ["G", "W", "L"][place])
+    };
+    let order: String = log.iter().filter_map(letter).collect();
+    // Chosen, the next one started, waited for, again and again.
+    assert!(order.matches("LGWLGW").count() > 20, "{order}");
 }
 
 #[test]

@@ -45,6 +45,7 @@ fn everything(checkpoint: &Checkpoint, format: WeightFormat) -> Vec<u32> {
         sequences: vec![SequenceInput { rows: 0..len, context_len: len, blocks: 0..num_blocks }],
         visuals: vec![VisualRows { rows, embeddings: embeddings.clone() }],
         logit_rows: (0..len).collect(),
+        ids_on_device: None,
     };
     let mut pool = model.new_pool(KvDType::F32, num_blocks, block_size).unwrap();
     let logits = model.forward(&input, &mut pool, &mut ()).unwrap();

@@ -12,6 +12,7 @@ pub mod machine;
 mod ops;
 pub mod quant;
 mod qwen2;
+mod readback;
 mod resampler;
 #[cfg(test)]
 mod rope_reference;
@@ -26,7 +27,8 @@ use super::{
 };
 use attention::{LayerCache, PagedAttention};
 use layers::Loader;
-pub use ops::{Adjustment, Candidates, adjust, few_largest, largest};
+pub use ops::{Adjustment, Draw, FEW, adjust, choose};
+pub use readback::Readback;
 
 /// Keys and values of all layers, in device memory.
 #[derive(Debug, Clone)]
@@ -175,6 +177,10 @@ impl VideoLanguageModel for DeviceModel {
         let visual_tokens = self.connector.forward(features, tap)?;
         self.device.synchronize()?;
         Ok(visual_tokens)
+    }
+
+    fn runs_ahead(&self) -> bool {
+        self.device.is_cuda()
     }
 
     fn forward(&mut self, input: &StepInput, pool: &mut KvPool, tap: &mut dyn Tap) -> Result<Tensor> {

@@ -119,20 +119,6 @@ pub fn finish_rows(
     if gelu { y.gelu() } else { Ok(y) }
 }
 
-/// Of each row of `logits` `[rows, vocab]` in f32 the largest of the first `num_ids`: its id and itself.
-pub fn largest(logits: &Tensor, num_ids: usize) -> Result<Vec<(u32, f32)>> {
-    #[cfg(feature = "cuda")]
-    if logits.device().is_cuda()
-        && let Some(found) = super::cuda::fused::largest(logits, num_ids)?
-    {
-        let found = found.to_vec2::<u32>()?;
-        return Ok(found.iter().map(|row| (row[0], f32::from_bits(row[1]))).collect());
-    }
-    let allowed = logits.narrow(1, 0, num_ids)?.contiguous()?;
-    let (ids, largest) = (allowed.argmax(1)?.to_vec1()?, allowed.max(1)?.to_vec1()?);
-    Ok(ids.into_iter().zip(largest).collect())
-}
-
 /// What is to be done to the logit of an id: divided by `factor` if it is positive, else multiplied; then `shift` is added.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Adjustment {
@@ -166,44 +152,41 @@ pub fn adjust(logits: &Tensor, of_rows: &[(usize, Adjustment)]) -> Result<Tensor
     Tensor::from_vec(rows.concat(), dims, logits.device())
 }
 
-/// Ids and logits, ids ascending, and the sum of `exp((logit - largest) / temperature)` over all ids.
-pub type Candidates = (Vec<(u32, f32)>, f32);
+/// How a token is drawn: among the `top_k` largest logits, 0 for all, of those among the most probable that make up `top_p`, of those
+/// among what is no less than `min_p` times as probable as the most probable, at the share `random` in `[0, 1)` of their sum.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Draw {
+    /// Above 0.
+    pub temperature: f32,
+    /// [`FEW`] at most.
+    pub top_k: usize,
+    pub top_p: f32,
+    pub min_p: f32,
+    pub random: f64,
+}
 
-/// Of each row of `logits` `[rows, vocab]` in f32 all of the first `num_ids` that are no smaller than the smallest of what is given, the
-/// `few` largest among them, and the sum at its temperature; none of a row for which that cannot be said.
-pub fn few_largest(
-    logits: &Tensor,
-    num_ids: usize,
-    few: usize,
-    temperatures: &[f32],
-) -> Result<Vec<Option<Candidates>>> {
+/// How many of the largest logits of a row are looked at to draw from it, at least.
+pub const FEW: usize = 256;
+
+/// Of each row of `logits` `[rows, vocab]` in f32 the first of the largest of the first `num_ids`, or one that is drawn: `[2, rows]` in u32,
+/// ids and the bits of their logits. These are minus infinity where no logit is larger, and no number where the largest logits do not
+/// decide what is drawn; the ids are those of tokens even then.
+pub fn choose(logits: &Tensor, num_ids: usize, draws: &[Option<Draw>]) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
-    if logits.device().is_cuda() {
-        let Some(found) = super::cuda::fused::few_largest(logits, num_ids, few, temperatures)? else {
-            return Ok(vec![None; logits.dim(0)?]);
-        };
-        let candidates = |row: Vec<u32>| {
-            let pairs = row[2..].as_chunks::<2>().0.get(..row[0] as usize)?;
-            let mut pairs: Vec<(u32, f32)> =
-                pairs.iter().map(|&[id, bits]| (id, f32::from_bits(bits))).collect();
-            pairs.sort_unstable_by_key(|pair| pair.0);
-            Some((pairs, f32::from_bits(row[1])))
-        };
-        return Ok(found.to_vec2::<u32>()?.into_iter().map(candidates).collect());
+    if logits.device().is_cuda()
+        && let Some(chosen) = super::cuda::fused::choose(logits, num_ids, draws)?
+    {
+        return Ok(chosen);
     }
-    let rows = logits.narrow(1, 0, num_ids)?.to_vec2::<f32>()?;
-    let candidates = |(row, temperature): (Vec<f32>, &f32)| {
-        if row.iter().any(|logit| logit.is_nan()) {
-            return None;
-        }
-        let mut sorted = row.clone();
-        sorted.sort_unstable_by(|a, b| b.total_cmp(a));
-        let least = sorted.get(few - 1).copied().unwrap_or(f32::NEG_INFINITY);
-        let total = row.iter().map(|logit| ((logit - sorted[0]) / temperature).exp()).sum();
-        let kept = (0u32..).zip(row).filter(|&(_, logit)| logit >= least && logit > f32::NEG_INFINITY);
-        Some((kept.collect(), total))
+    // Without kernels nothing is drawn here.
+    let largest = |(row, draw): (Vec<f32>, &Option<Draw>)| {
+        let better = |best: (u32, f32), (id, &logit)| if logit > best.1 { (id, logit) } else { best };
+        let (id, logit) = (0u32..).zip(&row).fold((0, f32::NEG_INFINITY), better);
+        (id, if draw.is_some() { f32::NAN } else { logit }.to_bits())
     };
-    Ok(rows.into_iter().zip(temperatures).map(candidates).collect())
+    let rows = logits.narrow(1, 0, num_ids)?.to_vec2::<f32>()?;
+    let (ids, bits): (Vec<u32>, Vec<u32>) = rows.into_iter().zip(draws).map(largest).unzip();
+    Tensor::from_vec([ids, bits].concat(), (2, draws.len()), logits.device())
 }
 
 /// What [`rotate`] wants its cosines and sines in, for an `x` of type `dtype`.

@@ -95,6 +95,7 @@ impl Step {
         };
         let num_rows = input.token_ids.len();
         let (token_ids, positions) = (next(num_rows)?, next(num_rows)?);
+        let token_ids = input.ids_on_device.clone().unwrap_or(token_ids);
         let logit_rows = next(input.logit_rows.len())?;
         let decodes = Decodes {
             lens: next(num_decodes)?,
@@ -164,8 +165,8 @@ mod tests {
             slot_mapping: vec![4, 3, 16, 17, 18],
             block_tables: vec![9, 8, 7, 6, 5],
             sequences: vec![sequence(0..1, 21, 0..2), sequence(1..2, 4, 2..3), sequence(2..5, 19, 3..5)],
-            visuals: vec![],
             logit_rows: vec![0, 1, 4],
+            ..StepInput::default()
         };
         let step = Step::new(&input, 16, &Device::Cpu).unwrap();
         assert_eq!(step.token_ids.to_vec1::<u32>().unwrap(), [5, 6, 0, 7, 8]);

@@ -11,6 +11,7 @@ use std::{
 use super::{
     block::{self, Launch},
     graph::{Graph, Node, State},
+    host::Host,
     ptx::{self, Kernel},
 };
 
@@ -35,6 +36,7 @@ const MAX_BLOCKS: u32 = i32::MAX as u32;
 #[derive(Debug, Default)]
 pub struct Device {
     pub state: State,
+    pub host: Host,
     /// Of the streams that are recorded.
     pub recordings: HashMap<usize, Graph>,
     /// Kernels of each name so far.

@@ -23,7 +23,7 @@ use super::{
     ptx::{self, Kernel},
 };
 
-/// What the driver calls a context, an event and a pool here.
+/// What the driver calls a context and a pool here.
 const THE_ONLY_ONE: usize = 1;
 
 unsafe fn put<T>(place: *mut T, value: T) -> c_int {
@@ -154,12 +154,26 @@ driver! {
     fn cuStreamDestroy_v2(_stream: usize) { SUCCESS }
     fn cuStreamWaitEvent(_stream: usize, _event: usize, _flags: c_uint) { SUCCESS }
     fn cuStreamSynchronize(stream: usize) {
-        let device = device();
-        if device.recordings.contains_key(&stream) { CAPTURE_UNSUPPORTED } else { device.health() }
+        let mut device = device();
+        if device.recordings.contains_key(&stream) {
+            return CAPTURE_UNSUPPORTED;
+        }
+        device.host.await_stream(stream);
+        device.health()
     }
-    fn cuEventCreate(event: *mut usize, _flags: c_uint) { put(event, THE_ONLY_ONE) }
-    fn cuEventRecord(_event: usize, _stream: usize) { SUCCESS }
-    fn cuEventSynchronize(_event: usize) { device().health() }
+    fn cuEventCreate(event: *mut usize, _flags: c_uint) {
+        static COUNT: AtomicUsize = AtomicUsize::new(1);
+        put(event, COUNT.fetch_add(1, Ordering::Relaxed))
+    }
+    fn cuEventRecord(event: usize, stream: usize) {
+        device().host.record(event, stream);
+        SUCCESS
+    }
+    fn cuEventSynchronize(event: usize) {
+        let mut device = device();
+        device.host.await_event(event);
+        device.health()
+    }
     fn cuEventElapsedTime(milliseconds: *mut f32, _start: usize, _end: usize) { put(milliseconds, 1.0) }
     fn cuEventElapsedTime_v2(milliseconds: *mut f32, _start: usize, _end: usize) { put(milliseconds, 1.0) }
     fn cuEventDestroy_v2(_event: usize) { SUCCESS }
@@ -201,7 +215,19 @@ driver! {
     fn cuMemcpyHtoD_v2(to: u64, from: u64, bytes: usize) { copy(NO_STREAM, to, from, bytes, &[TARGET]) }
     fn cuMemcpyHtoDAsync_v2(to: u64, from: u64, bytes: usize, stream: usize) { copy(stream, to, from, bytes, &[TARGET]) }
     fn cuMemcpyDtoH_v2(to: u64, from: u64, bytes: usize) { copy(NO_STREAM, to, from, bytes, &[SOURCE]) }
-    fn cuMemcpyDtoHAsync_v2(to: u64, from: u64, bytes: usize, stream: usize) { copy(stream, to, from, bytes, &[SOURCE]) }
+    fn cuMemcpyDtoHAsync_v2(to: u64, from: u64, bytes: usize, stream: usize) {
+        if !device().host.has(to, bytes) {
+            return copy(stream, to, from, bytes, &[SOURCE]);
+        }
+        let mut read = vec![0; bytes];
+        let status = copy(stream, read.as_mut_ptr() as u64, from, bytes, &[SOURCE]);
+        if status == SUCCESS {
+            device().host.begin(stream, to, read);
+        }
+        status
+    }
+    fn cuMemHostAlloc(at: *mut u64, bytes: usize, _flags: c_uint) { put(at, device().host.allocate(bytes)) }
+    fn cuMemFreeHost(at: u64) { if device().host.free(at) { SUCCESS } else { INVALID_VALUE } }
     fn cuMemcpyDtoDAsync_v2(to: u64, from: u64, bytes: usize, stream: usize) { copy(stream, to, from, bytes, &[TARGET, SOURCE]) }
     fn cuMemsetD8Async(to: u64, value: u8, bytes: usize, stream: usize) {
         device().enqueue(stream, Node::Set(Arc::new(move |state: &mut State| {

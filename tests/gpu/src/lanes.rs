@@ -180,13 +180,8 @@ pub fn lanewise(parts: &[&str]) -> Option<Lanewise> {
     match name {
         "cvt" => return convert(parts),
         "prmt" => return Some(each!(|a, b, c| permute(a, b, c))),
-        "bfi" if kind == "b32" => {
-            return Some(each!(|a, b, packed| {
-                let (position, length) = (packed as u32 as u64, packed >> 32);
-                let mask = ((1u64 << length.min(32)) - 1) << position.min(32);
-                (b & !mask | (a << position) & mask) & 0xffff_ffff
-            }));
-        }
+        "bfi" if kind == "b32" => return Some(each!(|a, b, place| insert::<32>(a, b, place))),
+        "bfi" if kind == "b64" => return Some(each!(|a, b, place| insert::<64>(a, b, place))),
         "bfe" if kind == "u32" => return Some(each!(|a, b, c| (a >> b.min(63)) & ((1u64 << c.min(32)) - 1))),
         "shf" if parts.contains(&"wrap") => {
             return Some(if parts.contains(&"l") {
@@ -227,6 +222,14 @@ pub fn lanewise(parts: &[&str]) -> Option<Lanewise> {
         },
         _ => None,
     }
+}
+
+/// `b` with the lowest bits of `a` from a position on, of so many bits in all. The place has the position, and above it how many.
+fn insert<const BITS: u32>(a: u64, b: u64, place: u64) -> u64 {
+    let (position, length) = (place as u32, (place >> 32) as u32);
+    let ones = |n: u32| u64::MAX.checked_shr(64 - n.min(64)).unwrap_or(0);
+    let mask = ones(length).checked_shl(position).unwrap_or(0);
+    (b & !mask | a.checked_shl(position).unwrap_or(0) & mask) & ones(BITS)
 }
 
 fn permute(a: u64, b: u64, selectors: u64) -> u64 {

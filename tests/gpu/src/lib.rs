@@ -24,6 +24,7 @@ mod device;
 mod driver;
 mod early;
 mod graph;
+mod host;
 mod lanes;
 mod matrix;
 mod memory;

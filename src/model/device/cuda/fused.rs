@@ -8,7 +8,7 @@ use candle_core::{D, DType};
 use super::{
     super::{
         super::{Result, Tensor},
-        ops::Adjustment,
+        ops::{Adjustment, Draw, FEW},
     },
     launch::{FUSED, Grid, LARGEST, address, address_or_none, count, ensure, fresh},
 };
@@ -150,55 +150,42 @@ pub fn finish_rows(
     Ok(Some(out))
 }
 
-/// Of each row of `logits` `[rows, vocab]` in f32 the first of the largest of the first `num_ids`, and its bits: `[rows, 2]` in u32. An id
-/// beyond all others where there is no number.
-pub fn largest(logits: &Tensor, num_ids: usize) -> Result<Option<Tensor>> {
+/// Of each row of `logits` `[rows, vocab]` in f32 the first of the largest of the first `num_ids`, or, where `draws` says how, one that is
+/// drawn, if its largest logits decide it: `[2, rows]` in u32, as [`ops::choose`](super::super::ops::choose) gives it.
+pub fn choose(logits: &Tensor, num_ids: usize, draws: &[Option<Draw>]) -> Result<Option<Tensor>> {
     if !LARGEST.is_there(DType::F32) {
         return Ok(None);
     }
     let (rows, vocab) = rows_of_logits(logits, num_ids)?;
-    let out = fresh(&[rows, 2], DType::U32, logits.device())?;
-    let arguments = [address(logits)?, address(&out)?, count(num_ids)?.into(), count(vocab)?.into()];
+    ensure(draws.len() == rows, "draws of other rows")?;
+    let out = fresh(&[2, rows], DType::U32, logits.device())?;
+    let grid = Grid::rows(count(rows)?, CHOOSING_THREADS);
+    let sizes = [count(num_ids)?.into(), count(vocab)?.into()];
+    let mut arguments = vec![address(logits)?, address(&out)?];
+    arguments.extend(sizes);
     // SAFETY: rows are `vocab` wide, and no more than that is looked at.
-    unsafe { LARGEST.launch("largest_f32", logits, Grid::rows(count(rows)?, 1024), &arguments) }?;
+    unsafe { LARGEST.launch("largest_f32", logits, grid, &arguments) }?;
+    if draws.iter().all(Option::is_none) {
+        return Ok(Some(out));
+    }
+    ensure(draws.iter().flatten().all(|draw| draw.top_k <= FEW), "a top-k beyond what is looked at")?;
+    let words = draws.iter().flat_map(|draw| draw.as_ref().map_or([0; 6], words_of)).collect();
+    let draws = Tensor::from_vec(words, (rows, 6), logits.device())?;
+    let mut arguments = vec![address(logits)?, address(&draws)?, address(&out)?];
+    arguments.extend([count(num_ids)?.into(), count(vocab)?.into(), count(FEW)?.into()]);
+    // SAFETY: as above, and there is a draw for each row.
+    unsafe { LARGEST.launch("draw_f32", logits, grid, &arguments) }?;
     Ok(Some(out))
 }
 
-/// Most candidates of a row that [`few_largest`] gives.
-const FEW_ROOM: usize = 512;
-/// Threads that look for them: no fewer than are wanted.
-const FEW_THREADS: u32 = 1024;
+/// Threads that look at a row: no fewer than [`FEW`].
+const CHOOSING_THREADS: u32 = 1024;
 
-/// Of each row of `logits` `[rows, vocab]` in f32 all of the first `num_ids` that are no smaller than the `few`th largest, and the sum of
-/// `exp((logit - largest) / temperature)` over all, as `[rows, 2 + 2 room]` in u32: how many, the bits of the sum, then ids and bits, in any
-/// order. Where they are more than there is room for, some are missing.
-pub fn few_largest(
-    logits: &Tensor,
-    num_ids: usize,
-    few: usize,
-    temperatures: &[f32],
-) -> Result<Option<Tensor>> {
-    if !LARGEST.is_there(DType::F32) {
-        return Ok(None);
-    }
-    let (rows, vocab) = rows_of_logits(logits, num_ids)?;
-    ensure((1..=FEW_THREADS as usize).contains(&few), "more candidates than threads")?;
-    ensure(temperatures.len() == rows, "temperatures of other rows")?;
-    let temperatures = Tensor::new(temperatures, logits.device())?;
-    let out = fresh(&[rows, 2 + 2 * FEW_ROOM], DType::U32, logits.device())?;
-    let arguments = [
-        address(logits)?,
-        address(&temperatures)?,
-        address(&out)?,
-        count(num_ids)?.into(),
-        count(vocab)?.into(),
-        count(few)?.into(),
-        count(FEW_ROOM)?.into(),
-    ];
-    let grid = Grid::rows(count(rows)?, FEW_THREADS);
-    // SAFETY: rows are `vocab` wide, and no more than that is looked at; no more is written than there is room for.
-    unsafe { LARGEST.launch("few_largest_f32", logits, grid, &arguments) }?;
-    Ok(Some(out))
+/// As the kernel has it.
+fn words_of(draw: &Draw) -> [u32; 6] {
+    let random = draw.random.to_bits();
+    let floats = [draw.temperature, draw.top_p, draw.min_p].map(f32::to_bits);
+    [floats[0], floats[1], floats[2], draw.top_k as u32, random as u32, (random >> 32) as u32]
 }
 
 /// Adjusts `logits` `[rows, vocab]` in f32 where they lie.
@@ -274,6 +261,12 @@ mod tests {
         *,
     };
 
+    /// Ids and logits of the rows' tokens.
+    fn chosen(logits: &Tensor, num_ids: usize, draws: &[Option<Draw>]) -> Vec<(u32, f32)> {
+        let rows = choose(logits, num_ids, draws).unwrap().unwrap().to_vec2::<u32>().unwrap();
+        rows[0].iter().zip(&rows[1]).map(|(&id, &bits)| (id, f32::from_bits(bits))).collect()
+    }
+
     #[test]
     fn the_largest_is_the_first_of_them_and_no_nan_where_there_is_a_gpu() {
         let Some(gpu) = testing::gpu() else { return };
@@ -282,39 +275,8 @@ mod tests {
         (rows[1][70], rows[1][4000]) = (3.0, 3.0);
         (rows[2][5], rows[2][6]) = (f32::NAN, 1.0);
         rows[3] = vec![f32::NAN; 5000];
-        let logits = Tensor::new(rows, &gpu).unwrap();
-        let found = ops::largest(&logits, 4990).unwrap();
-        assert_eq!(found[..3], [(0, 0.0), (70, 3.0), (6, 1.0)]);
-        assert!(!found[3].1.is_finite());
-    }
-
-    #[test]
-    fn the_few_largest_are_those_of_the_processor_where_there_is_a_gpu() {
-        let Some(gpu) = testing::gpu() else { return };
-        const VOCAB: usize = 40_000;
-        const IDS: usize = 39_000;
-        let mut rows: Vec<Vec<f32>> = (0..6)
-            .map(|row| (0..VOCAB).map(|i| ((i * 37 + row) as f32 * 0.7).sin() * (i % 97) as f32).collect())
-            .collect();
-        // Nothing but a few numbers; then more of the largest than there is room for, and one that is no number.
-        rows[3] =
-            (0..VOCAB).map(|i| if i % 1000 == 3 { i as f32 * 1e-3 } else { f32::NEG_INFINITY }).collect();
-        (0..600).for_each(|i| rows[4][i * 60] = 500.0);
-        rows[5][7] = f32::NAN;
-        let logits = Tensor::new(rows.clone(), &Device::Cpu).unwrap();
-        let temperatures = [0.3, 1.0, 2.0, 0.7, 1.0, 1.0];
-        let find = |logits: &Tensor| ops::few_largest(logits, IDS, 256, &temperatures).unwrap();
-        let found = find(&logits.to_device(&gpu).unwrap());
-        assert!(found[4].is_none() && found[5].is_none());
-        for ((row, got), expected) in rows.iter().zip(found).zip(find(&logits)).take(4) {
-            let ((got, total), (expected, expected_total)) = (got.unwrap(), expected.unwrap());
-            let least = got.iter().map(|one| one.1).fold(f32::INFINITY, f32::min);
-            let all: Vec<(u32, f32)> =
-                (0u32..).zip(row[..IDS].iter().copied()).filter(|one| one.1 >= least).collect();
-            assert_eq!(got, all);
-            assert!(got.len() >= expected.len() && expected.iter().all(|one| got.contains(one)));
-            assert!((total / expected_total - 1.0).abs() < 1e-4, "{total} {expected_total}");
-        }
+        let found = chosen(&Tensor::new(rows, &gpu).unwrap(), 4990, &[None; 4]);
+        assert_eq!(found, [(0, 0.0), (70, 3.0), (6, 1.0), (0, f32::NEG_INFINITY)]);
     }
 
     #[test]

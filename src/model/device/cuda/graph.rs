@@ -214,7 +214,11 @@ impl Inputs {
     fn fill(&self, input: &StepInput, size: Size) -> Result<()> {
         let (flat, slots) = laid_out(input, size);
         overwrite(&self.flat, &flat)?;
-        overwrite(&self.slots, &slots)
+        overwrite(&self.slots, &slots)?;
+        match &input.ids_on_device {
+            Some(ids) => self.step.token_ids.slice_set(ids, 0, 0),
+            None => Ok(()),
+        }
     }
 }
 
@@ -309,8 +313,8 @@ mod tests {
             sequences: (0..sequences)
                 .map(|i| SequenceInput { rows: i..i + 1, context_len, blocks: i * blocks..(i + 1) * blocks })
                 .collect(),
-            visuals: vec![],
             logit_rows: (0..sequences).collect(),
+            ..StepInput::default()
         }
     }
 

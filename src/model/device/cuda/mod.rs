@@ -8,6 +8,7 @@ pub mod fused;
 pub mod graph;
 pub mod launch;
 pub mod paged;
+pub mod pinned;
 pub mod quant;
 mod rope;
 
@@ -102,7 +103,7 @@ fn failure(error: DriverError) -> ModelError {
 
 /// For the tests of this folder.
 #[cfg(test)]
-mod testing {
+pub(crate) mod testing {
     use candle_core::{DType, Device, Tensor};
 
     /// The first GPU. Without one a test says so and passes.

@@ -2,8 +2,10 @@
 // search have a block a row.
 
 #define NONE __uint_as_float(0xff800000u)
+// The bits of what is no number.
+#define UNDECIDED 0x7fc00000u
 
-// The first of the largest, and its bits, to `out` [rows, 2]. What is no number is not looked at.
+// The first of the largest, and its bits, to `out` [2, rows]; id 0 and minus infinity where there is none. What is no number is not looked at.
 extern "C" __global__ void largest_f32(const float *x, unsigned *out, unsigned width, unsigned stride) {
   __shared__ float of_warp[32];
   __shared__ unsigned at_warp[32];
@@ -28,21 +30,52 @@ extern "C" __global__ void largest_f32(const float *x, unsigned *out, unsigned w
   largest = NONE, at = 0xffffffffu;
   if (threadIdx.x < blockDim.x / 32) largest = of_warp[threadIdx.x], at = at_warp[threadIdx.x];
   take_from_lanes();
-  if (threadIdx.x == 0) out[2 * blockIdx.x] = at, out[2 * blockIdx.x + 1] = __float_as_uint(largest);
+  if (threadIdx.x == 0) out[blockIdx.x] = at < width ? at : 0, out[gridDim.x + blockIdx.x] = __float_as_uint(largest);
 }
 
-// All that are no smaller than the `few`th largest, ids and bits, after their number and the bits of the sum of exp((y - largest) /
-// temperature) over all: `out` [rows, 2 + 2 room]. It may be a few more: the limit is the `few`th largest of what each thread has found
-// largest. Where the number exceeds `room`, some are missing; so it is where one is no number, for then it is not clear what is largest.
-// Threads are a power of two, whole warps, 1024 at most, and no fewer than `few`.
-extern "C" __global__ void few_largest_f32(const float *x, const float *temperatures, unsigned *out, unsigned width, unsigned stride,
-                                           unsigned few, unsigned room) {
+// How the token of a row is drawn. Nothing is drawn of a row whose temperature is 0.
+struct Draw {
+  float temperature, top_p, min_p;
+  unsigned top_k;
+  double random;
+};
+
+constexpr unsigned ROOM = 512;
+
+// Larger numbers have larger keys.
+__device__ unsigned key_of(float y) {
+  const unsigned bits = __float_as_uint(y);
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+
+__device__ float of_key(unsigned key) { return __uint_as_float(key >> 31 ? key & 0x7fffffffu : ~key); }
+
+// Where the first `number` of `sums`, which do not fall, reach `wanted`; `number` where they do not. All threads of the block come here.
+__device__ unsigned first_to_reach(const double *sums, unsigned number, double wanted, unsigned &found) {
+  __syncthreads();
+  if (threadIdx.x == 0) found = number;
+  __syncthreads();
+  const unsigned own = threadIdx.x;
+  if (own < number && sums[own] >= wanted && (own == 0 || !(sums[own - 1] >= wanted))) found = own;
+  __syncthreads();
+  return found;
+}
+
+// Draws a token for each row of which `draws` says so, by the largest logits: all that are no smaller than the `few`th largest of what each
+// thread has found largest, in order, and the sum of exp((y - largest) / temperature) over all. Puts id and bits where `largest_f32` has put
+// them, or bits that are no number, and no other id, where these logits do not decide it. `top_k` is 0 or no more than `few`. Threads are a
+// power of two, `ROOM` or 1024.
+extern "C" __global__ void draw_f32(const float *x, const Draw *draws, unsigned *out, unsigned width, unsigned stride, unsigned few) {
   __shared__ float tops[1024];
   __shared__ float sums[32];
-  __shared__ unsigned count;
+  __shared__ unsigned long long keys[ROOM];
+  __shared__ double until[ROOM];
+  __shared__ unsigned count, found;
   const unsigned own = threadIdx.x;
+  const Draw draw = draws[blockIdx.x];
+  if (!(draw.temperature > 0)) return;
   x += (unsigned long long)blockIdx.x * stride;
-  out += (unsigned long long)blockIdx.x * (2 + 2 * room);
+  unsigned &id = out[blockIdx.x], &bits = out[gridDim.x + blockIdx.x];
   float top = NONE;
   bool is_clear = true;
   for (unsigned i = own; i < width; i += blockDim.x) {
@@ -50,35 +83,88 @@ extern "C" __global__ void few_largest_f32(const float *x, const float *temperat
     top = fmaxf(top, x[i]);
   }
   tops[own] = top;
+  if (own < ROOM) keys[own] = 0;
   if (own == 0) count = 0;
   __syncthreads();
-  if (!is_clear) atomicAdd(&count, room + 1);
+  if (!is_clear) atomicAdd(&count, ROOM + 1);
   // Sorted, the largest first: a bitonic network.
-  for (unsigned size = 2; size <= blockDim.x; size *= 2)
-    for (unsigned distance = size / 2; distance > 0; distance /= 2) {
-      const unsigned other = own ^ distance;
-      if (other > own) {
-        const float a = tops[own], b = tops[other];
-        if ((own & size) == 0 ? a < b : a > b) tops[own] = b, tops[other] = a;
+  const auto sort = [&](auto *values, unsigned number) {
+    for (unsigned size = 2; size <= number; size *= 2)
+      for (unsigned distance = size / 2; distance > 0; distance /= 2) {
+        const unsigned other = own ^ distance;
+        if (own < number && other > own) {
+          const auto a = values[own], b = values[other];
+          if ((own & size) == 0 ? a < b : a > b) values[own] = b, values[other] = a;
+        }
+        __syncthreads();
       }
-      __syncthreads();
-    }
-  const float least = tops[few - 1], largest = tops[0], scale = 1.44269504f / temperatures[blockIdx.x];
+  };
+  sort(tops, blockDim.x);
+  const float least = tops[few - 1], largest = tops[0], scale = 1.44269504f / draw.temperature;
   float sum = 0;
   for (unsigned i = own; i < width; i += blockDim.x) {
     const float y = x[i];
     sum += exp2f((y - largest) * scale);
     if (!(y >= least && y > NONE)) continue;
     const unsigned at = atomicAdd(&count, 1);
-    if (at < room) out[2 + 2 * at] = i, out[3 + 2 * at] = __float_as_uint(y);
+    // Of equal ones the first is the larger.
+    if (at < ROOM) keys[at] = (unsigned long long)key_of(y) << 32 | ~i;
   }
   for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
   if (own % 32 == 0) sums[own / 32] = sum;
   __syncthreads();
-  if (own > 0) return;
+  const unsigned number = count;
+  // Without any number `largest_f32` has said so.
+  if (number == 0) return;
+  if (number > ROOM) {
+    if (own == 0) bits = UNDECIDED;
+    return;
+  }
   float total = 0;
   for (unsigned warp = 0; warp < blockDim.x / 32; warp++) total += sums[warp];
-  out[0] = count, out[1] = __float_as_uint(total);
+  sort(keys, ROOM);
+
+  // `until` has the sum of all weights up to each; what top-k drops has none.
+  const bool has_top_k = draw.top_k > 0 && draw.top_k < number;
+  const unsigned floor = has_top_k ? (unsigned)(keys[draw.top_k - 1] >> 32) : 0;
+  const auto weight_of = [&](unsigned i) {
+    const unsigned key = (unsigned)(keys[i] >> 32);
+    return i < number && key >= floor ? exp2f((of_key(key) - largest) * scale) : 0.0f;
+  };
+  const float weight = own < ROOM ? weight_of(own) : 0;
+  if (own < ROOM) until[own] = weight;
+  __syncthreads();
+  for (unsigned distance = 1; distance < ROOM; distance *= 2) {
+    const double before = own < ROOM && own >= distance ? until[own - distance] : 0;
+    __syncthreads();
+    if (own < ROOM) until[own] += before;
+    __syncthreads();
+  }
+  const double all = draw.top_k > 0 ? until[number - 1] : (double)total;
+  unsigned kept = number;
+  bool is_decided = draw.top_k > 0;
+  if (draw.top_p < 1) {
+    const unsigned last = first_to_reach(until, number, draw.top_p * all, found);
+    is_decided = is_decided || last < number;
+    kept = min(last + 1, number);
+  }
+  // What weighs less than min-p is not kept, wherever it is.
+  is_decided = is_decided || weight_of(number - 1) < draw.min_p;
+  const bool is_whole = !is_decided && draw.top_p >= 1 && draw.min_p <= 0;
+  __syncthreads();
+  if (own == 0) count = 1;
+  __syncthreads();
+  if (own > 0 && own < kept && weight > 0 && weight >= draw.min_p) atomicAdd(&count, 1);
+  __syncthreads();
+  kept = count;
+  const unsigned at = first_to_reach(until, kept, draw.random * (is_whole ? all : until[kept - 1]), found);
+  if (own > 0) return;
+  if (!is_decided && !(is_whole && at < kept)) {
+    bits = UNDECIDED;
+    return;
+  }
+  const unsigned long long key = keys[min(at, kept - 1)];
+  id = ~(unsigned)key, bits = __float_as_uint(of_key((unsigned)(key >> 32)));
 }
 
 // A thread for each of `changes`: row, id, and the bits of what a logit is divided by, if it is positive, else multiplied with, and of
