@@ -83,11 +83,19 @@ impl Runner {
         self.encoder.drop_video(digest);
     }
 
-    /// Features of the frames of each work. Keeps nothing.
-    pub fn encode(&mut self, works: &[EncodeWork], requests: &dyn Requests) -> Result<Vec<Tensor>> {
-        let video = |work: &EncodeWork| &requests.videos(work.sequence)[work.video];
-        let videos: Vec<_> = works.iter().map(|work| (&video(work).frames, work.frames.clone())).collect();
-        self.model.encode_videos(&videos, self.tap.as_mut())
+    /// Features of the frames of each work; `next` are those that follow. Keeps nothing.
+    pub fn encode(
+        &mut self,
+        works: &[EncodeWork],
+        next: &[EncodeWork],
+        requests: &dyn Requests,
+    ) -> Result<Vec<Tensor>> {
+        let frames = |work: &EncodeWork| {
+            let video = &requests.videos(work.sequence)[work.video];
+            (&video.frames, work.frames.clone())
+        };
+        let [videos, next] = [works, next].map(|works| works.iter().map(frames).collect::<Vec<_>>());
+        self.model.encode_videos(&videos, &next, self.tap.as_mut())
     }
 
     /// Keeps what [`Runner::encode`] gave for a work; with a video's last frames runs the connector.

@@ -220,7 +220,7 @@ impl Worker {
         };
         plan.drop_videos.iter().for_each(|digest| self.runner.drop_video(digest));
         let start = Instant::now();
-        self.encode(plan.encode);
+        self.encode(plan.encode, &plan.next_encode);
         report.encode_seconds = start.elapsed().as_secs_f64();
         let start = Instant::now();
         for work in &plan.compute[plan.num_decodes..] {
@@ -244,13 +244,13 @@ impl Worker {
     }
 
     /// Encodes the frames of all works together. When that fails, each runs alone, so that only the culprits fail.
-    fn encode(&mut self, mut works: Vec<EncodeWork>) {
+    fn encode(&mut self, mut works: Vec<EncodeWork>, next: &[EncodeWork]) {
         works.retain(|work| self.scheduler.sequence(work.sequence).is_some());
         if works.is_empty() || self.lost_device.is_some() {
             return;
         }
         let start = Instant::now();
-        match on_kernel_threads(|| self.runner.encode(&works, &self.requests)) {
+        match on_kernel_threads(|| self.runner.encode(&works, next, &self.requests)) {
             Ok(features) => works
                 .into_iter()
                 .zip(features)
@@ -258,7 +258,7 @@ impl Worker {
             Err(failure) if works.len() == 1 || failure.is_fatal => {
                 self.fail(&StepPlan { encode: works, ..StepPlan::default() }, failure)
             }
-            Err(_) => works.into_iter().for_each(|work| self.encode(vec![work])),
+            Err(_) => works.into_iter().for_each(|work| self.encode(vec![work], &[])),
         }
     }
 

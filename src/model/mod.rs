@@ -56,6 +56,11 @@ impl FrameBatch {
         self.rgb.len() / (self.size * self.size * 3).max(1)
     }
 
+    /// Whether both are the same frames, and not only such that are equal.
+    pub fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.rgb, &other.rgb) && self.size == other.size
+    }
+
     /// The bytes of some frames, `[len, size, size, 3]`.
     pub fn frames(&self, range: Range<usize>) -> &[u8] {
         let frame_bytes = self.size * self.size * 3;
@@ -180,12 +185,15 @@ pub trait VideoLanguageModel: Send {
         tap: &mut dyn Tap,
     ) -> Result<Tensor>;
 
-    /// [`Self::encode_frames`] of several videos, where the model likes that at once. Returns the features of each.
+    /// [`Self::encode_frames`] of several videos, where the model likes that at once. Returns the features of each. `next` is what
+    /// will probably be encoded after them: a device may copy it meanwhile.
     fn encode_videos(
         &mut self,
         videos: &[(&FrameBatch, Range<usize>)],
+        next: &[(&FrameBatch, Range<usize>)],
         tap: &mut dyn Tap,
     ) -> Result<Vec<Tensor>> {
+        let _ = next;
         videos.iter().map(|(frames, range)| self.encode_frames(frames, range.clone(), tap)).collect()
     }
 

@@ -195,7 +195,7 @@ impl Scheduler {
     /// Admits what fits, then plans one step: all decodes, and bounded encoding and prefill.
     pub fn schedule(&mut self) -> StepPlan {
         let mut plan = StepPlan { admitted: self.admit(), ..StepPlan::default() };
-        plan.encode = self.plan_encode();
+        (plan.encode, plan.next_encode) = self.plan_encode();
         plan.compute = self.plan_decode();
         plan.num_decodes = plan.compute.len();
         let prefill = self.plan_prefill();

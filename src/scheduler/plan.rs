@@ -11,36 +11,35 @@ impl Scheduler {
         decoding.map(|&id| self.sequences[&id].work(id, 1)).collect()
     }
 
-    /// Frames of the first sequences that wait for them, up to the step's budget.
-    pub(super) fn plan_encode(&self) -> Vec<EncodeWork> {
-        let mut budget = self.limits.max_encode_frames;
-        let mut works: Vec<EncodeWork> = Vec::new();
+    /// Frames of the first sequences that wait for them, up to the step's budget; and up to that of the step after it.
+    pub(super) fn plan_encode(&self) -> (Vec<EncodeWork>, Vec<EncodeWork>) {
+        let mut works: [Vec<EncodeWork>; 2] = Default::default();
+        let mut budgets = [self.limits.max_encode_frames; 2];
+        let mut planned = Vec::new();
         for &id in &self.running {
             let sequence = &self.sequences[&id];
             for (video, span) in sequence.spans().iter().enumerate() {
-                if budget == 0 {
-                    return works;
-                }
-                let planned = works.iter().any(|work| work.digest == span.digest);
-                if planned || span.range.end <= sequence.num_computed() {
+                let digest = span.digest;
+                if planned.contains(&digest) || span.range.end <= sequence.num_computed() {
                     continue;
                 }
-                let start = self.encoder.frames_done(&span.digest);
-                let end = span.num_frames.min(start + budget);
-                if start < end {
-                    budget -= end - start;
-                    let is_last = end == span.num_frames;
-                    works.push(EncodeWork {
-                        sequence: id,
-                        video,
-                        digest: span.digest,
-                        frames: start..end,
-                        is_last,
-                    });
+                planned.push(digest);
+                let mut start = self.encoder.frames_done(&digest);
+                for (works, budget) in works.iter_mut().zip(&mut budgets) {
+                    let end = span.num_frames.min(start + *budget);
+                    if start < end {
+                        *budget -= end - start;
+                        let is_last = end == span.num_frames;
+                        works.push(EncodeWork { sequence: id, video, digest, frames: start..end, is_last });
+                        start = end;
+                    }
+                }
+                if budgets == [0; 2] {
+                    return works.into();
                 }
             }
         }
-        works
+        works.into()
     }
 
     /// Prompt chunks in order of admission, up to the step's budget; a chunk never enters a span not yet encoded.

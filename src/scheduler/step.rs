@@ -35,6 +35,8 @@ pub struct StepPlan {
     /// Videos whose encoded tokens must be dropped, before anything is encoded.
     pub drop_videos: Vec<VideoDigest>,
     pub encode: Vec<EncodeWork>,
+    /// What is encoded after it, if nothing else comes: nothing where it is nothing.
+    pub next_encode: Vec<EncodeWork>,
     /// Decodes first, then prefill chunks.
     pub compute: Vec<ComputeWork>,
     /// How many of `compute` are decodes.

@@ -126,11 +126,17 @@ impl Shadow {
         for digest in &plan.drop_videos {
             self.encoded.remove(digest);
         }
-        assert!(plan.encode.iter().map(|work| work.frames.len()).sum::<usize>() <= 3);
+        let num_frames = |works: &[EncodeWork]| works.iter().map(|work| work.frames.len()).sum::<usize>();
+        assert!(num_frames(&plan.encode) <= 3 && num_frames(&plan.next_encode) <= 3);
         for work in &plan.encode {
             let done = self.encoded.entry(work.digest).or_default();
             assert_eq!(*done, work.frames.start, "frames were skipped or encoded twice");
             *done = work.frames.end;
+        }
+        for work in &plan.next_encode {
+            assert_eq!(num_frames(&plan.encode), 3, "frames wait though there is room");
+            assert_eq!(self.encoded.get(&work.digest).copied().unwrap_or(0), work.frames.start);
+            assert!(self.scheduler.sequence(work.sequence).is_some());
         }
         let prefill: usize = plan.compute[plan.num_decodes..].iter().map(|work| work.positions.len()).sum();
         assert!(prefill <= 7, "a step prefills more than its budget");
@@ -324,6 +330,20 @@ fn blocks_are_shared_within_a_salt_only() {
         assert_eq!(shadow.step(|_| 1).admitted, [(id, known)], "{salt:?}");
         shadow.drain();
     }
+}
+
+#[test]
+fn what_is_encoded_next_is_said_a_step_before() {
+    let mut shadow = Shadow::new(40);
+    shadow.scheduler.add(videos_spec(&[1], &[1, 2], &[2], 2));
+    let mut announced = vec![];
+    for expected in [3, 3, 2] {
+        let plan = shadow.step(|_| 1);
+        assert_eq!(plan.encode.iter().map(|work| work.frames.len()).sum::<usize>(), expected);
+        assert!(announced.is_empty() || announced == plan.encode);
+        announced = plan.next_encode;
+    }
+    assert!(announced.is_empty());
 }
 
 #[test]

@@ -18,6 +18,7 @@ mod resampler;
 mod rope_reference;
 mod siglip;
 mod step;
+mod uploads;
 
 use candle_core::{DType, Device};
 
@@ -48,6 +49,7 @@ pub struct DeviceModel {
     attention: Box<dyn PagedAttention>,
     #[cfg(feature = "cuda")]
     graphs: cuda::graph::Graphs,
+    uploads: uploads::Uploads,
     device: Device,
     dtype: DType,
 }
@@ -83,6 +85,7 @@ impl DeviceModel {
             attention: attention::choose((device, dtype), &config.text, config.context)?,
             #[cfg(feature = "cuda")]
             graphs: cuda::graph::Graphs::from_env(),
+            uploads: uploads::Uploads::new(device),
             shape,
             device: device.clone(),
             dtype,
@@ -151,17 +154,20 @@ impl VideoLanguageModel for DeviceModel {
         range: std::ops::Range<usize>,
         tap: &mut dyn Tap,
     ) -> Result<Tensor> {
-        Ok(self.encode_videos(&[(frames, range)], tap)?.remove(0))
+        Ok(self.encode_videos(&[(frames, range)], &[], tap)?.remove(0))
     }
 
     fn encode_videos(
         &mut self,
         videos: &[(&FrameBatch, std::ops::Range<usize>)],
+        next: &[(&FrameBatch, std::ops::Range<usize>)],
         tap: &mut dyn Tap,
     ) -> Result<Vec<Tensor>> {
-        let features = self.vision_tower.forward(videos, tap)?;
+        let features = self.vision_tower.forward(&self.uploads.bytes(videos)?, tap)?;
+        self.uploads.start(next)?;
         // Otherwise its time and its errors would be the next work's, which belongs to another sequence.
         self.device.synchronize()?;
+        self.uploads.release();
         let num_frames: usize = videos.iter().map(|(_, range)| range.len()).sum();
         let patches = features.dim(0)? / num_frames.max(1);
         let mut start = 0;

@@ -2,12 +2,10 @@
 //!
 //! Called by [`super`]. Frames arrive as bytes and become pixel values there.
 
-use std::ops::Range;
-
 use candle_core::DType;
 
 use super::{
-    super::{FrameBatch, Result, Tap, Tensor, config::SiglipConfig, siglip::byte_values},
+    super::{Result, Tap, Tensor, config::SiglipConfig, siglip::byte_values},
     attention::attend,
     layers::{LayerNorm, Linear, Loader, show},
 };
@@ -51,9 +49,10 @@ impl VisionTower {
         })
     }
 
-    /// Features of some frames of videos: `[frames x (patches - 1), hidden]`. The first patch of each frame is dropped.
-    pub fn forward(&self, videos: &[(&FrameBatch, Range<usize>)], tap: &mut dyn Tap) -> Result<Tensor> {
-        let pixel_values = self.pixel_values(videos)?;
+    /// Features of frames, whose `bytes` are `[frames x size x size x 3]` in u8: `[frames x (patches - 1), hidden]`. The first patch of
+    /// each frame is dropped.
+    pub fn forward(&self, bytes: &Tensor, tap: &mut dyn Tap) -> Result<Tensor> {
+        let pixel_values = self.pixel_values(bytes)?;
         show(tap, "pixel_values", None, &pixel_values)?;
         let mut x = self.embed(&pixel_values)?;
         show(tap, "vision_hidden", Some(0), &x.flatten_to(1)?)?;
@@ -70,14 +69,9 @@ impl VisionTower {
     }
 
     /// Normalised pixels `[frames, 3, size, size]` in f32: only bytes travel to the device.
-    fn pixel_values(&self, videos: &[(&FrameBatch, Range<usize>)]) -> Result<Tensor> {
-        let (count, size) =
-            (videos.iter().map(|(_, range)| range.len()).sum::<usize>(), self.config.image_size);
-        let upload = |(frames, range): &(&FrameBatch, Range<usize>)| {
-            let bytes = frames.frames(range.clone());
-            Tensor::from_slice(bytes, bytes.len(), self.byte_values.device())
-        };
-        let bytes = Tensor::cat(&videos.iter().map(upload).collect::<Result<Vec<_>>>()?, 0)?;
+    fn pixel_values(&self, bytes: &Tensor) -> Result<Tensor> {
+        let size = self.config.image_size;
+        let count = bytes.elem_count() / (size * size * 3);
         // Not by the bytes themselves: the largest index of a type stands for nothing, and gives 0.
         let values = self.byte_values.index_select(&bytes.to_dtype(DType::U32)?, 0)?;
         values.reshape((count, size, size, 3))?.permute((0, 3, 1, 2))

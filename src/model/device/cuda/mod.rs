@@ -12,15 +12,21 @@ pub mod pinned;
 pub mod quant;
 mod rope;
 
+use std::sync::Arc;
+
 use candle_core::{
-    CudaDevice, DType, Device,
-    cuda::cudarc::driver::{
-        CudaContext, DriverError, result,
-        sys::{CUdevice_attribute, CUmemPool_attribute, CUmemoryPool},
+    CudaDevice, DType, Device, Storage,
+    backprop::BackpropOp,
+    cuda::{
+        CudaStorage,
+        cudarc::driver::{
+            CudaContext, CudaStream, DriverError, result,
+            sys::{CUdevice_attribute, CUmemPool_attribute, CUmemoryPool},
+        },
     },
 };
 
-use super::super::{ModelError, Result};
+use super::super::{ModelError, Result, Tensor};
 
 /// First generation that computes in bf16, and whose tensor cores our kernels are written for.
 const AMPERE: i32 = 8;
@@ -30,14 +36,14 @@ pub fn num_devices() -> usize {
     CudaContext::device_count().map_or(0, |count| usize::try_from(count).unwrap_or(0))
 }
 
-/// Opens a GPU. All of its work is in one stream of its own: steps can be recorded there ([`graph`]), and no tensor needs
-/// events that tell when it was last used.
+/// Opens a GPU. All of its work but a [`SecondStream`]'s copies is in one stream of its own: steps can be recorded there ([`graph`]), and no
+/// tensor needs events that tell when it was last used.
 ///
 /// # Errors
 /// When there is no such GPU, or its driver fails.
 pub fn open(ordinal: usize) -> Result<Device> {
     let device = CudaDevice::new_with_stream(ordinal)?;
-    // SAFETY: nothing here makes a second stream.
+    // SAFETY: what the second stream copies is waited for before the first reads it, and kept until it has.
     unsafe { device.disable_event_tracking() };
     let device = Device::Cuda(device);
     if let Some(pool) = pool(&device)? {
@@ -49,6 +55,31 @@ pub fn open(ordinal: usize) -> Result<Device> {
             .map_err(failure)?;
     }
     Ok(device)
+}
+
+/// A stream beside that of all other work.
+#[derive(Debug)]
+pub struct SecondStream {
+    stream: Arc<CudaStream>,
+    device: CudaDevice,
+}
+
+impl SecondStream {
+    /// Of this device.
+    pub fn new(device: &Device) -> Result<Self> {
+        let device = device.as_cuda_device()?.clone();
+        let stream = device.cuda_stream().context().new_stream().map_err(failure)?;
+        Ok(SecondStream { stream, device })
+    }
+
+    /// A copy of `bytes` on the device, which is there at once, whatever that does meanwhile. It is given back in this stream: until the
+    /// other has read it, it must be kept.
+    pub fn copied(&self, bytes: &[u8]) -> Result<Tensor> {
+        let slice = self.stream.clone_htod(bytes).map_err(failure)?;
+        self.stream.synchronize().map_err(failure)?;
+        let storage = Storage::Cuda(CudaStorage::wrap_cuda_slice(slice, self.device.clone()));
+        Ok(Tensor::from_storage(storage, bytes.len(), BackpropOp::none(), false))
+    }
 }
 
 /// Where the device's tensors come from, if it can do that.

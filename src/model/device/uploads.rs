@@ -1,0 +1,89 @@
+//! Frames on their way to the device: those of the next videos travel while it encodes these.
+//!
+//! Owned by [`super::DeviceModel`].
+
+use std::ops::Range;
+
+use candle_core::Device;
+
+use super::super::{FrameBatch, Result, Tensor};
+
+/// Some frames of a video.
+pub type Frames<'a> = (&'a FrameBatch, Range<usize>);
+
+/// See the module.
+#[derive(Debug)]
+pub struct Uploads {
+    device: Device,
+    #[cfg(feature = "cuda")]
+    stream: Option<super::cuda::SecondStream>,
+    ahead: Vec<Ahead>,
+    /// What was copied beside the device's other work, and may not be given back before that has read it.
+    in_use: Vec<Tensor>,
+}
+
+/// Frames that are there before they are asked for.
+#[derive(Debug)]
+struct Ahead {
+    frames: FrameBatch,
+    range: Range<usize>,
+    /// `[len x size x size x 3]` in u8.
+    bytes: Tensor,
+}
+
+impl Uploads {
+    /// None yet.
+    pub fn new(device: &Device) -> Self {
+        Uploads {
+            device: device.clone(),
+            #[cfg(feature = "cuda")]
+            stream: None,
+            ahead: vec![],
+            in_use: vec![],
+        }
+    }
+
+    /// The bytes of these frames behind one another, `[frames x size x size x 3]` in u8. What else was copied ahead is forgotten.
+    pub fn bytes(&mut self, videos: &[Frames<'_>]) -> Result<Tensor> {
+        let ahead = std::mem::take(&mut self.ahead);
+        let mut parts = Vec::with_capacity(videos.len());
+        for (frames, range) in videos {
+            let is_it = |one: &&Ahead| one.frames.is_same(frames) && one.range == *range;
+            if let Some(there) = ahead.iter().find(is_it) {
+                self.in_use.push(there.bytes.clone());
+                parts.push(there.bytes.clone());
+            } else {
+                let bytes = frames.frames(range.clone());
+                parts.push(Tensor::from_slice(bytes, bytes.len(), &self.device)?);
+            }
+        }
+        Tensor::cat(&parts, 0)
+    }
+
+    /// Copies these frames while the device does what it was told before.
+    pub fn start(&mut self, videos: &[Frames<'_>]) -> Result<()> {
+        self.ahead.clear();
+        for (frames, range) in videos {
+            let bytes = self.copied(frames.frames(range.clone()))?;
+            self.ahead.push(Ahead { frames: (*frames).clone(), range: range.clone(), bytes });
+        }
+        Ok(())
+    }
+
+    /// The device has done all that it was told.
+    pub fn release(&mut self) {
+        self.in_use.clear();
+    }
+
+    fn copied(&mut self, bytes: &[u8]) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if self.device.is_cuda() {
+            let stream = match self.stream.take() {
+                Some(stream) => stream,
+                None => super::cuda::SecondStream::new(&self.device)?,
+            };
+            return self.stream.insert(stream).copied(bytes);
+        }
+        Tensor::from_slice(bytes, bytes.len(), &self.device)
+    }
+}
