@@ -23,8 +23,6 @@ pub use thinking::{EndThinking, ThinkingGuide};
 /// Tokens left when the thinking is closed at the latest, beyond what closing and answer take: the place may be amid a
 /// character.
 const SLACK: usize = 4;
-/// Tokens that the way from amid a tag to the answer may take at most: every byte one of its own.
-const TAGS: usize = 32;
 
 /// Most tokens kept for an answer whose length is open; less where a quarter of all is less.
 const MAX_SHARE: usize = 256;
@@ -118,17 +116,26 @@ impl Guide {
                 Some(thinking) if self.ends_tag => sample(Allowed::Mask(thinking.after_closing())),
                 _ => sample(Allowed::All),
             },
-            Some(answer) if is_thinking && num_left > answer.num_shortest() + TAGS => {
-                answer.choose_freely(num_left, sample)
-            }
+            Some(answer) if is_thinking && answer.is_far(num_left) => answer.choose_freely(num_left, sample),
             Some(answer) => answer.choose(num_left, sample),
         }
     }
 
-    /// Whether the token after `completion` may be any, and sampled without [`Guide::choose`].
-    pub fn is_free(&mut self, completion: &[TokenId], num_left: usize) -> bool {
-        self.close_in_time(completion, num_left);
-        self.answer.is_none() && self.forced.is_empty() && !self.ends_tag
+    /// What [`Guide::choose`] will ask `sample` for first, unless the end of the thinking is demanded meanwhile: then only for a token that
+    /// is known.
+    pub fn ask(&mut self, completion: &[TokenId], num_left: usize) -> Allowed<'_> {
+        let is_thinking = self.close_in_time(completion, num_left);
+        if let Some(&token) = self.forced.front() {
+            return Allowed::Only(token);
+        }
+        match &mut self.answer {
+            None => match &self.thinking {
+                Some(thinking) if self.ends_tag => Allowed::Mask(thinking.after_closing()),
+                _ => Allowed::All,
+            },
+            Some(answer) if is_thinking && answer.is_far(num_left) => Allowed::All,
+            Some(answer) => answer.ask(num_left),
+        }
     }
 
     /// The token that was chosen; tells whether the reply is complete with it.

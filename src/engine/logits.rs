@@ -6,26 +6,17 @@
 use crate::{
     model::{
         Result, Tensor,
-        device::{self, Adjustment, Draw, Readback},
+        device::{self, Choice, Chosen, Exchange},
     },
     scheduler::TokenId,
 };
-
-/// What is needed of a row.
-#[derive(Debug, Clone, PartialEq)]
-pub(super) enum Needed {
-    /// The token, which a device can choose: after what is adjusted the largest logit's, or one that is drawn.
-    Token(Vec<Adjustment>, Option<Draw>),
-    /// Everything, as the model gave it.
-    All,
-}
 
 /// One row of a step.
 #[derive(Debug)]
 pub(super) enum Row<'a> {
     /// Logits of the ids that may be sampled, as the model gave them.
     Logits(&'a [f32]),
-    /// The same, adjusted.
+    /// The same, adjusted, and without what its mask does not allow.
     Adjusted(&'a [f32]),
     /// The token.
     Token(TokenId),
@@ -39,68 +30,66 @@ pub(super) struct Logits {
     /// `[rows, vocab]`
     tensor: Tensor,
     num_ids: usize,
+    /// Of each row, whether it was changed as its choice says.
+    is_adjusted: Vec<bool>,
     rows: Vec<Place>,
 }
 
 #[derive(Debug, Clone)]
 enum Place {
-    Host { logits: Vec<f32>, is_adjusted: bool },
+    Host(Vec<f32>),
     Token(TokenId),
     Nothing,
 }
 
-/// Rows whose tokens a device is choosing.
+/// Rows whose tokens a device is choosing. Those without choice are needed whole, as they are.
 #[derive(Debug)]
 pub(super) struct Choosing {
-    logits: Logits,
-    needed: Vec<Needed>,
+    chosen: Chosen,
+    num_ids: usize,
+    choices: Vec<Option<Choice>>,
     /// `[rows]` in u32.
     token_ids: Tensor,
 }
 
 impl Choosing {
-    /// Has a device adjust `logits` `[rows, vocab]` in f32, of which ids below `num_ids` may be sampled, and choose; does not wait for it.
+    /// Has a device choose from `logits` `[rows, vocab]` in f32, of which ids below `num_ids` may be sampled; does not wait for it.
     pub(super) fn start(
         logits: &Tensor,
         num_ids: usize,
-        needed: Vec<Needed>,
-        readback: &mut Readback,
+        choices: Vec<Option<Choice>>,
+        exchange: &mut Exchange,
     ) -> Result<Self> {
-        let of_rows = needed.iter().enumerate().flat_map(|(row, needed)| {
-            let adjustments: &[_] =
-                if let Needed::Token(adjustments, _) = needed { adjustments } else { &[] };
-            let known = adjustments.iter().filter(|one| (one.id as usize) < num_ids);
-            known.map(move |&one| (row, one))
-        });
-        let tensor = device::adjust(logits, &of_rows.collect::<Vec<_>>())?;
-        let draw = |needed: &Needed| if let Needed::Token(_, draw) = needed { *draw } else { None };
-        let draws: Vec<_> = needed.iter().map(draw).collect();
-        let chosen = device::choose(&tensor, num_ids, &draws)?;
-        readback.start(&chosen)?;
-        let rows = vec![Place::Nothing; needed.len()];
-        Ok(Choosing { logits: Logits { tensor, num_ids, rows }, needed, token_ids: chosen.get(0)? })
+        let chosen = device::choose(logits, num_ids, &choices, exchange)?;
+        exchange.start_reading(&chosen.tokens)?;
+        let token_ids = chosen.tokens.get(0)?;
+        Ok(Choosing { chosen, num_ids, choices, token_ids })
     }
 
     /// The tokens of all rows, `[rows]` in u32, if the device chooses them. They are those of [`Logits::row`] but for rows it cannot decide.
     pub(super) fn token_ids(&self) -> Option<&Tensor> {
-        (!self.needed.contains(&Needed::All)).then_some(&self.token_ids)
+        self.choices.iter().all(Option::is_some).then_some(&self.token_ids)
     }
 
     /// Waits, and has what was not decided whole.
-    pub(super) fn finish(self, readback: &mut Readback) -> Result<Logits> {
-        let Choosing { mut logits, needed, .. } = self;
-        let chosen = readback.finish()?;
-        let (ids, bits) = chosen.split_at(needed.len());
+    pub(super) fn finish(self, exchange: &mut Exchange) -> Result<Logits> {
+        let Choosing { chosen, num_ids, choices, .. } = self;
+        let read = exchange.finish_reading()?;
+        let (ids, bits) = read.split_at(choices.len());
+        let mut rows = vec![Place::Nothing; choices.len()];
         let mut whole = Vec::new();
-        for (row, needed) in needed.iter().enumerate() {
+        for (row, choice) in choices.iter().enumerate() {
             let logit = f32::from_bits(bits[row]);
-            if *needed == Needed::All || logit.is_nan() {
-                whole.push(row);
-            } else if logit > f32::NEG_INFINITY {
-                logits.rows[row] = Place::Token(ids[row]);
+            match choice {
+                Some(_) if logit > f32::NEG_INFINITY => rows[row] = Place::Token(ids[row]),
+                // That a mask leaves nothing is not the model's fault.
+                Some(Choice { mask: None, .. }) if !logit.is_nan() => {}
+                _ => whole.push(row),
             }
         }
-        logits.copy(&whole, |row| needed[row] != Needed::All)?;
+        let is_adjusted = choices.iter().map(Option::is_some).collect();
+        let mut logits = Logits { tensor: chosen.logits, num_ids, is_adjusted, rows };
+        logits.fetch_whole(&whole)?;
         Ok(logits)
     }
 }
@@ -109,12 +98,14 @@ impl Logits {
     /// All of `logits` `[rows, vocab]` in f32, of which ids below `num_ids` may be sampled.
     pub(super) fn whole(logits: &Tensor, num_ids: usize) -> Result<Self> {
         let num_rows = logits.dim(0)?;
-        let mut all = Logits { tensor: logits.clone(), num_ids, rows: vec![Place::Nothing; num_rows] };
-        all.copy(&(0..num_rows).collect::<Vec<_>>(), |_| false)?;
+        let (is_adjusted, rows) = (vec![false; num_rows], vec![Place::Nothing; num_rows]);
+        let mut all = Logits { tensor: logits.clone(), num_ids, is_adjusted, rows };
+        all.fetch_whole(&(0..num_rows).collect::<Vec<_>>())?;
         Ok(all)
     }
 
-    fn copy(&mut self, rows: &[usize], is_adjusted: impl Fn(usize) -> bool) -> Result<()> {
+    /// Has these rows whole.
+    pub(super) fn fetch_whole(&mut self, rows: &[usize]) -> Result<()> {
         if rows.is_empty() {
             return Ok(());
         }
@@ -126,10 +117,8 @@ impl Logits {
         };
         let values = wanted.narrow(1, 0, self.num_ids)?.to_vec2::<f32>()?;
         for (&row, logits) in rows.iter().zip(values) {
-            self.rows[row] = match logits.iter().any(|&logit| logit > f32::NEG_INFINITY) {
-                true => Place::Host { logits, is_adjusted: is_adjusted(row) },
-                false => Place::Nothing,
-            };
+            let is_any = self.is_adjusted[row] || logits.iter().any(|&logit| logit > f32::NEG_INFINITY);
+            self.rows[row] = if is_any { Place::Host(logits) } else { Place::Nothing };
         }
         Ok(())
     }
@@ -139,8 +128,8 @@ impl Logits {
         match &self.rows[index] {
             Place::Token(id) => Row::Token(*id),
             Place::Nothing => Row::Nothing,
-            Place::Host { logits, is_adjusted: false } => Row::Logits(logits),
-            Place::Host { logits, is_adjusted: true } => Row::Adjusted(logits),
+            Place::Host(logits) if self.is_adjusted[index] => Row::Adjusted(logits),
+            Place::Host(logits) => Row::Logits(logits),
         }
     }
 }
@@ -150,6 +139,7 @@ mod tests {
     use candle_core::Device;
 
     use super::*;
+    use crate::model::device::{Adjustment, Draw};
 
     fn logits() -> Tensor {
         let rows =
@@ -158,14 +148,21 @@ mod tests {
     }
 
     const SHIFT: Adjustment = Adjustment { id: 0, factor: 2.0, shift: 4.0 };
-    const DRAW: Option<Draw> = Some(Draw { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, random: 0.5 });
+    const DRAW: Draw = Draw { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, random: 0.5 };
 
-    fn choose(needed: &[Needed]) -> Logits {
-        let mut readback = Readback::default();
-        let choosing = Choosing::start(&logits(), 3, needed.to_vec(), &mut readback).unwrap();
-        let expected = (!needed.contains(&Needed::All)).then_some(4);
-        assert_eq!(choosing.token_ids().map(|ids| ids.elem_count()), expected);
-        choosing.finish(&mut readback).unwrap()
+    fn largest() -> Option<Choice> {
+        Some(Choice::default())
+    }
+
+    fn drawn() -> Option<Choice> {
+        Some(Choice { draw: Some(DRAW), ..Choice::default() })
+    }
+
+    fn choose(choices: &[Option<Choice>]) -> Logits {
+        let mut exchange = Exchange::default();
+        let choosing = Choosing::start(&logits(), 3, choices.to_vec(), &mut exchange).unwrap();
+        assert_eq!(choosing.token_ids().is_some(), choices.iter().all(Option::is_some));
+        choosing.finish(&mut exchange).unwrap()
     }
 
     #[test]
@@ -179,40 +176,49 @@ mod tests {
     #[test]
     fn a_device_gives_tokens_and_whole_rows_where_they_are_needed_or_it_cannot_decide() {
         let expected = [(1, [1.0, 5.0, 2.0]), (0, [4.0, 3.0, 2.0]), (0, [0.0; 3]), (2, [0.0, 1.0, 7.0])];
-        let (largest, drawn) = (Needed::Token(vec![], None), Needed::Token(vec![], DRAW));
-        for needed in [
-            [&largest, &Needed::All, &largest, &Needed::All],
-            [&largest; 4],
-            [&Needed::All; 4],
-            [&drawn; 4],
-            [&drawn, &largest, &drawn, &Needed::All],
+        for choices in [
+            [largest(), None, largest(), None],
+            [(); 4].map(|()| largest()),
+            [(); 4].map(|()| None),
+            [(); 4].map(|()| drawn()),
+            [drawn(), largest(), largest(), None],
         ] {
-            let needed = needed.map(Clone::clone);
-            let chosen = choose(&needed);
+            let chosen = choose(&choices);
             for (row, (id, logits)) in expected.iter().enumerate() {
                 match chosen.row(row) {
                     Row::Nothing => assert_eq!(row, 2),
-                    Row::Token(token) => assert!(needed[row] == largest && token == *id),
-                    Row::Logits(values) => assert!(needed[row] == Needed::All && values == logits),
+                    Row::Token(token) => assert!(choices[row] == largest() && token == *id),
+                    Row::Logits(values) => assert!(choices[row].is_none() && values == logits),
                     // Nothing is drawn without a GPU.
-                    Row::Adjusted(values) => assert!(needed[row] == drawn && values == logits),
+                    Row::Adjusted(values) => {
+                        assert!(choices[row] == drawn() && (row == 2 || values == logits))
+                    }
                 }
             }
         }
     }
 
     #[test]
-    fn rows_are_adjusted_but_for_those_that_are_needed_as_they_are() {
-        let beyond = Adjustment { id: 3, ..SHIFT };
-        let chosen = choose(&[
-            Needed::Token(vec![SHIFT, beyond], None),
-            Needed::Token(vec![SHIFT], DRAW),
-            Needed::Token(vec![], None),
-            Needed::All,
+    fn rows_are_adjusted_and_masked_but_for_those_that_are_needed_as_they_are() {
+        let adjustments = vec![SHIFT, Adjustment { id: 3, ..SHIFT }];
+        let mask = Some(vec![0b1101]);
+        let mut chosen = choose(&[
+            Some(Choice { adjustments: adjustments.clone(), ..Choice::default() }),
+            Some(Choice { adjustments: adjustments.clone(), mask: mask.clone(), draw: Some(DRAW) }),
+            Some(Choice { mask: mask.clone(), ..Choice::default() }),
+            None,
         ]);
         assert!(matches!(chosen.row(0), Row::Token(1)));
-        assert!(matches!(chosen.row(1), Row::Adjusted([6.0, 3.0, 2.0])));
-        assert!(matches!(chosen.row(2), Row::Nothing));
+        assert!(matches!(chosen.row(1), Row::Adjusted([6.0, f32::NEG_INFINITY, 2.0])));
+        // A mask leaves nothing of it: the host chooses.
+        assert!(matches!(
+            chosen.row(2),
+            Row::Adjusted([f32::NEG_INFINITY, f32::NEG_INFINITY, f32::NEG_INFINITY])
+        ));
         assert!(matches!(chosen.row(3), Row::Logits([0.0, 1.0, 7.0])));
+        chosen.fetch_whole(&[0]).unwrap();
+        assert!(matches!(chosen.row(0), Row::Adjusted([4.5, 5.0, 2.0])));
+        let masked = choose(&[None, None, None, Some(Choice { adjustments, mask, draw: None })]);
+        assert!(matches!(masked.row(3), Row::Token(2)));
     }
 }

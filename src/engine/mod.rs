@@ -11,6 +11,7 @@ pub mod handle;
 mod limits;
 mod logits;
 pub mod logprobs;
+mod next_token;
 pub mod observer;
 mod request_table;
 pub mod runner;

@@ -2,29 +2,26 @@
 //!
 //! Owned by the worker's thread. Decides nothing: the plan says what runs.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::Mutex;
 
 use candle_core::Device;
-use rayon::iter::{IntoParallelIterator, IntoParallelRefIterator, ParallelIterator};
+use rayon::iter::{IndexedParallelIterator, IntoParallelRefIterator, ParallelIterator};
 
 use super::{
     ahead::{Ahead, Started, StartedRow},
     encoder_cache::EncoderCache,
-    guidance::{Allowed, Guide},
+    guidance::Guide,
     handle::VideoInput,
-    logits::{Choosing, Logits, Needed, Row},
-    logprobs, sampler,
+    logits::{Choosing, Logits, Row},
+    next_token::{Asker, Sampled},
 };
 use crate::{
     model::{
         self, KvPool, ModelError, Result, SequenceInput, StepInput, Tap, Tensor, VideoLanguageModel,
         VisualRows,
-        device::{Readback, is_device_failure},
+        device::{Choice, Exchange, is_device_failure},
     },
-    scheduler::{
-        self, ComputeWork, EncodeWork, SamplingParams, Scheduler, SequenceId, TokenId, TokenLogprobs,
-        VideoDigest, sequence::Sequence,
-    },
+    scheduler::{self, ComputeWork, EncodeWork, SamplingParams, Scheduler, SequenceId, VideoDigest},
 };
 
 // The scheduler imports nothing and the model not the scheduler: here both names of the placeholder meet.
@@ -40,20 +37,13 @@ pub trait Requests: Sync {
     fn guide(&self, id: SequenceId) -> Option<&Mutex<Guide>>;
 }
 
-/// The next token of a sequence, and what its request asked to know of the choice.
-#[derive(Debug)]
-pub struct Sampled {
-    pub token: TokenId,
-    pub logprobs: Option<Box<TokenLogprobs>>,
-}
-
 /// Model, cache and encoded videos.
 pub struct Runner {
     model: Box<dyn VideoLanguageModel>,
     pool: KvPool,
     encoder: EncoderCache,
     ahead: Ahead,
-    readback: Readback,
+    exchange: Exchange,
     /// Ids the tokenizer knows: `[0, n)`.
     num_token_ids: usize,
     tap: Box<dyn Tap>,
@@ -74,8 +64,8 @@ impl Runner {
         tap: Box<dyn Tap>,
     ) -> Self {
         let num_token_ids = num_token_ids.min(model.shape().vocab_size);
-        let (encoder, ahead, readback) = Default::default();
-        Runner { model, pool, encoder, ahead, readback, num_token_ids, tap }
+        let (encoder, ahead, exchange) = Default::default();
+        Runner { model, pool, encoder, ahead, exchange, num_token_ids, tap }
     }
 
     /// Forgets a video's encoded tokens.
@@ -123,21 +113,25 @@ impl Runner {
             self.tap.tensor("logits_last", None, &logits.to_device(&Device::Cpu)?);
         }
         let sampling: Vec<&ComputeWork> = works.iter().filter(|work| work.samples).collect();
-        let (logits, started) = if self.model.runs_ahead() {
-            let needed = |work: &&ComputeWork| needed(work, scheduler, requests);
-            let needed: Vec<Needed> = sampling.par_iter().map(needed).collect();
-            let readback = &mut self.readback;
-            let choosing = Choosing::start(&logits, self.num_token_ids, needed, readback)?;
-            let started = match choosing.token_ids() {
-                Some(ids) => self.start_next(works, ids, scheduler, requests)?,
-                None => None,
-            };
-            (choosing.finish(&mut self.readback)?, started)
-        } else {
-            (Logits::whole(&logits, self.num_token_ids)?, None)
+        if !self.model.runs_ahead() {
+            let logits = Logits::whole(&logits, self.num_token_ids)?;
+            return sample(&logits, &sampling, scheduler, requests)?.into_iter().map(decided).collect();
+        }
+        let choice = |work: &&ComputeWork| asker(work, scheduler, requests).choice(self.num_token_ids);
+        let choices: Vec<Option<Choice>> = sampling.par_iter().map(choice).collect();
+        let choosing = Choosing::start(&logits, self.num_token_ids, choices, &mut self.exchange)?;
+        let next = match choosing.token_ids() {
+            Some(ids) => self.start_next(works, ids, scheduler, requests)?,
+            None => None,
         };
-        if let Some((next, next_logits)) = started {
-            let token_of = |row| if let Row::Token(token) = logits.row(row) { Some(token) } else { None };
+        let mut logits = choosing.finish(&mut self.exchange)?;
+        let mut sampled = sample(&logits, &sampling, scheduler, requests)?;
+        let undecided: Vec<usize> = (0..sampled.len()).filter(|&row| sampled[row].is_none()).collect();
+        if let Some((next, next_logits)) = next {
+            let token_of = |row: usize| match (logits.row(row), &sampled[row]) {
+                (Row::Token(chosen), Some(sampled)) => Some(chosen).filter(|&chosen| chosen == sampled.token),
+                _ => None,
+            };
             let rows = next.into_iter().map(|(row, work)| StartedRow {
                 sequence: work.sequence,
                 position: work.positions.start,
@@ -145,8 +139,11 @@ impl Runner {
             });
             self.ahead.keep(Started { rows: rows.zip(0..).collect(), logits: next_logits });
         }
-        let sample = |index: usize| sample(logits.row(index), sampling[index], scheduler, requests);
-        (0..sampling.len()).into_par_iter().map(sample).collect()
+        logits.fetch_whole(&undecided)?;
+        for row in undecided {
+            sampled[row] = asker(sampling[row], scheduler, requests).sample(logits.row(row))?;
+        }
+        sampled.into_iter().map(decided).collect()
     }
 
     /// The logits of the works that sample, `[works, vocab]`; none where none does.
@@ -194,8 +191,7 @@ impl Runner {
             return Ok(None);
         }
         // A sequence that ends with its longest completion has no room for more.
-        let goes_on =
-            |work: &ComputeWork| num_left(planned(scheduler, work), requests.sampling(work.sequence)) > 1;
+        let goes_on = |work: &ComputeWork| asker(work, scheduler, requests).num_left() > 1;
         let follow = |work: &ComputeWork| ComputeWork {
             positions: work.positions.end..work.positions.end + 1,
             ..work.clone()
@@ -269,57 +265,26 @@ impl Runner {
     }
 }
 
-fn planned<'a>(scheduler: &'a Scheduler, work: &ComputeWork) -> &'a Sequence {
-    scheduler.sequence(work.sequence).expect("a planned sequence is unknown: this is a bug")
-}
-
-fn locked(guide: &Mutex<Guide>) -> MutexGuard<'_, Guide> {
-    guide.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Tokens that may come.
-fn num_left(sequence: &Sequence, params: &SamplingParams) -> usize {
-    params.max_tokens - sequence.completion().len()
-}
-
-/// What a device must give of the logits of a work.
-fn needed(work: &ComputeWork, scheduler: &Scheduler, requests: &dyn Requests) -> Needed {
-    let (sequence, params) = (planned(scheduler, work), requests.sampling(work.sequence));
-    let is_free =
-        |guide: &Mutex<Guide>| locked(guide).is_free(sequence.completion(), num_left(sequence, params));
-    let is_plain = !logprobs::is_asked_for(params) && requests.guide(work.sequence).is_none_or(is_free);
-    let tokens = sequence.token_ids();
-    let draw = sampler::draw_on_device(params, tokens.len());
-    if is_plain && (params.temperature <= 0.0 || draw.is_some()) {
-        Needed::Token(sampler::adjustments(params, tokens, sequence.num_prompt_tokens()), draw)
-    } else {
-        Needed::All
-    }
-}
-
-/// The token that follows a sequence.
+/// The tokens of works that sample, by what there is of their logits, where that decides them.
 fn sample(
-    row: Row<'_>,
-    work: &ComputeWork,
+    logits: &Logits,
+    works: &[&ComputeWork],
     scheduler: &Scheduler,
     requests: &dyn Requests,
-) -> Result<Sampled> {
-    let (sequence, params) = (planned(scheduler, work), requests.sampling(work.sequence));
-    let (tokens, num_prompt) = (sequence.token_ids(), sequence.num_prompt_tokens());
-    let plain = |token| Sampled { token, logprobs: None };
-    let row = match row {
-        Row::Logits(row) => row,
-        Row::Adjusted(row) => return Ok(plain(sampler::sample_adjusted(row, params, tokens.len()))),
-        Row::Token(token) => return Ok(plain(token)),
-        Row::Nothing => return Err(ModelError::Msg("the model produced no finite logit".into())),
-    };
-    let sample = |allowed: Allowed<'_>| sampler::sample(row, params, tokens, num_prompt, allowed);
-    let token = match requests.guide(work.sequence) {
-        None => sample(Allowed::All),
-        Some(guide) => {
-            let completion = sequence.completion();
-            locked(guide).choose(completion, num_left(sequence, params), sample)
-        }
-    };
-    Ok(Sampled { token, logprobs: logprobs::report(row, params, token) })
+) -> Result<Vec<Option<Sampled>>> {
+    let sample =
+        |(row, work): (usize, &&ComputeWork)| asker(work, scheduler, requests).sample(logits.row(row));
+    works.par_iter().enumerate().map(|(row, work)| sample((row, work))).collect()
+}
+
+fn decided(sampled: Option<Sampled>) -> Result<Sampled> {
+    sampled.ok_or_else(|| ModelError::Msg("all logits decide no token: this is a bug".into()))
+}
+
+fn asker<'a>(work: &ComputeWork, scheduler: &'a Scheduler, requests: &'a dyn Requests) -> Asker<'a> {
+    Asker {
+        sequence: scheduler.sequence(work.sequence).expect("a planned sequence is unknown: this is a bug"),
+        params: requests.sampling(work.sequence),
+        guide: requests.guide(work.sequence),
+    }
 }

@@ -27,25 +27,34 @@ pub fn sample(
     num_prompt_tokens: usize,
     allowed: Allowed<'_>,
 ) -> TokenId {
-    if let Allowed::Only(token) = allowed {
-        return token;
-    }
     let adjustments = adjustments(params, tokens, num_prompt_tokens);
-    let mut adjusted = (!adjustments.is_empty()).then(|| logits.to_vec());
-    if let Some(logits) = &mut adjusted {
-        adjustments.into_iter().for_each(|adjustment| adjustment.apply(logits));
+    if adjustments.is_empty() || matches!(allowed, Allowed::Only(_)) {
+        return sample_adjusted(logits, params, tokens.len(), allowed);
     }
-    let again = matches!(allowed, Allowed::MaskAgain(_));
-    if let Allowed::Mask(mask) | Allowed::MaskAgain(mask) = allowed {
-        forbid(adjusted.get_or_insert_with(|| logits.to_vec()), mask);
-    }
-    let seed = if again { !params.seed } else { params.seed };
-    choose(adjusted.as_deref().unwrap_or(logits), params, unit_random(seed, tokens.len()))
+    let mut adjusted = logits.to_vec();
+    adjustments.into_iter().for_each(|adjustment| adjustment.apply(&mut adjusted));
+    sample_adjusted(&adjusted, params, tokens.len(), allowed)
 }
 
 /// [`sample`] of logits that are adjusted already, for the token at `position`.
-pub fn sample_adjusted(logits: &[f32], params: &SamplingParams, position: usize) -> TokenId {
-    choose(logits, params, unit_random(params.seed, position))
+pub fn sample_adjusted(
+    logits: &[f32],
+    params: &SamplingParams,
+    position: usize,
+    allowed: Allowed<'_>,
+) -> TokenId {
+    let random = |seed| unit_random(seed, position);
+    let masked = |mask| {
+        let mut masked = logits.to_vec();
+        forbid(&mut masked, mask);
+        masked
+    };
+    match allowed {
+        Allowed::Only(token) => token,
+        Allowed::All => choose(logits, params, random(params.seed)),
+        Allowed::Mask(mask) => choose(&masked(mask), params, random(params.seed)),
+        Allowed::MaskAgain(mask) => choose(&masked(mask), params, random(!params.seed)),
+    }
 }
 
 fn choose(logits: &[f32], params: &SamplingParams, random: f64) -> TokenId {
@@ -272,7 +281,7 @@ mod tests {
     fn what_is_drawn_is_what_all_logits_give_or_nothing_where_there_is_a_gpu() {
         use candle_core::Tensor;
 
-        use crate::model::device::{choose, cuda::testing};
+        use crate::model::device::{Choice, Exchange, choose, cuda::testing};
 
         let Some(gpu) = testing::gpu() else { return };
         const VOCAB: usize = 3000;
@@ -311,7 +320,10 @@ mod tests {
                 let draws: Vec<_> = (0..rows.len())
                     .map(|row| draw_on_device(&params, row).filter(|_| row != number % rows.len()))
                     .collect();
-                let chosen = choose(&logits, IDS, &draws).unwrap().to_vec2::<u32>().unwrap();
+                let choices: Vec<_> =
+                    draws.iter().map(|&draw| Some(Choice { draw, ..Choice::default() })).collect();
+                let chosen = choose(&logits, IDS, &choices, &mut Exchange::default()).unwrap();
+                let chosen = chosen.tokens.to_vec2::<u32>().unwrap();
                 for (row, logits) in rows.iter().enumerate() {
                     let (id, logit) = (chosen[0][row], f32::from_bits(chosen[1][row]));
                     let context = format!("row {row} of seed {seed} by {params:?}");
@@ -319,7 +331,11 @@ mod tests {
                     if logit > f32::NEG_INFINITY {
                         let greedy = SamplingParams::greedy(1);
                         let params = if draws[row].is_some() { &params } else { &greedy };
-                        assert_eq!(id, sample_adjusted(&logits[..IDS], params, row), "{context}");
+                        assert_eq!(
+                            id,
+                            sample_adjusted(&logits[..IDS], params, row, Allowed::All),
+                            "{context}"
+                        );
                         assert_eq!(logit, logits[id as usize], "{context}");
                         num_drawn[row] += usize::from(draws[row].is_some());
                     } else {

@@ -17,9 +17,10 @@ use super::{
     fleet::Member,
     handle::{EngineHandle, EngineLimits, EngineStatus, PromptTimes, Submission, TokenEvent, VideoInput},
     limits::engine_limits,
+    next_token::Sampled,
     observer::{StepObserver, StepReport},
     request_table::{Request, RequestTable},
-    runner::{Runner, Sampled},
+    runner::Runner,
 };
 use crate::{
     config::EngineConfig,

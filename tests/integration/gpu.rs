@@ -220,8 +220,24 @@ fn what_a_gpu_finds_of_the_logits_is_what_all_of_them_would_give() {
         request["logprobs"] = json!(true);
         assert_eq!(few, text(&answer(&server, &request)), "{more}");
     }
+    for (seed, more) in [
+        json!({"response_format": {"type": "json_schema", "json_schema": {"name": "of-a-test", "schema": {
+            "type": "object", "properties": {"sure": {"type": "boolean"}, "letter": {"enum": ["A", "B", "C"]}},
+            "required": ["letter", "sure"], "additionalProperties": false}}}}),
+        json!({"guided_choice": ["left", "right", "none of them"], "repetition_penalty": 1.2}),
+        json!({"guided_regex": "[a-z]{3} [0-9]{2}", "temperature": 0}),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let mut request = question("order", json!({"temperature": 0.9, "seed": seed, "max_tokens": 60}));
+        request.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        let masked = text(&answer(&server, &request));
+        request["logprobs"] = json!(true);
+        assert_eq!(masked, text(&answer(&server, &request)), "{more}");
+    }
     let log = server.stop();
-    for kernel in ["draw_f32", "largest_f32", "adjust_f32"] {
+    for kernel in ["draw_f32", "largest_f32", "adjust_f32", "forbid_f32"] {
         assert!(
             !is_there(true) || log.iter().any(|line| line.ends_with(&format!(" x {kernel}"))),
             "{kernel}"

@@ -64,6 +64,9 @@ impl GuideTokens {
     }
 }
 
+/// Tokens that the way from amid a tag to the answer may take at most: every byte one of its own.
+const TAGS: usize = 32;
+
 pub(super) struct Answer {
     tokens: GuideTokens,
     end_bytes: Vec<u8>,
@@ -79,6 +82,27 @@ pub(super) struct Answer {
     next: Option<(TokenId, Vec<TokenId>)>,
     /// Tokens of a shortest reply.
     num_shortest: usize,
+    /// What was asked last, with so many tokens left.
+    asked: Option<(usize, Asked)>,
+}
+
+/// What comes first where a token is to be chosen.
+#[derive(Debug, Clone)]
+struct Asked {
+    /// The next token of the known end, and how many there are.
+    planned: Option<(TokenId, usize)>,
+    /// None where the end must be followed, or nothing is known.
+    mask: Option<SimpleVob>,
+}
+
+impl Asked {
+    fn allowed(&self) -> Allowed<'_> {
+        match (&self.mask, self.planned) {
+            (Some(mask), _) => Allowed::Mask(mask),
+            (None, Some((token, _))) => Allowed::Only(token),
+            (None, None) => Allowed::All,
+        }
+    }
 }
 
 impl Answer {
@@ -90,7 +114,8 @@ impl Answer {
         let plan = tokens.tokenize(&plan)?;
         let num_shortest = plan.len();
         let plan = Some(plan);
-        Some(Answer { tokens, end_bytes, parser, probe, ends_at_once, plan, next: None, num_shortest })
+        let (next, asked) = (None, None);
+        Some(Answer { tokens, end_bytes, parser, probe, ends_at_once, plan, next, num_shortest, asked })
     }
 
     /// For another sequence of the same request.
@@ -102,12 +127,39 @@ impl Answer {
             probe: self.probe.deep_clone(),
             plan: self.plan.clone(),
             next: self.next.clone(),
+            asked: self.asked.clone(),
             ..*self
         }
     }
 
     pub(super) fn num_shortest(&self) -> usize {
         self.num_shortest
+    }
+
+    /// Whether so many tokens are left that the way to the answer need not be looked at yet.
+    pub(super) fn is_far(&self, num_left: usize) -> bool {
+        num_left > self.num_shortest + TAGS
+    }
+
+    /// What [`Answer::choose`] asks for first.
+    pub(super) fn ask(&mut self, num_left: usize) -> Allowed<'_> {
+        let asked = self.take_asked(num_left);
+        self.asked.insert((num_left, asked)).1.allowed()
+    }
+
+    fn take_asked(&mut self, num_left: usize) -> Asked {
+        if let Some((_, asked)) = self.asked.take_if(|(of, _)| *of == num_left) {
+            return asked;
+        }
+        if self.plan.is_none() {
+            self.plan = self.end_after(&[]);
+        }
+        let planned = self.plan.as_ref().map(|plan| match plan.first() {
+            Some(&token) => (token, plan.len()),
+            None => (self.tokens.end_token_ids[0], 0),
+        });
+        let fits = planned.is_none_or(|(_, len)| len < num_left);
+        Asked { planned, mask: if fits { self.mask() } else { None } }
     }
 
     /// The next token of `num_left`, where nearly every token may come: the mask is computed only if one comes that may not.
@@ -135,19 +187,24 @@ impl Answer {
         num_left: usize,
         sample: impl Fn(Allowed<'_>) -> S,
     ) -> S {
-        if self.plan.is_none() {
-            self.plan = self.end_after(&[]);
-        }
-        let planned = self.plan.as_ref().map(|plan| match plan.first() {
-            Some(&token) => (token, plan.len()),
-            None => (self.tokens.end_token_ids[0], 0),
-        });
-        let fits = planned.is_none_or(|(_, len)| len < num_left);
-        let mask = if fits { self.mask() } else { None };
-        if let (Some((token, _)), None) = (planned, &mask) {
-            return sample(Allowed::Only(token));
-        }
-        let sampled = sample(mask.as_ref().map_or(Allowed::All, Allowed::Mask));
+        let asked = self.take_asked(num_left);
+        let sampled = sample(asked.allowed());
+        let is_known = matches!(asked.allowed(), Allowed::Only(_));
+        let chosen =
+            if is_known { sampled } else { self.within_reach(sampled, asked.planned, num_left, sample) };
+        // Whoever asks again gets the same answer.
+        self.asked = Some((num_left, asked));
+        chosen
+    }
+
+    /// `sampled`, unless no end were within reach after it: then the next token of the known end.
+    fn within_reach<S: Copy + Into<TokenId>>(
+        &mut self,
+        sampled: S,
+        planned: Option<(TokenId, usize)>,
+        num_left: usize,
+        sample: impl Fn(Allowed<'_>) -> S,
+    ) -> S {
         let token = sampled.into();
         if self.tokens.end_token_ids.contains(&token) {
             return sampled;
@@ -164,6 +221,7 @@ impl Answer {
 
     /// Takes in the token that was chosen; tells whether the reply is complete with it.
     pub(super) fn advance(&mut self, token: TokenId) -> bool {
+        self.asked = None;
         self.heal();
         // An error shows in the next mask, which then is missing: the plan is followed.
         let _ = self.parser.consume_token(token);

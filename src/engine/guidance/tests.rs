@@ -82,31 +82,37 @@ impl Setup {
         let pick = std::cell::RefCell::new(pick);
         let all: Vec<TokenId> = (0..self.compiler.end()).collect();
         while completion.len() < max_tokens {
-            let is_free = guide.is_free(&completion, max_tokens - completion.len());
-            let asked_of_all = std::cell::Cell::new(false);
-            let sample = |allowed: Allowed<'_>| match allowed {
-                Allowed::Only(token) => token,
-                Allowed::All => {
-                    asked_of_all.set(true);
-                    pick.borrow_mut()(&all)
-                }
-                Allowed::Mask(mask) | Allowed::MaskAgain(mask) => {
-                    let allowed: Vec<TokenId> =
-                        mask.iter().map(|id| id as TokenId).filter(|&id| id < self.compiler.end()).collect();
-                    assert!(
-                        !allowed.is_empty(),
-                        "nothing is allowed after {:?}",
-                        self.tokenizer.decode(&completion)
-                    );
-                    pick.borrow_mut()(&allowed)
+            let num_left = max_tokens - completion.len();
+            let told = |allowed: Allowed<'_>| match allowed {
+                Allowed::All => ("all", vec![]),
+                Allowed::Only(token) => ("only", vec![token]),
+                Allowed::Mask(mask) => ("mask", mask.as_slice().to_vec()),
+                Allowed::MaskAgain(mask) => ("again", mask.as_slice().to_vec()),
+            };
+            let first_told = told(guide.ask(&completion, num_left));
+            let first_asked = std::cell::OnceCell::new();
+            let sample = |allowed: Allowed<'_>| {
+                first_asked.get_or_init(|| told(allowed));
+                match allowed {
+                    Allowed::Only(token) => token,
+                    Allowed::All => pick.borrow_mut()(&all),
+                    Allowed::Mask(mask) | Allowed::MaskAgain(mask) => {
+                        let allowed: Vec<TokenId> = mask
+                            .iter()
+                            .map(|id| id as TokenId)
+                            .filter(|&id| id < self.compiler.end())
+                            .collect();
+                        assert!(
+                            !allowed.is_empty(),
+                            "nothing is allowed after {:?}",
+                            self.tokenizer.decode(&completion)
+                        );
+                        pick.borrow_mut()(&allowed)
+                    }
                 }
             };
-            let token = guide.choose(&completion, max_tokens - completion.len(), sample);
-            assert_eq!(
-                is_free,
-                asked_of_all.get() && guide.answer.is_none(),
-                "free is what no guide touches"
-            );
+            let token = guide.choose(&completion, num_left, sample);
+            assert_eq!(first_asked.into_inner(), Some(first_told), "what was told before was not asked for");
             if token == self.end() {
                 return (self.tokenizer.decode(&completion), true);
             }

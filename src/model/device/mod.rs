@@ -7,12 +7,12 @@
 mod attention;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+mod exchange;
 mod layers;
 pub mod machine;
 mod ops;
 pub mod quant;
 mod qwen2;
-mod readback;
 mod resampler;
 #[cfg(test)]
 mod rope_reference;
@@ -27,9 +27,9 @@ use super::{
     config::ModelConfig, layers::Bits, tinyllava, weights::Weights,
 };
 use attention::{LayerCache, PagedAttention};
+pub use exchange::Exchange;
 use layers::Loader;
-pub use ops::{Adjustment, Draw, FEW, adjust, choose};
-pub use readback::Readback;
+pub use ops::{Adjustment, Choice, Chosen, Draw, FEW, choose};
 
 /// Keys and values of all layers, in device memory.
 #[derive(Debug, Clone)]

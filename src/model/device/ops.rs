@@ -4,7 +4,10 @@
 
 use candle_core::{D, DType, Device};
 
-use super::super::{Result, Tensor};
+use super::{
+    super::{Result, Tensor},
+    exchange::Exchange,
+};
 
 /// `x / rms(x) x weight` over the last dimension.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
@@ -136,22 +139,6 @@ impl Adjustment {
     }
 }
 
-/// `logits` `[rows, vocab]` in f32, adjusted, an id of a row at most once; on a device perhaps in their own place.
-pub fn adjust(logits: &Tensor, of_rows: &[(usize, Adjustment)]) -> Result<Tensor> {
-    if of_rows.is_empty() {
-        return Ok(logits.clone());
-    }
-    #[cfg(feature = "cuda")]
-    if logits.device().is_cuda()
-        && let Some(adjusted) = super::cuda::fused::adjust(logits, of_rows)?
-    {
-        return Ok(adjusted);
-    }
-    let (mut rows, dims) = (logits.to_vec2::<f32>()?, logits.dims());
-    of_rows.iter().for_each(|(row, adjustment)| adjustment.apply(&mut rows[*row]));
-    Tensor::from_vec(rows.concat(), dims, logits.device())
-}
-
 /// How a token is drawn: among the `top_k` largest logits, 0 for all, of those among the most probable that make up `top_p`, of those
 /// among what is no less than `min_p` times as probable as the most probable, at the share `random` in `[0, 1)` of their sum.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -168,13 +155,101 @@ pub struct Draw {
 /// How many of the largest logits of a row are looked at to draw from it, at least.
 pub const FEW: usize = 256;
 
+/// How the token of a row is chosen: after the adjustments, of which an id has one at most, among the ids that a mask allows, a bit each,
+/// the first of the largest logits, or one that is drawn.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Choice {
+    pub adjustments: Vec<Adjustment>,
+    pub mask: Option<Vec<u32>>,
+    pub draw: Option<Draw>,
+}
+
+/// What [`choose`] gives.
+#[derive(Debug)]
+pub struct Chosen {
+    /// `[rows, vocab]`, adjusted and without what masks do not allow.
+    pub logits: Tensor,
+    /// `[2, rows]` in u32: ids and the bits of their logits. These are minus infinity where no logit is larger, and no number where the largest
+    /// logits do not decide what is drawn; the ids are those of tokens even then.
+    pub tokens: Tensor,
+    /// What is being read.
+    _masks: Option<Tensor>,
+}
+
+/// Chooses the tokens of the rows of `logits` `[rows, vocab]` in f32 among the first `num_ids`: as they are where no choice is said. On a
+/// device the logits are changed where they lie. Does not wait; what is returned must be kept until somebody has.
+pub fn choose(
+    logits: &Tensor,
+    num_ids: usize,
+    choices: &[Option<Choice>],
+    exchange: &mut Exchange,
+) -> Result<Chosen> {
+    let of_rows = choices.iter().enumerate().filter_map(|(row, choice)| Some((row, choice.as_ref()?)));
+    let known = |one: &&Adjustment| (one.id as usize) < num_ids;
+    let adjustments = of_rows
+        .clone()
+        .flat_map(|(row, choice)| choice.adjustments.iter().filter(known).map(move |&one| (row, one)));
+    let logits = adjust(logits, &adjustments.collect::<Vec<_>>())?;
+    let masks = of_rows.filter_map(|(row, choice)| Some((row, choice.mask.as_deref()?)));
+    let (logits, masks) = forbid(&logits, num_ids, &masks.collect::<Vec<_>>(), exchange)?;
+    let draws: Vec<_> = choices.iter().map(|choice| choice.as_ref().and_then(|choice| choice.draw)).collect();
+    let tokens = tokens(&logits, num_ids, &draws)?;
+    Ok(Chosen { logits, tokens, _masks: masks })
+}
+
+/// `logits` `[rows, vocab]` in f32, adjusted, an id of a row at most once; on a device in their own place.
+pub fn adjust(logits: &Tensor, of_rows: &[(usize, Adjustment)]) -> Result<Tensor> {
+    if of_rows.is_empty() {
+        return Ok(logits.clone());
+    }
+    #[cfg(feature = "cuda")]
+    if logits.device().is_cuda()
+        && let Some(adjusted) = super::cuda::fused::adjust(logits, of_rows)?
+    {
+        return Ok(adjusted);
+    }
+    let (mut rows, dims) = (logits.to_vec2::<f32>()?, logits.dims());
+    of_rows.iter().for_each(|(row, adjustment)| adjustment.apply(&mut rows[*row]));
+    Tensor::from_vec(rows.concat(), dims, logits.device())
+}
+
+/// `logits` `[rows, vocab]` in f32, minus infinity where an id below `num_ids` has no bit in the mask of its row; on a device in their own
+/// place, while it reads what is returned with them.
+pub fn forbid(
+    logits: &Tensor,
+    num_ids: usize,
+    masks: &[(usize, &[u32])],
+    exchange: &mut Exchange,
+) -> Result<(Tensor, Option<Tensor>)> {
+    let has_bits = |&(_, mask): &(usize, &[u32])| mask.len() == num_ids.div_ceil(32);
+    if !masks.iter().all(has_bits) {
+        candle_core::bail!("a mask of another vocabulary: this is a bug");
+    }
+    if masks.is_empty() {
+        return Ok((logits.clone(), None));
+    }
+    #[cfg(feature = "cuda")]
+    if logits.device().is_cuda()
+        && let Some(masks) = super::cuda::fused::forbid(logits, num_ids, masks, exchange)?
+    {
+        return Ok((logits.clone(), Some(masks)));
+    }
+    let _ = exchange;
+    let (mut rows, dims) = (logits.to_vec2::<f32>()?, logits.dims());
+    for &(row, mask) in masks {
+        let is_forbidden = |id: &usize| mask[id / 32] >> (id % 32) & 1 == 0;
+        (0..num_ids).filter(is_forbidden).for_each(|id| rows[row][id] = f32::NEG_INFINITY);
+    }
+    Ok((Tensor::from_vec(rows.concat(), dims, logits.device())?, None))
+}
+
 /// Of each row of `logits` `[rows, vocab]` in f32 the first of the largest of the first `num_ids`, or one that is drawn: `[2, rows]` in u32,
 /// ids and the bits of their logits. These are minus infinity where no logit is larger, and no number where the largest logits do not
 /// decide what is drawn; the ids are those of tokens even then.
-pub fn choose(logits: &Tensor, num_ids: usize, draws: &[Option<Draw>]) -> Result<Tensor> {
+fn tokens(logits: &Tensor, num_ids: usize, draws: &[Option<Draw>]) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     if logits.device().is_cuda()
-        && let Some(chosen) = super::cuda::fused::choose(logits, num_ids, draws)?
+        && let Some(chosen) = super::cuda::fused::tokens(logits, num_ids, draws)?
     {
         return Ok(chosen);
     }

@@ -6,7 +6,10 @@ use std::ops::Range;
 
 use candle_core::Device;
 
-use super::super::{FrameBatch, Result, Tensor};
+use super::{
+    super::{FrameBatch, Result, Tensor},
+    exchange::Exchange,
+};
 
 /// Some frames of a video.
 pub type Frames<'a> = (&'a FrameBatch, Range<usize>);
@@ -15,8 +18,7 @@ pub type Frames<'a> = (&'a FrameBatch, Range<usize>);
 #[derive(Debug)]
 pub struct Uploads {
     device: Device,
-    #[cfg(feature = "cuda")]
-    stream: Option<super::cuda::SecondStream>,
+    exchange: Exchange,
     ahead: Vec<Ahead>,
     /// What was copied beside the device's other work, and may not be given back before that has read it.
     in_use: Vec<Tensor>,
@@ -34,13 +36,7 @@ struct Ahead {
 impl Uploads {
     /// None yet.
     pub fn new(device: &Device) -> Self {
-        Uploads {
-            device: device.clone(),
-            #[cfg(feature = "cuda")]
-            stream: None,
-            ahead: vec![],
-            in_use: vec![],
-        }
+        Uploads { device: device.clone(), exchange: Exchange::default(), ahead: vec![], in_use: vec![] }
     }
 
     /// The bytes of these frames behind one another, `[frames x size x size x 3]` in u8. What else was copied ahead is forgotten.
@@ -64,7 +60,7 @@ impl Uploads {
     pub fn start(&mut self, videos: &[Frames<'_>]) -> Result<()> {
         self.ahead.clear();
         for (frames, range) in videos {
-            let bytes = self.copied(frames.frames(range.clone()))?;
+            let bytes = self.exchange.send(frames.frames(range.clone()), &self.device)?;
             self.ahead.push(Ahead { frames: (*frames).clone(), range: range.clone(), bytes });
         }
         Ok(())
@@ -73,17 +69,5 @@ impl Uploads {
     /// The device has done all that it was told.
     pub fn release(&mut self) {
         self.in_use.clear();
-    }
-
-    fn copied(&mut self, bytes: &[u8]) -> Result<Tensor> {
-        #[cfg(feature = "cuda")]
-        if self.device.is_cuda() {
-            let stream = match self.stream.take() {
-                Some(stream) => stream,
-                None => super::cuda::SecondStream::new(&self.device)?,
-            };
-            return self.stream.insert(stream).copied(bytes);
-        }
-        Tensor::from_slice(bytes, bytes.len(), &self.device)
     }
 }

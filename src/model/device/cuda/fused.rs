@@ -8,6 +8,7 @@ use candle_core::{D, DType};
 use super::{
     super::{
         super::{Result, Tensor},
+        exchange::Exchange,
         ops::{Adjustment, Draw, FEW},
     },
     launch::{FUSED, Grid, LARGEST, address, address_or_none, count, ensure, fresh},
@@ -151,8 +152,8 @@ pub fn finish_rows(
 }
 
 /// Of each row of `logits` `[rows, vocab]` in f32 the first of the largest of the first `num_ids`, or, where `draws` says how, one that is
-/// drawn, if its largest logits decide it: `[2, rows]` in u32, as [`ops::choose`](super::super::ops::choose) gives it.
-pub fn choose(logits: &Tensor, num_ids: usize, draws: &[Option<Draw>]) -> Result<Option<Tensor>> {
+/// drawn, if its largest logits decide it: `[2, rows]` in u32, as [`Chosen`](super::super::ops::Chosen) has them.
+pub fn tokens(logits: &Tensor, num_ids: usize, draws: &[Option<Draw>]) -> Result<Option<Tensor>> {
     if !LARGEST.is_there(DType::F32) {
         return Ok(None);
     }
@@ -186,6 +187,33 @@ fn words_of(draw: &Draw) -> [u32; 6] {
     let random = draw.random.to_bits();
     let floats = [draw.temperature, draw.top_p, draw.min_p].map(f32::to_bits);
     [floats[0], floats[1], floats[2], draw.top_k as u32, random as u32, (random >> 32) as u32]
+}
+
+/// Leaves of `logits` `[rows, vocab]` in f32, where they lie, what the masks of their rows allow of the first `num_ids`. Returns the masks,
+/// which the device reads.
+pub fn forbid(
+    logits: &Tensor,
+    num_ids: usize,
+    masks: &[(usize, &[u32])],
+    exchange: &mut Exchange,
+) -> Result<Option<Tensor>> {
+    if !LARGEST.is_there(DType::F32) {
+        return Ok(None);
+    }
+    let (rows, vocab) = rows_of_logits(logits, num_ids)?;
+    let num_words = num_ids.div_ceil(32);
+    let fits = |&(row, mask): &(usize, &[u32])| row < rows && mask.len() == num_words;
+    ensure(masks.iter().all(fits), "masks of other rows")?;
+    let words = masks.iter().flat_map(|&(row, mask)| std::iter::once(row as u32).chain(mask.iter().copied()));
+    let bytes: Vec<u8> = words.flat_map(u32::to_le_bytes).collect();
+    let words = exchange.send(&bytes, logits.device())?;
+    let sizes = [count(num_ids)?, count(vocab)?, count(num_words)?].map(Into::into);
+    let mut arguments = vec![address(logits)?, address(&words)?];
+    arguments.extend(sizes);
+    let grid = Grid::of((count(num_ids)?.div_ceil(THREADS), count(masks.len())?, 1), THREADS);
+    // SAFETY: every mask has as many words as are looked at, and is of a row that there is.
+    unsafe { LARGEST.launch("forbid_f32", logits, grid, &arguments) }?;
+    Ok(Some(words))
 }
 
 /// Adjusts `logits` `[rows, vocab]` in f32 where they lie.
@@ -263,7 +291,7 @@ mod tests {
 
     /// Ids and logits of the rows' tokens.
     fn chosen(logits: &Tensor, num_ids: usize, draws: &[Option<Draw>]) -> Vec<(u32, f32)> {
-        let rows = choose(logits, num_ids, draws).unwrap().unwrap().to_vec2::<u32>().unwrap();
+        let rows = tokens(logits, num_ids, draws).unwrap().unwrap().to_vec2::<u32>().unwrap();
         rows[0].iter().zip(&rows[1]).map(|(&id, &bits)| (id, f32::from_bits(bits))).collect()
     }
 
@@ -294,6 +322,26 @@ mod tests {
         let there = there.to_vec2::<f32>().unwrap();
         assert_eq!(there, ops::adjust(&logits, &of_rows).unwrap().to_vec2::<f32>().unwrap());
         assert_ne!(there, logits.to_vec2::<f32>().unwrap());
+    }
+
+    #[test]
+    fn what_masks_leave_is_what_they_leave_on_the_processor_where_there_is_a_gpu() {
+        let Some(gpu) = testing::gpu() else { return };
+        let logits = Tensor::arange(0f32, 4.0 * 700.0, &Device::Cpu).unwrap().reshape((4, 700)).unwrap();
+        let mask = |seed: u32| (0..22).map(|i| seed.wrapping_mul(0x9e37_79b9 ^ i << 3)).collect::<Vec<u32>>();
+        let (first, second) = (mask(77), mask(12_345));
+        let masks = [(3, first.as_slice()), (1, second.as_slice())];
+        let exchange = &mut Exchange::default();
+        let (there, _masks) = ops::forbid(&logits.to_device(&gpu).unwrap(), 690, &masks, exchange).unwrap();
+        let (here, _) = ops::forbid(&logits, 690, &masks, exchange).unwrap();
+        let here = here.to_vec2::<f32>().unwrap();
+        assert_eq!(there.to_vec2::<f32>().unwrap(), here);
+        let num_forbidden =
+            |row: usize| here[row].iter().filter(|logit| **logit == f32::NEG_INFINITY).count();
+        assert!([1, 3].iter().all(|&row| (100..600).contains(&num_forbidden(row))));
+        assert!(
+            num_forbidden(0) + num_forbidden(2) == 0 && here[3][690..].iter().all(|logit| logit.is_finite())
+        );
     }
 
     #[test]

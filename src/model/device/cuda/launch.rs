@@ -282,6 +282,7 @@ pub fn start_of(x: &Tensor) -> Result<u64> {
         DType::F32 => start::<f32>(storage),
         DType::F16 => start::<f16>(storage),
         DType::BF16 => start::<bf16>(storage),
+        DType::U8 => start::<u8>(storage),
         DType::U32 => start::<u32>(storage),
         DType::I64 => start::<i64>(storage),
         other => candle_core::bail!("a kernel over {other:?}: this is a bug"),

@@ -16,7 +16,6 @@ use std::sync::Arc;
 
 use candle_core::{
     CudaDevice, DType, Device, Storage,
-    backprop::BackpropOp,
     cuda::{
         CudaStorage,
         cudarc::driver::{
@@ -24,6 +23,7 @@ use candle_core::{
             sys::{CUdevice_attribute, CUmemPool_attribute, CUmemoryPool},
         },
     },
+    op::BackpropOp,
 };
 
 use super::super::{ModelError, Result, Tensor};

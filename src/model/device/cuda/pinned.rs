@@ -1,6 +1,6 @@
 //! Host memory that the device writes by itself, while the host does something else.
 //!
-//! Used by [`super::super::readback`].
+//! Used by [`super::super::exchange`].
 
 use std::{ptr::NonNull, slice};
 

@@ -177,3 +177,11 @@ extern "C" __global__ void adjust_f32(float *x, const uint4 *changes, unsigned n
   const float factor = __uint_as_float(change.z);
   y = __fadd_rn(y > 0.0f ? __fdiv_rn(y, factor) : __fmul_rn(y, factor), __uint_as_float(change.w));
 }
+
+// Minus infinity for the first `width` ids of rows of `x`, of `stride`, that have no bit in `masks` [number, 1 + words], the number of the row
+// before its bits. A thread an id, and a row of blocks a mask.
+extern "C" __global__ void forbid_f32(float *x, const unsigned *masks, unsigned width, unsigned stride, unsigned words) {
+  const unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
+  const unsigned *mask = masks + (unsigned long long)blockIdx.y * (1 + words);
+  if (i < width && !(mask[1 + i / 32] >> i % 32 & 1)) x[(unsigned long long)mask[0] * stride + i] = NONE;
+}
