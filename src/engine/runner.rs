@@ -127,17 +127,17 @@ impl Runner {
         let mut logits = choosing.finish(&mut self.exchange)?;
         let mut sampled = sample(&logits, &sampling, scheduler, requests)?;
         let undecided: Vec<usize> = (0..sampled.len()).filter(|&row| sampled[row].is_none()).collect();
-        if let Some((next, next_logits)) = next {
-            let token_of = |row: usize| match (logits.row(row), &sampled[row]) {
-                (Row::Token(chosen), Some(sampled)) => Some(chosen).filter(|&chosen| chosen == sampled.token),
-                _ => None,
+        if let Some((rows, next_logits)) = next {
+            let started = |row: usize| StartedRow {
+                sequence: sampling[row].sequence,
+                position: sampling[row].positions.end,
+                token: match (logits.row(row), &sampled[row]) {
+                    (Row::Token(chosen), Some(sampled)) if chosen == sampled.token => Some(chosen),
+                    _ => None,
+                },
             };
-            let rows = next.into_iter().map(|(row, work)| StartedRow {
-                sequence: work.sequence,
-                position: work.positions.start,
-                token: token_of(row),
-            });
-            self.ahead.keep(Started { rows: rows.zip(0..).collect(), logits: next_logits });
+            let rows = rows.into_iter().map(started).zip(0..).collect();
+            self.ahead.keep(Started { rows, logits: next_logits });
         }
         logits.fetch_whole(&undecided)?;
         for row in undecided {
@@ -178,43 +178,38 @@ impl Runner {
     }
 
     /// Starts what is most probably the next step, if it is of nothing but the next tokens of all sequences that run: `ids` `[works]` has the
-    /// tokens of `works`. Returns its works, each with the row of `works` it follows, and its logits.
+    /// tokens of `works`. Returns the rows of `works` that go on, and their next logits.
     fn start_next(
         &mut self,
         works: &[ComputeWork],
         ids: &Tensor,
         scheduler: &Scheduler,
         requests: &dyn Requests,
-    ) -> Result<Option<(Vec<(usize, ComputeWork)>, Tensor)>> {
+    ) -> Result<Option<(Vec<usize>, Tensor)>> {
         let is_all = works.len() == scheduler.num_running() && works.iter().all(|work| work.samples);
         if !is_all || self.tap.is_watching() || !self.ahead.is_worth_while() {
             return Ok(None);
         }
         // A sequence that ends with its longest completion has no room for more.
-        let goes_on = |work: &ComputeWork| asker(work, scheduler, requests).num_left() > 1;
-        let follow = |work: &ComputeWork| ComputeWork {
-            positions: work.positions.end..work.positions.end + 1,
-            ..work.clone()
-        };
-        let next: Vec<(usize, ComputeWork)> = works
-            .iter()
-            .enumerate()
-            .filter(|(_, work)| goes_on(work))
-            .map(|(row, work)| (row, follow(work)))
-            .collect();
-        if next.is_empty() {
+        let goes_on = |&row: &usize| asker(&works[row], scheduler, requests).num_left() > 1;
+        let rows: Vec<usize> = (0..works.len()).filter(goes_on).collect();
+        if rows.is_empty() {
             return Ok(None);
         }
-        let next_works: Vec<ComputeWork> = next.iter().map(|(_, work)| work.clone()).collect();
-        let mut input = self.step_input(&next_works, scheduler, requests)?;
-        input.ids_on_device = Some(if next.len() == works.len() {
+        let follow = |&row: &usize| ComputeWork {
+            positions: works[row].positions.end..works[row].positions.end + 1,
+            ..works[row].clone()
+        };
+        let next: Vec<ComputeWork> = rows.iter().map(follow).collect();
+        let mut input = self.step_input(&next, scheduler, requests)?;
+        input.ids_on_device = Some(if rows.len() == works.len() {
             ids.clone()
         } else {
-            let rows: Vec<u32> = next.iter().map(|&(row, _)| row as u32).collect();
-            ids.index_select(&Tensor::from_vec(rows, next.len(), ids.device())?, 0)?
+            let index: Vec<u32> = rows.iter().map(|&row| row as u32).collect();
+            ids.index_select(&Tensor::from_vec(index, rows.len(), ids.device())?, 0)?
         });
         match self.model.forward(&input, &mut self.pool, self.tap.as_mut()) {
-            Ok(logits) => Ok(Some((next, logits))),
+            Ok(logits) => Ok(Some((rows, logits))),
             Err(error) if is_device_failure(&error) => Err(error),
             // It fails again when it is planned, and then those who planned it know what to do.
             Err(_) => Ok(None),
