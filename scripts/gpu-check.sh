@@ -45,6 +45,9 @@ checks() {
 engine() {
   part "bench engine" "$binary" bench engine --device "$device" --model "$model" --prompt-tokens "${PROMPT_TOKENS:-600}" \
     --batch "$batches" --requests "$clients" --repeat 3 --json "$out/engine.json"
+  # What it brings that a step begins before the host has seen the tokens of the one before it.
+  TINYLLAVA_RUN_AHEAD=0 part "bench engine one by one" "$binary" bench engine --device "$device" --model "$model" \
+    --prompt-tokens "${PROMPT_TOKENS:-600}" --batch "$batches" --repeat 3 --json "$out/engine-one-by-one.json"
 }
 
 quantised() {
@@ -130,7 +133,7 @@ for path in sorted(out.glob("engine-*.json")):
         if row["what"] in plain and not row["what"].startswith("encode"):
             times = plain[row["what"]] / row["ms"]
             what = f"{row['what']} {path.stem.removeprefix('engine-')}"
-            print(f"{what:<22}{row['ms']:>10.2f}{row['tokens_per_second']:>11.1f}  {times:.2f} times as fast as without")
+            print(f"{what:<28}{row['ms']:>10.2f}{row['tokens_per_second']:>11.1f}  {times:.2f} times as fast as above")
 for name in ("server", "server-sampled"):
     for level in read(f"{name}.json").get("levels", []):
         first, between = (1e3 * level[key]["median"] for key in ("time_to_first_token_s", "inter_token_latency_s"))

@@ -15,12 +15,15 @@ use crate::{
 /// What was started, and whether it is worth while.
 #[derive(Debug, Default)]
 pub(super) struct Ahead {
+    is_off: bool,
     started: Option<Started>,
     /// How many steps nothing is started, and how many after the next wrong guess.
     pause: u32,
     next_pause: u32,
 }
 
+/// Set to 0, nothing is started ahead.
+const VARIABLE: &str = "TINYLLAVA_RUN_AHEAD";
 /// Most steps for which nothing is started after a wrong guess.
 const LONGEST_PAUSE: u32 = 64;
 
@@ -42,10 +45,16 @@ pub(super) struct StartedRow {
 }
 
 impl Ahead {
+    /// As the environment asks for it.
+    pub(super) fn from_env() -> Self {
+        let is_off = std::env::var(VARIABLE).is_ok_and(|value| value == "0");
+        Ahead { is_off, ..Ahead::default() }
+    }
+
     /// Whether a step may be started; to be asked once for each that could.
     pub(super) fn is_worth_while(&mut self) -> bool {
         self.pause = self.pause.saturating_sub(1);
-        self.pause == 0
+        self.pause == 0 && !self.is_off
     }
 
     /// Keeps a step, of which the host knows the tokens by now.

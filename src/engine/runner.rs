@@ -64,8 +64,8 @@ impl Runner {
         tap: Box<dyn Tap>,
     ) -> Self {
         let num_token_ids = num_token_ids.min(model.shape().vocab_size);
-        let (encoder, ahead, exchange) = Default::default();
-        Runner { model, pool, encoder, ahead, exchange, num_token_ids, tap }
+        let (encoder, exchange) = Default::default();
+        Runner { model, pool, encoder, ahead: Ahead::from_env(), exchange, num_token_ids, tap }
     }
 
     /// Forgets a video's encoded tokens.

@@ -56,18 +56,18 @@ pub struct EngineArgs {
     json: Option<PathBuf>,
 }
 
-/// Keeps every step's report.
+/// Keeps every step's report, and when it came.
 #[derive(Debug, Clone, Default)]
-struct Reports(Arc<Mutex<Vec<StepReport>>>);
+struct Reports(Arc<Mutex<Vec<(Instant, StepReport)>>>);
 
 impl StepObserver for Reports {
     fn step(&mut self, report: &StepReport) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(*report);
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push((Instant::now(), *report));
     }
 }
 
 impl Reports {
-    fn take(&self) -> Vec<StepReport> {
+    fn take(&self) -> Vec<(Instant, StepReport)> {
         std::mem::take(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
@@ -185,8 +185,8 @@ impl Bench<'_> {
             let reports = self.reports.take();
             // The first is a warm-up.
             if repeat > 0 {
-                encode.push(reports.iter().map(|report| report.encode_seconds).sum());
-                prefill.push(reports.iter().map(|report| report.compute_seconds).sum());
+                encode.push(reports.iter().map(|(_, report)| report.encode_seconds).sum());
+                prefill.push(reports.iter().map(|(_, report)| report.compute_seconds).sum());
             }
         }
         let (tokens, frames) = (self.num_prompt_tokens(), self.shape().num_frames);
@@ -220,10 +220,11 @@ impl Bench<'_> {
                 .map(|sequence| submit(&self.started.engine, sequence))
                 .collect::<Result<_, _>>()?;
             finish(streams).await?;
+            // From one to the next: a device computes a step while the host is at the one before it.
             let reports = self.reports.take();
-            let pure =
-                reports.iter().filter(|step| step.num_prefill_tokens == 0 && step.num_decodes == batch);
-            steps.extend(pure.map(|step| step.compute_seconds));
+            let is_pure = |step: &StepReport| step.num_prefill_tokens == 0 && step.num_decodes == batch;
+            let pairs = reports.windows(2).filter(|pair| pair.iter().all(|(_, step)| is_pure(step)));
+            steps.extend(pairs.map(|pair| (pair[1].0 - pair[0].0).as_secs_f64()));
         }
         let seconds = median(steps);
         let context = self.num_prompt_tokens() + self.args.decode_steps / 2;
