@@ -1,4 +1,5 @@
-//! Matrices of the decoder in 8 or 4 bits on a device: blocks of 32 weights with a scale each, as ggml has them.
+//! Matrices of the decoder in 8 or 4 bits on a device: blocks of 32 weights with a scale each, as ggml has them. In 4 bits, where rows
+//! allow that, eight such blocks together, whose weights have a least one, too (Q4_K): in as many bits that rounds a seventh less.
 //!
 //! Called by `layers.rs`, and by `cli` for what fits. The products are candle's or our own; their kernels for CUDA
 //! look at no size: what they cannot do is refused by [`check`], before a weight is read. Tower and connector stay floats: they run
@@ -10,7 +11,7 @@ use candle_core::{
     DType, Device,
     quantized::{
         GgmlDType, GgmlType, QStorage, QTensor,
-        k_quants::{BlockQ4_0, BlockQ8_0},
+        k_quants::{BlockQ4_0, BlockQ4K, BlockQ8_0},
     },
 };
 use half::f16;
@@ -117,13 +118,15 @@ pub fn rounds_rows(device: &Device) -> bool {
 }
 
 fn num_bytes(bits: Bits, spec: &TensorSpec) -> usize {
-    let kind = kind(bits);
+    let kind = kind(bits, spec.matrix().1);
     spec.num_elements() / kind.block_size() * kind.type_size()
 }
 
-fn kind(bits: Bits) -> GgmlDType {
+/// What rows of so many weights are kept in.
+fn kind(bits: Bits, inputs: usize) -> GgmlDType {
     match bits {
         Bits::Eight => GgmlDType::Q8_0,
+        Bits::Four if inputs.is_multiple_of(BlockQ4K::BLCK_SIZE) => GgmlDType::Q4K,
         Bits::Four => GgmlDType::Q4_0,
     }
 }
@@ -139,18 +142,15 @@ impl QuantMatrix {
         let parts = parts.collect::<Result<Vec<_>>>()?;
         let k: usize = parts[0].1.shape[1..].iter().product();
         let n: usize = parts.iter().map(|(_, part)| part.shape[0]).sum();
-        let storage = match bits {
-            Bits::Eight => QStorage::Cpu(Box::new(blocks::<BlockQ8_0>(&parts, k)?)),
-            Bits::Four => QStorage::Cpu(Box::new(blocks::<BlockQ4_0>(&parts, k)?)),
-        };
-        let host = QTensor::new(storage, (n, k))?;
+        let kind = kind(bits, k);
+        let host = QTensor::new(quantised(&parts, k, kind)?, (n, k))?;
         let device = places[0].device;
         if device.is_cpu() {
             return Ok(QuantMatrix(host));
         }
         let bytes = host.data()?;
         // Borrowed: candle would read what is owned after it has dropped it. Behind the last row it puts zeros.
-        let storage = QStorage::from_data(Cow::Borrowed(&bytes), device, kind(bits))?;
+        let storage = QStorage::from_data(Cow::Borrowed(&bytes), device, kind)?;
         QTensor::new(storage, (n, k)).map(QuantMatrix)
     }
 
@@ -193,15 +193,24 @@ impl QuantMatrix {
     }
 }
 
+/// Rows of `k` weights each as blocks of this kind.
+fn quantised(parts: &[(String, StoredTensor)], k: usize, kind: GgmlDType) -> Result<QStorage> {
+    Ok(QStorage::Cpu(match kind {
+        GgmlDType::Q4K => Box::new(blocks::<BlockQ4K>(parts, k)?),
+        GgmlDType::Q4_0 => Box::new(blocks::<BlockQ4_0>(parts, k)?),
+        _ => Box::new(blocks::<BlockQ8_0>(parts, k)?),
+    }))
+}
+
 /// Rows of `k` weights each as blocks, on all cores.
 fn blocks<T: GgmlType>(parts: &[(String, StoredTensor)], k: usize) -> Result<Vec<T>> {
-    let len = parts.iter().map(|(_, part)| part.shape[0]).sum::<usize>() * k / BLOCK;
+    let len = parts.iter().map(|(_, part)| part.shape[0]).sum::<usize>() * k / T::BLCK_SIZE;
     let mut all = vec![T::zeros(); len];
     let mut rest = all.as_mut_slice();
     for (name, part) in parts {
         let own;
-        (own, rest) = rest.split_at_mut(part.shape[0] * k / BLOCK);
-        let rows = own.par_chunks_mut(k / BLOCK).enumerate();
+        (own, rest) = rest.split_at_mut(part.shape[0] * k / T::BLCK_SIZE);
+        let rows = own.par_chunks_mut(k / T::BLCK_SIZE).enumerate();
         rows.try_for_each_init(
             || vec![0.0; k],
             |values, (row, out)| {
@@ -241,13 +250,18 @@ mod tests {
 
     #[test]
     fn few_rows_and_many_give_the_product_with_the_rounded_weights() {
-        let (n, k) = (46, 96);
-        let weight = noise(n * k, 1);
-        let parts = [stored(20, k, &weight[..20 * k]), stored(26, k, &weight[20 * k..])];
-        let eight = QTensor::new(QStorage::Cpu(Box::new(blocks::<BlockQ8_0>(&parts, k).unwrap())), (n, k));
-        let four = QTensor::new(QStorage::Cpu(Box::new(blocks::<BlockQ4_0>(&parts, k).unwrap())), (n, k));
-        for (matrix, most) in [(eight, 0.006), (four, 0.1)] {
-            let matrix = QuantMatrix(matrix.unwrap());
+        let n = 46;
+        for (bits, k, expected, most) in [
+            (Bits::Eight, 96, GgmlDType::Q8_0, 0.006),
+            (Bits::Eight, 512, GgmlDType::Q8_0, 0.006),
+            (Bits::Four, 96, GgmlDType::Q4_0, 0.1),
+            (Bits::Four, 512, GgmlDType::Q4K, 0.085),
+        ] {
+            let weight = noise(n * k, 1);
+            let parts = [stored(20, k, &weight[..20 * k]), stored(26, k, &weight[20 * k..])];
+            let kind = kind(bits, k);
+            assert_eq!(kind, expected);
+            let matrix = QuantMatrix(QTensor::new(quantised(&parts, k, kind).unwrap(), (n, k)).unwrap());
             let floats = matrix.floats(&Device::Cpu, DType::F32).unwrap();
             let rounding = relative_error(&values(&floats), &weight);
             assert!(rounding < most, "{rounding}");

@@ -349,7 +349,7 @@ mod tests {
         assert_has(&LARGEST, DType::F32, &["largest_f32".into(), "draw_f32".into(), "adjust_f32".into()]);
         for dtype in [DType::F32, DType::F16, DType::BF16] {
             let kind = dtype.as_str();
-            let products = ["q8", "q4"]
+            let products = ["q8", "q4", "q4k"]
                 .map(|block| [1, 2, 4, 8].map(|rows| format!("quant_rows_{block}_{rows}_{kind}")));
             let mut names = products.concat();
             names.extend(["gather_rows", "rope_and_cache"].map(|name| format!("{name}_{kind}")));

@@ -217,13 +217,17 @@ __device__ void rope_and_cache(const T *qkv, const T *bias, const T *cos, const 
   }
 }
 
-// A block of 32 weights as ggml has it: a scale, and a code each in 8 bits, or in 4: elements 0 to 15 in the low halves, the
+// Blocks of 32 weights as ggml has them: a scale, and a code each in 8 bits, or in 4: elements 0 to 15 in the low halves, the
 // others in the high ones. Aligned to 2 bytes only.
-struct q8 { f16 scale; unsigned short codes[16]; };
-struct q4 { f16 scale; unsigned short codes[8]; };
+struct q8 { static constexpr unsigned BLOCKS = 1; f16 scale; unsigned short codes[16]; };
+struct q4 { static constexpr unsigned BLOCKS = 1; f16 scale; unsigned short codes[8]; };
+// Eight of them together, ggml's Q4_K: scales and least weights in 6 bits each, in units of one for all; codes of pairs of blocks, the first
+// one's in the low halves.
+struct __align__(16) q4k { static constexpr unsigned BLOCKS = 8; f16 scale, least; unsigned char scales[12]; uint2 codes[16]; };
 
-// Eight weights of a block, `part` 0 to 3 of it, in fours that begin at the elements `low` and `high`.
-__device__ inline void unpack(const q8 &block, unsigned part, float *weights, unsigned &low, unsigned &high) {
+// Eight weights of a row's block, `part` 0 to 3 of it, in fours that begin at the elements `low` and `high`.
+__device__ inline void unpack(const q8 *row, unsigned number, unsigned part, float *weights, unsigned &low, unsigned &high) {
+  const q8 &block = row[number];
   const float scale = widen(block.scale);
   for (unsigned i = 0; i < 4; i++) {
     const unsigned short two = block.codes[4 * part + i];
@@ -233,7 +237,8 @@ __device__ inline void unpack(const q8 &block, unsigned part, float *weights, un
   low = 8 * part, high = low + 4;
 }
 
-__device__ inline void unpack(const q4 &block, unsigned part, float *weights, unsigned &low, unsigned &high) {
+__device__ inline void unpack(const q4 *row, unsigned number, unsigned part, float *weights, unsigned &low, unsigned &high) {
+  const q4 &block = row[number];
   const float scale = widen(block.scale);
   for (unsigned i = 0; i < 4; i++) {
     const unsigned byte = block.codes[2 * part + i / 2] >> (i % 2 * 8) & 0xff;
@@ -243,12 +248,28 @@ __device__ inline void unpack(const q4 &block, unsigned part, float *weights, un
   low = 4 * part, high = low + 16;
 }
 
+__device__ inline void unpack(const q4k *row, unsigned number, unsigned part, float *weights, unsigned &low, unsigned &high) {
+  const q4k &all = row[number / 8];
+  const unsigned own = number % 8;
+  const unsigned char *scales = all.scales;
+  // Of the last four the upper two bits are those of the first four's bytes.
+  const unsigned factor = own < 4 ? scales[own] & 63 : (scales[own + 4] & 15) | (scales[own - 4] >> 6) << 4;
+  const unsigned shift = own < 4 ? scales[own + 4] & 63 : scales[own + 4] >> 4 | (scales[own] >> 6) << 4;
+  const float scale = widen(all.scale) * factor, least = widen(all.least) * shift;
+  const uint2 codes = all.codes[own / 2 * 4 + part];
+  for (unsigned i = 0; i < 8; i++) {
+    const unsigned code = (i < 4 ? codes.x : codes.y) >> (i % 4 * 8 + own % 2 * 4) & 15;
+    weights[i] = scale * code - least;
+  }
+  low = 8 * part, high = low + 4;
+}
+
 // One warp an output: `out` [rows, outputs] of `x` [rows, inputs] and `weight` [outputs, inputs / 32] blocks; ROWS >= rows.
 template <typename T, typename Block, unsigned ROWS>
 __device__ void quant_rows(const Block *weight, const T *x, T *out, unsigned rows, unsigned outputs, unsigned inputs) {
   const unsigned output = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32, blocks = inputs / 32;
   if (output >= outputs) return;
-  weight += (unsigned long long)output * blocks;
+  weight += (unsigned long long)output * (blocks / Block::BLOCKS);
   float sums[ROWS];
 #pragma unroll
   for (unsigned row = 0; row < ROWS; row++) sums[row] = 0;
@@ -256,7 +277,7 @@ __device__ void quant_rows(const Block *weight, const T *x, T *out, unsigned row
   for (unsigned block = lane / 4; block < blocks; block += 8) {
     float weights[8];
     unsigned low, high;
-    unpack(weight[block], lane % 4, weights, low, high);
+    unpack(weight, block, lane % 4, weights, low, high);
 #pragma unroll
     for (unsigned row = 0; row < ROWS; row++) {
       if (row >= rows) break;
@@ -310,7 +331,8 @@ __device__ void quant_rows(const Block *weight, const T *x, T *out, unsigned row
     rope_and_cache(qkv, bias, cos, sin, positions, slots, out, keys, values, heads, kv_heads, dim, block_size);         \
   }                                                                                                                    \
   FOR_BLOCK(T, name, q8)                                                                                               \
-  FOR_BLOCK(T, name, q4)
+  FOR_BLOCK(T, name, q4)                                                                                               \
+  FOR_BLOCK(T, name, q4k)
 
 #ifndef ONLY
 FOR(float, f32)
