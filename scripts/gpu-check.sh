@@ -48,6 +48,9 @@ engine() {
   # What it brings that a step begins before the host has seen the tokens of the one before it.
   TINYLLAVA_RUN_AHEAD=0 part "bench engine one by one" "$binary" bench engine --device "$device" --model "$model" \
     --prompt-tokens "${PROMPT_TOKENS:-600}" --batch "$batches" --repeat 3 --json "$out/engine-one-by-one.json"
+  # And that cuBLASLt finishes products itself.
+  TINYLLAVA_CUDA_EPILOGUES=0 part "bench engine finished apart" "$binary" bench engine --device "$device" --model "$model" \
+    --prompt-tokens "${PROMPT_TOKENS:-600}" --batch 1 --repeat 3 --json "$out/engine-finished-apart.json"
 }
 
 quantised() {
@@ -130,10 +133,10 @@ for row in rows:
 plain = {row["what"]: row["ms"] for row in rows}
 for path in sorted(out.glob("engine-*.json")):
     for row in json.loads(path.read_text())["rows"]:
-        if row["what"] in plain and not row["what"].startswith("encode"):
-            times = plain[row["what"]] / row["ms"]
+        if row["what"] in plain:
+            rate = f"{row['tokens_per_second']:.1f}" if row["tokens_per_second"] else ""
             what = f"{row['what']} {path.stem.removeprefix('engine-')}"
-            print(f"{what:<28}{row['ms']:>10.2f}{row['tokens_per_second']:>11.1f}  {times:.2f} times as fast as above")
+            print(f"{what:<32}{row['ms']:>10.2f}{rate:>11}  {plain[row['what']] / row['ms']:.2f} times as fast as above")
 for name in ("server", "server-sampled"):
     for level in read(f"{name}.json").get("levels", []):
         first, between = (1e3 * level[key]["median"] for key in ("time_to_first_token_s", "inter_token_latency_s"))

@@ -11,7 +11,7 @@ cargo clippy "${gpu[@]}" --all-targets -- -D warnings
 cargo build "${gpu[@]}"
 cargo test "${gpu[@]}"
 libraries=$(realpath "$target/gpu/release")
-for library in cuda.so.1 cublas.so.13 curand.so.10; do ln -sf libgpu_for_tests.so "$libraries/lib$library"; done
+for library in cuda.so.1 cublas.so.13 cublasLt.so.13 curand.so.10; do ln -sf libgpu_for_tests.so "$libraries/lib$library"; done
 nvrtc=$(find "$NVRTC_DIR" -name 'libnvrtc.so.*' | head -1)
 export LD_LIBRARY_PATH=$libraries:$(dirname "$nvrtc")
 

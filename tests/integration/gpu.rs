@@ -144,6 +144,10 @@ fn nano_agrees_by_our_own_kernels_recorded_and_started_one_by_one() {
         // Of a recording each kernel is called once, however often it is started.
         let layers = |output| calls(output, "attend_fresh_bf16_32");
         assert!(layers(&by_graph) < layers(&one_by_one));
+        // What follows the tower's products is done with them.
+        let apart = check(&[("TINYLLAVA_CUDA_EPILOGUES", "0")], &["--model", "nano", "--types", "bf16"]);
+        let finishing = |output| calls(output, "finish_rows_bf16_wide");
+        assert!(finishing(&by_graph) < finishing(&apart));
     }
 }
 

@@ -116,31 +116,42 @@ impl Linear {
 
     /// `[…, in]` to `[…, out]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        ops::finish_rows(&self.product(x)?, self.bias(), None, false)
+        self.finished(x, None, false)
     }
 
     /// [`Linear::forward`], and `residual` added.
     pub fn forward_add(&self, x: &Tensor, residual: &Tensor) -> Result<Tensor> {
-        ops::finish_rows(&self.product(x)?, self.bias(), Some(residual), false)
+        self.finished(x, Some(residual), false)
     }
 
     /// [`Linear::forward`], and GELU by tanh of it.
     pub fn forward_gelu(&self, x: &Tensor) -> Result<Tensor> {
-        ops::finish_rows(&self.product(x)?, self.bias(), None, true)
+        self.finished(x, None, true)
+    }
+
+    fn finished(&self, x: &Tensor, residual: Option<&Tensor>, gelu: bool) -> Result<Tensor> {
+        match self.finished_at_once(x, residual, gelu)? {
+            Some(y) => Ok(y),
+            None => ops::finish_rows(&self.product(x)?, self.bias(), residual, gelu),
+        }
+    }
+
+    /// The product and what follows in one, where the device has that.
+    fn finished_at_once(&self, x: &Tensor, residual: Option<&Tensor>, gelu: bool) -> Result<Option<Tensor>> {
+        let Matrix::Floats(weight) = &self.weight else { return Ok(None) };
+        let residual = residual.map(by_rows).transpose()?;
+        let y = ops::finished_product(&by_rows(x)?, weight, (self.bias(), residual.as_ref()), gelu)?;
+        y.map(|y| like(&y, x)).transpose()
     }
 
     /// `x W^T`, without the bias.
     pub fn product(&self, x: &Tensor) -> Result<Tensor> {
-        let mut dims = x.dims().to_vec();
-        // One product over all rows, not one a batch.
-        let rows = x.flatten_to(dims.len() - 2)?.contiguous()?;
+        let rows = by_rows(x)?;
         let y = match &self.weight {
             Matrix::Floats(weight) => rows.matmul(&weight.t()?)?,
             Matrix::Quant(weight) => weight.multiply(&rows)?,
         };
-        dims.pop();
-        dims.push(y.dim(1)?);
-        y.reshape(dims)
+        like(&y, x)
     }
 
     /// The weight `[out, in]`, unless it is quantised.
@@ -175,6 +186,19 @@ impl Linear {
     }
 }
 
+/// `[…, width]` as `[rows, width]`: one product over all rows, not one a batch.
+fn by_rows(x: &Tensor) -> Result<Tensor> {
+    x.flatten_to(x.rank() - 2)?.contiguous()
+}
+
+/// The rows `y` `[rows, out]` as those of `x` `[…, in]` stand: `[…, out]`.
+fn like(y: &Tensor, x: &Tensor) -> Result<Tensor> {
+    let mut dims = x.dims().to_vec();
+    dims.pop();
+    dims.push(y.dim(1)?);
+    y.reshape(dims)
+}
+
 /// LayerNorm with weight and bias.
 #[derive(Debug)]
 pub struct LayerNorm {
@@ -196,6 +220,10 @@ impl LayerNorm {
 
     /// What `linear` makes of `x`, `residual` added; and its norm.
     pub fn add_forward(&self, linear: &Linear, x: &Tensor, residual: &Tensor) -> Result<(Tensor, Tensor)> {
+        if let Some(sum) = linear.finished_at_once(x, Some(residual), false)? {
+            let normed = self.forward(&sum)?;
+            return Ok((sum, normed));
+        }
         let added = (linear.bias(), Some(residual));
         ops::add_layer_norm(&linear.product(x)?, added, (&self.weight, &self.bias), self.eps)
     }

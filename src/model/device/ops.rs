@@ -94,6 +94,21 @@ pub fn gather_rows(table: &Tensor, ids: &Tensor) -> Result<Tensor> {
     table.index_select(ids, 0)
 }
 
+/// `x W^T` of `x` `[rows, in]` and `weight` `[out, in]`, and what [`finish_rows`] does to it, where that is one operation.
+pub fn finished_product(
+    x: &Tensor,
+    weight: &Tensor,
+    (bias, residual): (Option<&Tensor>, Option<&Tensor>),
+    gelu: bool,
+) -> Result<Option<Tensor>> {
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() && (bias.is_some() || residual.is_some() || gelu) {
+        return super::cuda::blas::product(x, weight, super::cuda::blas::Finish { bias, residual, gelu });
+    }
+    let _ = (x, weight, bias, residual, gelu);
+    Ok(None)
+}
+
 /// What a layer does to its product `x` `[…, width]`: adds `bias` `[width]`, then `residual` of the shape of `x`; or takes GELU by
 /// tanh of it.
 pub fn finish_rows(

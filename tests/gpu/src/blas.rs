@@ -15,8 +15,8 @@ use super::{
     graph::{Node, State},
 };
 
-const SUCCESS: c_int = 0;
-const NOT_SUPPORTED: c_int = 15;
+pub const SUCCESS: c_int = 0;
+pub const NOT_SUPPORTED: c_int = 15;
 
 /// A handle is where the number of its stream stands.
 type Handle = *mut usize;
@@ -43,7 +43,7 @@ pub unsafe extern "C" fn cublasSetStream_v2(handle: Handle, stream: usize) -> c_
 }
 
 #[derive(Debug, Clone, Copy)]
-enum Kind {
+pub enum Kind {
     F32,
     F16,
     Bf16,
@@ -51,7 +51,7 @@ enum Kind {
 
 impl Kind {
     /// `cudaDataType`
-    fn of(number: c_uint) -> Option<Kind> {
+    pub fn of(number: c_uint) -> Option<Kind> {
         match number {
             0 => Some(Kind::F32),
             2 => Some(Kind::F16),
@@ -60,11 +60,11 @@ impl Kind {
         }
     }
 
-    fn bytes(self) -> usize {
+    pub fn bytes(self) -> usize {
         if let Kind::F32 = self { 4 } else { 2 }
     }
 
-    fn wide(self, bits: u64) -> f32 {
+    pub fn wide(self, bits: u64) -> f32 {
         match self {
             Kind::F32 => f32::from_bits(bits as u32),
             Kind::F16 => f16::from_bits(bits as u16).to_f32(),
@@ -72,7 +72,7 @@ impl Kind {
         }
     }
 
-    fn narrow(self, x: f32) -> u64 {
+    pub fn narrow(self, x: f32) -> u64 {
         match self {
             Kind::F32 => u64::from(x.to_bits()),
             Kind::F16 => u64::from(f16::from_f32(x).to_bits()),
@@ -83,16 +83,16 @@ impl Kind {
 
 /// A matrix in memory: `at`, elements from a column to the next, and from a matrix of the batch to the next.
 #[derive(Debug, Clone, Copy)]
-struct Matrix {
-    at: u64,
-    kind: Kind,
-    stride: usize,
-    of_batch: i64,
+pub struct Matrix {
+    pub at: u64,
+    pub kind: Kind,
+    pub stride: usize,
+    pub of_batch: i64,
 }
 
 impl Matrix {
     /// The one of this number in the batch, if `columns` of `rows` elements are there.
-    fn of(self, number: usize, rows: usize, columns: usize, state: &State) -> Result<Matrix, String> {
+    pub fn of(self, number: usize, rows: usize, columns: usize, state: &State) -> Result<Matrix, String> {
         let at = self.at.wrapping_add_signed(self.of_batch * number as i64 * self.kind.bytes() as i64);
         let len = if rows * columns == 0 { 0 } else { (columns - 1) * self.stride + rows };
         state
@@ -102,12 +102,12 @@ impl Matrix {
         Ok(Matrix { at, ..self })
     }
 
-    fn place(self, row: usize, column: usize) -> *mut u8 {
+    pub fn place(self, row: usize, column: usize) -> *mut u8 {
         (self.at as usize + (column * self.stride + row) * self.kind.bytes()) as *mut u8
     }
 
     /// Its rows, one after the other, or its columns.
-    fn load(self, rows: usize, columns: usize, by_columns: bool) -> Vec<f32> {
+    pub fn load(self, rows: usize, columns: usize, by_columns: bool) -> Vec<f32> {
         let mut all = vec![0.0; rows * columns];
         let len = if by_columns { rows } else { columns };
         all.par_chunks_mut(len.max(1)).enumerate().for_each(|(i, line)| {
@@ -121,7 +121,7 @@ impl Matrix {
     }
 }
 
-fn dot(x: &[f32], y: &[f32]) -> f32 {
+pub fn dot(x: &[f32], y: &[f32]) -> f32 {
     let ((xs, x_rest), (ys, y_rest)) = (x.as_chunks::<16>(), y.as_chunks::<16>());
     let mut sums = [0.0; 16];
     for (x, y) in xs.iter().zip(ys) {

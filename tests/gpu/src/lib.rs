@@ -26,6 +26,7 @@ mod early;
 mod graph;
 mod host;
 mod lanes;
+mod lt;
 mod matrix;
 mod memory;
 mod ptx;

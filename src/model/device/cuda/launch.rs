@@ -62,10 +62,10 @@ pub fn tensor_kernels(device: &Device, dtype: DType) -> Option<&'static Source> 
 pub fn prepare(device: &Device, dtype: DType) -> Result<()> {
     FUSED.load(device, dtype, &format!("gather_rows_{}", dtype.as_str()))?;
     LARGEST.load(device, DType::F32, "largest_f32")?;
-    match tensor_kernels(device, dtype) {
-        Some(source) => source.load(device, dtype, "look_up"),
-        None => Ok(()),
+    if let Some(source) = tensor_kernels(device, dtype) {
+        source.load(device, dtype, "look_up")?;
     }
+    super::blas::prepare(device, dtype)
 }
 
 /// A file of kernels, compiled for a type once a process.

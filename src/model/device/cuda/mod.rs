@@ -2,6 +2,7 @@
 //!
 //! Compiled with the feature `cuda` only. A GPU that fails answers every later call with an error: the engine stops then.
 
+pub mod blas;
 pub mod decode;
 pub mod flash;
 pub mod fused;
