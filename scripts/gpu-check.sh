@@ -47,7 +47,7 @@ engine() {
     --batch "$batches" --requests "$clients" --repeat 3 --json "$out/engine.json"
   # What it brings that a step begins before the host has seen the tokens of the one before it.
   TINYLLAVA_RUN_AHEAD=0 part "bench engine one by one" "$binary" bench engine --device "$device" --model "$model" \
-    --prompt-tokens "${PROMPT_TOKENS:-600}" --batch "$batches" --repeat 3 --json "$out/engine-one-by-one.json"
+    --prompt-tokens "${PROMPT_TOKENS:-600}" --batch 1,32 --repeat 3 --json "$out/engine-one-by-one.json"
   # And that cuBLASLt finishes products itself.
   TINYLLAVA_CUDA_EPILOGUES=0 part "bench engine finished apart" "$binary" bench engine --device "$device" --model "$model" \
     --prompt-tokens "${PROMPT_TOKENS:-600}" --batch 1 --repeat 3 --json "$out/engine-finished-apart.json"

@@ -51,8 +51,8 @@ impl Ahead {
         Ahead { is_off, ..Ahead::default() }
     }
 
-    /// Whether a step may be started; to be asked once for each that could.
-    pub(super) fn is_worth_while(&mut self) -> bool {
+    /// Whether a step may be started; to be asked once for each that could be.
+    pub(super) fn may_start(&mut self) -> bool {
         self.pause = self.pause.saturating_sub(1);
         self.pause == 0 && !self.is_off
     }
@@ -120,7 +120,7 @@ mod tests {
         let mut ahead = Ahead::default();
         let mut steps_until_next = |is_right: bool| {
             ahead.keep(started(&[Some(1), is_right.then_some(2)]));
-            1 + (0..).take_while(|_| !ahead.is_worth_while()).count()
+            1 + (0..).take_while(|_| !ahead.may_start()).count()
         };
         assert_eq!([(); 3].map(|()| steps_until_next(true)), [1, 1, 1]);
         assert_eq!([(); 9].map(|()| steps_until_next(false)), [2, 3, 5, 9, 17, 33, 65, 65, 65]);

@@ -6,7 +6,7 @@
 mod answer;
 mod completion;
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 mod thinking;
 
 use std::collections::VecDeque;
@@ -70,6 +70,17 @@ pub struct Guide {
     ends_tag: bool,
 }
 
+/// What comes next.
+enum Next<'a> {
+    Forced(TokenId),
+    Any,
+    /// What may follow the closing of the thinking.
+    AfterClosing(&'a SimpleVob),
+    /// Nearly any token, as long as the answer is far.
+    OfThinking(&'a mut Answer),
+    OfGrammar(&'a mut Answer),
+}
+
 /// No end of a grammar could be found.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("no reply that satisfies it could be found")]
@@ -106,35 +117,41 @@ impl Guide {
         num_left: usize,
         sample: impl Fn(Allowed<'_>) -> S,
     ) -> S {
-        let is_thinking = self.close_in_time(completion, num_left);
-        if let Some(&token) = self.forced.front() {
-            return sample(Allowed::Only(token));
-        }
-        match &mut self.answer {
-            // A grammar knows itself what ends the tag.
-            None => match &self.thinking {
-                Some(thinking) if self.ends_tag => sample(Allowed::Mask(thinking.after_closing())),
-                _ => sample(Allowed::All),
-            },
-            Some(answer) if is_thinking && answer.is_far(num_left) => answer.choose_freely(num_left, sample),
-            Some(answer) => answer.choose(num_left, sample),
+        match self.next(completion, num_left) {
+            Next::Forced(token) => sample(Allowed::Only(token)),
+            Next::Any => sample(Allowed::All),
+            Next::AfterClosing(mask) => sample(Allowed::Mask(mask)),
+            Next::OfThinking(answer) => answer.choose_freely(num_left, sample),
+            Next::OfGrammar(answer) => answer.choose(num_left, sample),
         }
     }
 
     /// What [`Guide::choose`] will ask `sample` for first, unless the end of the thinking is demanded meanwhile: then only for a token that
     /// is known.
     pub fn ask(&mut self, completion: &[TokenId], num_left: usize) -> Allowed<'_> {
+        match self.next(completion, num_left) {
+            Next::Forced(token) => Allowed::Only(token),
+            Next::Any | Next::OfThinking(_) => Allowed::All,
+            Next::AfterClosing(mask) => Allowed::Mask(mask),
+            Next::OfGrammar(answer) => answer.ask(num_left),
+        }
+    }
+
+    fn next(&mut self, completion: &[TokenId], num_left: usize) -> Next<'_> {
         let is_thinking = self.close_in_time(completion, num_left);
         if let Some(&token) = self.forced.front() {
-            return Allowed::Only(token);
+            return Next::Forced(token);
         }
         match &mut self.answer {
+            // A grammar knows itself what ends the tag.
             None => match &self.thinking {
-                Some(thinking) if self.ends_tag => Allowed::Mask(thinking.after_closing()),
-                _ => Allowed::All,
+                Some(thinking) if self.ends_tag => Next::AfterClosing(thinking.after_closing()),
+                _ => Next::Any,
             },
-            Some(answer) if is_thinking && answer.is_far(num_left) => Allowed::All,
-            Some(answer) => answer.ask(num_left),
+            Some(answer) => match is_thinking && answer.is_far(num_left) {
+                true => Next::OfThinking(answer),
+                false => Next::OfGrammar(answer),
+            },
         }
     }
 

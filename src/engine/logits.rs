@@ -30,9 +30,16 @@ pub(super) struct Logits {
     /// `[rows, vocab]`
     tensor: Tensor,
     num_ids: usize,
-    /// Of each row, whether it was changed as its choice says.
-    is_adjusted: Vec<bool>,
+    /// What was done to each row.
+    changes: Vec<Change>,
     rows: Vec<Place>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Change {
+    None,
+    Adjusted,
+    Masked,
 }
 
 #[derive(Debug, Clone)]
@@ -82,13 +89,17 @@ impl Choosing {
             let logit = f32::from_bits(bits[row]);
             match choice {
                 Some(_) if logit > f32::NEG_INFINITY => rows[row] = Place::Token(ids[row]),
-                // That a mask leaves nothing is not the model's fault.
                 Some(Choice { mask: None, .. }) if !logit.is_nan() => {}
                 _ => whole.push(row),
             }
         }
-        let is_adjusted = choices.iter().map(Option::is_some).collect();
-        let mut logits = Logits { tensor: chosen.logits, num_ids, is_adjusted, rows };
+        let change = |choice: &Option<Choice>| match choice {
+            None => Change::None,
+            Some(Choice { mask: None, .. }) => Change::Adjusted,
+            Some(_) => Change::Masked,
+        };
+        let changes = choices.iter().map(change).collect();
+        let mut logits = Logits { tensor: chosen.logits, num_ids, changes, rows };
         logits.fetch_whole(&whole)?;
         Ok(logits)
     }
@@ -98,8 +109,8 @@ impl Logits {
     /// All of `logits` `[rows, vocab]` in f32, of which ids below `num_ids` may be sampled.
     pub(super) fn whole(logits: &Tensor, num_ids: usize) -> Result<Self> {
         let num_rows = logits.dim(0)?;
-        let (is_adjusted, rows) = (vec![false; num_rows], vec![Place::Nothing; num_rows]);
-        let mut all = Logits { tensor: logits.clone(), num_ids, is_adjusted, rows };
+        let (changes, rows) = (vec![Change::None; num_rows], vec![Place::Nothing; num_rows]);
+        let mut all = Logits { tensor: logits.clone(), num_ids, changes, rows };
         all.fetch_whole(&(0..num_rows).collect::<Vec<_>>())?;
         Ok(all)
     }
@@ -117,8 +128,11 @@ impl Logits {
         };
         let values = wanted.narrow(1, 0, self.num_ids)?.to_vec2::<f32>()?;
         for (&row, logits) in rows.iter().zip(values) {
-            let is_any = self.is_adjusted[row] || logits.iter().any(|&logit| logit > f32::NEG_INFINITY);
-            self.rows[row] = if is_any { Place::Host(logits) } else { Place::Nothing };
+            let is_any = logits.iter().any(|&logit| logit > f32::NEG_INFINITY);
+            // That a mask leaves nothing is not the model's fault: what it allows first is taken.
+            let is_ruled_out =
+                self.changes[row] == Change::Masked && !logits.iter().any(|logit| logit.is_nan());
+            self.rows[row] = if is_any || is_ruled_out { Place::Host(logits) } else { Place::Nothing };
         }
         Ok(())
     }
@@ -128,8 +142,8 @@ impl Logits {
         match &self.rows[index] {
             Place::Token(id) => Row::Token(*id),
             Place::Nothing => Row::Nothing,
-            Place::Host(logits) if self.is_adjusted[index] => Row::Adjusted(logits),
-            Place::Host(logits) => Row::Logits(logits),
+            Place::Host(logits) if self.changes[index] == Change::None => Row::Logits(logits),
+            Place::Host(logits) => Row::Adjusted(logits),
         }
     }
 }
@@ -191,7 +205,7 @@ mod tests {
                     Row::Logits(values) => assert!(choices[row].is_none() && values == logits),
                     // Nothing is drawn without a GPU.
                     Row::Adjusted(values) => {
-                        assert!(choices[row] == drawn() && (row == 2 || values == logits))
+                        assert!(choices[row] == drawn() && values == logits)
                     }
                 }
             }
@@ -220,5 +234,22 @@ mod tests {
         assert!(matches!(chosen.row(0), Row::Adjusted([4.5, 5.0, 2.0])));
         let masked = choose(&[None, None, None, Some(Choice { adjustments, mask, draw: None })]);
         assert!(matches!(masked.row(3), Row::Token(2)));
+    }
+
+    #[test]
+    fn a_model_that_gives_no_number_is_told_however_its_tokens_are_chosen() {
+        let mask = Some(vec![0b11]);
+        let choices = [
+            Some(Choice::default()),
+            drawn(),
+            Some(Choice { mask: mask.clone(), ..Choice::default() }),
+            Some(Choice { mask, draw: Some(DRAW), ..Choice::default() }),
+            None,
+        ];
+        let nothing = Tensor::full(f32::NAN, (5, 3), &Device::Cpu).unwrap();
+        let mut exchange = Exchange::default();
+        let choosing = Choosing::start(&nothing, 3, choices.to_vec(), &mut exchange).unwrap();
+        let chosen = choosing.finish(&mut exchange).unwrap();
+        assert!((0..5).all(|row| matches!(chosen.row(row), Row::Nothing)));
     }
 }

@@ -13,7 +13,7 @@ use super::{
     guidance::Guide,
     handle::VideoInput,
     logits::{Choosing, Logits, Row},
-    next_token::{Asker, Sampled},
+    next_token::{NextToken, Sampled},
 };
 use crate::{
     model::{
@@ -68,6 +68,11 @@ impl Runner {
         Runner { model, pool, encoder, ahead: Ahead::from_env(), exchange, num_token_ids, tap }
     }
 
+    /// Nothing runs: what was started for it is given back.
+    pub fn rest(&mut self) {
+        self.ahead.take();
+    }
+
     /// Forgets a video's encoded tokens.
     pub fn drop_video(&mut self, digest: &VideoDigest) {
         self.encoder.drop_video(digest);
@@ -117,7 +122,7 @@ impl Runner {
             let logits = Logits::whole(&logits, self.num_token_ids)?;
             return sample(&logits, &sampling, scheduler, requests)?.into_iter().map(decided).collect();
         }
-        let choice = |work: &&ComputeWork| asker(work, scheduler, requests).choice(self.num_token_ids);
+        let choice = |work: &&ComputeWork| next_token(work, scheduler, requests).choice(self.num_token_ids);
         let choices: Vec<Option<Choice>> = sampling.par_iter().map(choice).collect();
         let choosing = Choosing::start(&logits, self.num_token_ids, choices, &mut self.exchange)?;
         let next = match choosing.token_ids() {
@@ -141,7 +146,7 @@ impl Runner {
         }
         logits.fetch_whole(&undecided)?;
         for row in undecided {
-            sampled[row] = asker(sampling[row], scheduler, requests).sample(logits.row(row))?;
+            sampled[row] = next_token(sampling[row], scheduler, requests).sample(logits.row(row))?;
         }
         sampled.into_iter().map(decided).collect()
     }
@@ -187,11 +192,11 @@ impl Runner {
         requests: &dyn Requests,
     ) -> Result<Option<(Vec<usize>, Tensor)>> {
         let is_all = works.len() == scheduler.num_running() && works.iter().all(|work| work.samples);
-        if !is_all || self.tap.is_watching() || !self.ahead.is_worth_while() {
+        if !is_all || self.tap.is_watching() || !self.ahead.may_start() {
             return Ok(None);
         }
         // A sequence that ends with its longest completion has no room for more.
-        let goes_on = |&row: &usize| asker(&works[row], scheduler, requests).num_left() > 1;
+        let goes_on = |&row: &usize| next_token(&works[row], scheduler, requests).num_left() > 1;
         let rows: Vec<usize> = (0..works.len()).filter(goes_on).collect();
         if rows.is_empty() {
             return Ok(None);
@@ -268,7 +273,7 @@ fn sample(
     requests: &dyn Requests,
 ) -> Result<Vec<Option<Sampled>>> {
     let sample =
-        |(row, work): (usize, &&ComputeWork)| asker(work, scheduler, requests).sample(logits.row(row));
+        |(row, work): (usize, &&ComputeWork)| next_token(work, scheduler, requests).sample(logits.row(row));
     works.par_iter().enumerate().map(|(row, work)| sample((row, work))).collect()
 }
 
@@ -276,8 +281,8 @@ fn decided(sampled: Option<Sampled>) -> Result<Sampled> {
     sampled.ok_or_else(|| ModelError::Msg("all logits decide no token: this is a bug".into()))
 }
 
-fn asker<'a>(work: &ComputeWork, scheduler: &'a Scheduler, requests: &'a dyn Requests) -> Asker<'a> {
-    Asker {
+fn next_token<'a>(work: &ComputeWork, scheduler: &'a Scheduler, requests: &'a dyn Requests) -> NextToken<'a> {
+    NextToken {
         sequence: scheduler.sequence(work.sequence).expect("a planned sequence is unknown: this is a bug"),
         params: requests.sampling(work.sequence),
         guide: requests.guide(work.sequence),

@@ -150,6 +150,7 @@ impl Worker {
         loop {
             if !self.scheduler.has_work() {
                 // Nothing to do: sleep until someone asks for something, or all handles are gone.
+                self.runner.rest();
                 match inbox.blocking_recv() {
                     Some(siblings) => self.take_in(siblings),
                     None => return,

@@ -37,6 +37,8 @@ pub struct FakeModel {
     pub runs_ahead: bool,
     /// Rows it was given so far.
     pub num_rows: Arc<AtomicUsize>,
+    /// Whether its next token depends on all tokens there are, as the slots have them, and not only on the prompt.
+    pub reads_all: bool,
     /// Sleep of every call.
     pub step_delay: Duration,
     /// A step whose rows hold this token fails, and so does the encoding of frames that begin with it.
@@ -73,6 +75,7 @@ impl FakeModel {
             slots: Vec::new(),
             runs_ahead: false,
             num_rows: Arc::default(),
+            reads_all: false,
             step_delay: Duration::ZERO,
             poison: None,
             device_poison: None,
@@ -86,6 +89,9 @@ impl FakeModel {
     }
 
     fn next_token(&self, sequence: &[u32]) -> u32 {
+        if self.reads_all {
+            return sequence.iter().fold(7, |hash, token| (hash * 31 + token) % u32::from(b'z'));
+        }
         let windows = sequence.windows(self.prompt_end.len());
         let ends = windows.enumerate().filter(|(_, window)| *window == self.prompt_end);
         let starts: Vec<usize> = ends.map(|(start, _)| start + self.prompt_end.len()).collect();

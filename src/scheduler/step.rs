@@ -35,7 +35,7 @@ pub struct StepPlan {
     /// Videos whose encoded tokens must be dropped, before anything is encoded.
     pub drop_videos: Vec<VideoDigest>,
     pub encode: Vec<EncodeWork>,
-    /// What is encoded after it, if nothing else comes: nothing where it is nothing.
+    /// What is encoded in the step after it, if nothing else comes and no sequence ends.
     pub next_encode: Vec<EncodeWork>,
     /// Decodes first, then prefill chunks.
     pub compute: Vec<ComputeWork>,

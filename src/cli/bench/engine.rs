@@ -214,7 +214,8 @@ impl Bench<'_> {
         let mut steps = Vec::new();
         for _ in 0..self.args.repeat {
             // Made once: a device would be done with the first before the last was there.
-            let sequences = vec![self.sequence(0, self.args.decode_steps + 1); batch];
+            // One token of the prompt, and one step more than there are times from one to the next.
+            let sequences = vec![self.sequence(0, self.args.decode_steps + 2); batch];
             let streams = sequences
                 .into_iter()
                 .map(|sequence| submit(&self.started.engine, sequence))

@@ -14,13 +14,13 @@ use crate::prompt::{
 /// The end token of the byte tokenizer.
 const END: TokenId = 256;
 
-struct Setup {
+pub(in crate::engine) struct Setup {
     compiler: GrammarCompiler,
     tokenizer: Tokenizer,
 }
 
 impl Setup {
-    fn bytes() -> Self {
+    pub(in crate::engine) fn bytes() -> Self {
         let tokenizer = Tokenizer::bytes();
         Setup { compiler: GrammarCompiler::new(&tokenizer).unwrap(), tokenizer }
     }
@@ -43,7 +43,7 @@ impl Setup {
         GuideTokens { trie, end, end_token_ids: vec![self.end()] }
     }
 
-    fn thinking(&self, budget: Option<usize>, end: EndThinking) -> ThinkingGuide {
+    pub(in crate::engine) fn thinking(&self, budget: Option<usize>, end: EndThinking) -> ThinkingGuide {
         ThinkingGuide {
             head: self.compiler.head().unwrap(),
             opening: self.tokenizer.encode(THINK_OPENING).unwrap(),
@@ -66,7 +66,12 @@ impl Setup {
         }
     }
 
-    fn guide(&self, constraint: &Constraint, thinking: bool, budget: Option<usize>) -> Guide {
+    pub(in crate::engine) fn guide(
+        &self,
+        constraint: &Constraint,
+        thinking: bool,
+        budget: Option<usize>,
+    ) -> Guide {
         let watched = thinking.then(|| self.thinking(budget, EndThinking::default()));
         Guide::new(watched, Some(self.answer(constraint, thinking))).unwrap()
     }

@@ -14,10 +14,12 @@ pub struct Exchange {
     #[cfg(feature = "cuda")]
     pinned: Option<super::cuda::pinned::Pinned>,
     under_way: Option<Tensor>,
+    held: Vec<Tensor>,
 }
 
 impl Exchange {
-    /// `bytes` on the device, `[n]` in u8, whatever that does meanwhile. They must be kept until it has read them.
+    /// `bytes` on the device, `[n]` in u8, whatever that does meanwhile: the host waits for the copy alone. What is told to read them must be
+    /// followed by [`Self::hold`].
     ///
     /// # Errors
     /// When the device fails.
@@ -31,6 +33,16 @@ impl Exchange {
             return self.beside.insert(beside).copied(bytes);
         }
         Tensor::from_slice(bytes, bytes.len(), device)
+    }
+
+    /// Keeps what was sent until the device has read it.
+    pub fn hold(&mut self, sent: Tensor) {
+        self.held.push(sent);
+    }
+
+    /// The device has done all that it was told before.
+    pub fn release(&mut self) {
+        self.held.clear();
     }
 
     /// Starts to read `tensor`, in u32, as soon as it is there. Does not wait; what was being read before is forgotten.
@@ -54,6 +66,13 @@ impl Exchange {
         let Some(tensor) = self.under_way.take() else {
             candle_core::bail!("nothing is being read: this is a bug")
         };
+        let read = self.read(&tensor)?;
+        // It came after all that reads what was sent.
+        self.release();
+        Ok(read)
+    }
+
+    fn read(&mut self, tensor: &Tensor) -> Result<Vec<u32>> {
         #[cfg(feature = "cuda")]
         if let Some(pinned) = self.pinned.as_mut().filter(|_| tensor.device().is_cuda()) {
             return pinned.finish(tensor.elem_count());

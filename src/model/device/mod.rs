@@ -2,7 +2,7 @@
 //!
 //! Made by `cli/start.rs` when a device is chosen, and by tests on a CPU, where the same operations run in f32 and f16
 //! and are held against the recorded numbers. Nothing here knows which device it is but `attention` and `ops`, which
-//! have faster ways on CUDA. Never keeps state between calls but the weights.
+//! have faster ways on CUDA. Keeps nothing between calls but the weights, recorded steps and frames that were announced.
 
 mod attention;
 #[cfg(feature = "cuda")]

@@ -187,12 +187,10 @@ pub struct Chosen {
     /// `[2, rows]` in u32: ids and the bits of their logits. These are minus infinity where no logit is larger, and no number where the largest
     /// logits do not decide what is drawn; the ids are those of tokens even then.
     pub tokens: Tensor,
-    /// What is being read.
-    _masks: Option<Tensor>,
 }
 
 /// Chooses the tokens of the rows of `logits` `[rows, vocab]` in f32 among the first `num_ids`: as they are where no choice is said. On a
-/// device the logits are changed where they lie. Does not wait; what is returned must be kept until somebody has.
+/// device the logits are changed where they lie, and nobody waits for it.
 pub fn choose(
     logits: &Tensor,
     num_ids: usize,
@@ -204,50 +202,51 @@ pub fn choose(
     let adjustments = of_rows
         .clone()
         .flat_map(|(row, choice)| choice.adjustments.iter().filter(known).map(move |&one| (row, one)));
-    let logits = adjust(logits, &adjustments.collect::<Vec<_>>())?;
+    let logits = adjust(logits, &adjustments.collect::<Vec<_>>(), exchange)?;
     let masks = of_rows.filter_map(|(row, choice)| Some((row, choice.mask.as_deref()?)));
-    let (logits, masks) = forbid(&logits, num_ids, &masks.collect::<Vec<_>>(), exchange)?;
+    let logits = forbid(&logits, num_ids, &masks.collect::<Vec<_>>(), exchange)?;
     let draws: Vec<_> = choices.iter().map(|choice| choice.as_ref().and_then(|choice| choice.draw)).collect();
     let tokens = tokens(&logits, num_ids, &draws)?;
-    Ok(Chosen { logits, tokens, _masks: masks })
+    Ok(Chosen { logits, tokens })
 }
 
 /// `logits` `[rows, vocab]` in f32, adjusted, an id of a row at most once; on a device in their own place.
-pub fn adjust(logits: &Tensor, of_rows: &[(usize, Adjustment)]) -> Result<Tensor> {
+pub fn adjust(logits: &Tensor, of_rows: &[(usize, Adjustment)], exchange: &mut Exchange) -> Result<Tensor> {
     if of_rows.is_empty() {
         return Ok(logits.clone());
     }
     #[cfg(feature = "cuda")]
     if logits.device().is_cuda()
-        && let Some(adjusted) = super::cuda::fused::adjust(logits, of_rows)?
+        && let Some(adjusted) = super::cuda::fused::adjust(logits, of_rows, exchange)?
     {
         return Ok(adjusted);
     }
+    let _ = exchange;
     let (mut rows, dims) = (logits.to_vec2::<f32>()?, logits.dims());
     of_rows.iter().for_each(|(row, adjustment)| adjustment.apply(&mut rows[*row]));
     Tensor::from_vec(rows.concat(), dims, logits.device())
 }
 
 /// `logits` `[rows, vocab]` in f32, minus infinity where an id below `num_ids` has no bit in the mask of its row; on a device in their own
-/// place, while it reads what is returned with them.
+/// place.
 pub fn forbid(
     logits: &Tensor,
     num_ids: usize,
     masks: &[(usize, &[u32])],
     exchange: &mut Exchange,
-) -> Result<(Tensor, Option<Tensor>)> {
+) -> Result<Tensor> {
     let has_bits = |&(_, mask): &(usize, &[u32])| mask.len() == num_ids.div_ceil(32);
     if !masks.iter().all(has_bits) {
         candle_core::bail!("a mask of another vocabulary: this is a bug");
     }
     if masks.is_empty() {
-        return Ok((logits.clone(), None));
+        return Ok(logits.clone());
     }
     #[cfg(feature = "cuda")]
     if logits.device().is_cuda()
-        && let Some(masks) = super::cuda::fused::forbid(logits, num_ids, masks, exchange)?
+        && let Some(masked) = super::cuda::fused::forbid(logits, num_ids, masks, exchange)?
     {
-        return Ok((logits.clone(), Some(masks)));
+        return Ok(masked);
     }
     let _ = exchange;
     let (mut rows, dims) = (logits.to_vec2::<f32>()?, logits.dims());
@@ -255,12 +254,10 @@ pub fn forbid(
         let is_forbidden = |id: &usize| mask[id / 32] >> (id % 32) & 1 == 0;
         (0..num_ids).filter(is_forbidden).for_each(|id| rows[row][id] = f32::NEG_INFINITY);
     }
-    Ok((Tensor::from_vec(rows.concat(), dims, logits.device())?, None))
+    Tensor::from_vec(rows.concat(), dims, logits.device())
 }
 
-/// Of each row of `logits` `[rows, vocab]` in f32 the first of the largest of the first `num_ids`, or one that is drawn: `[2, rows]` in u32,
-/// ids and the bits of their logits. These are minus infinity where no logit is larger, and no number where the largest logits do not
-/// decide what is drawn; the ids are those of tokens even then.
+/// Of each row of `logits` `[rows, vocab]` in f32 the first of the largest of the first `num_ids`, or one that is drawn: as [`Chosen`] has them.
 fn tokens(logits: &Tensor, num_ids: usize, draws: &[Option<Draw>]) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     if logits.device().is_cuda()

@@ -19,14 +19,12 @@ pub type Frames<'a> = (&'a FrameBatch, Range<usize>);
 pub struct Uploads {
     device: Device,
     exchange: Exchange,
-    ahead: Vec<Ahead>,
-    /// What was copied beside the device's other work, and may not be given back before that has read it.
-    in_use: Vec<Tensor>,
+    uploaded: Vec<Uploaded>,
 }
 
 /// Frames that are there before they are asked for.
 #[derive(Debug)]
-struct Ahead {
+struct Uploaded {
     frames: FrameBatch,
     range: Range<usize>,
     /// `[len x size x size x 3]` in u8.
@@ -36,17 +34,17 @@ struct Ahead {
 impl Uploads {
     /// None yet.
     pub fn new(device: &Device) -> Self {
-        Uploads { device: device.clone(), exchange: Exchange::default(), ahead: vec![], in_use: vec![] }
+        Uploads { device: device.clone(), exchange: Exchange::default(), uploaded: vec![] }
     }
 
     /// The bytes of these frames behind one another, `[frames x size x size x 3]` in u8. What else was copied ahead is forgotten.
     pub fn bytes(&mut self, videos: &[Frames<'_>]) -> Result<Tensor> {
-        let ahead = std::mem::take(&mut self.ahead);
+        let uploaded = std::mem::take(&mut self.uploaded);
         let mut parts = Vec::with_capacity(videos.len());
         for (frames, range) in videos {
-            let is_it = |one: &&Ahead| one.frames.is_same(frames) && one.range == *range;
-            if let Some(there) = ahead.iter().find(is_it) {
-                self.in_use.push(there.bytes.clone());
+            let is_it = |one: &&Uploaded| one.frames.is_same(frames) && one.range == *range;
+            if let Some(there) = uploaded.iter().find(is_it) {
+                self.exchange.hold(there.bytes.clone());
                 parts.push(there.bytes.clone());
             } else {
                 let bytes = frames.frames(range.clone());
@@ -58,16 +56,16 @@ impl Uploads {
 
     /// Copies these frames while the device does what it was told before.
     pub fn start(&mut self, videos: &[Frames<'_>]) -> Result<()> {
-        self.ahead.clear();
+        self.uploaded.clear();
         for (frames, range) in videos {
             let bytes = self.exchange.send(frames.frames(range.clone()), &self.device)?;
-            self.ahead.push(Ahead { frames: (*frames).clone(), range: range.clone(), bytes });
+            self.uploaded.push(Uploaded { frames: (*frames).clone(), range: range.clone(), bytes });
         }
         Ok(())
     }
 
     /// The device has done all that it was told.
     pub fn release(&mut self) {
-        self.in_use.clear();
+        self.exchange.release();
     }
 }

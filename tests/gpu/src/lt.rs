@@ -253,7 +253,7 @@ pub unsafe extern "C" fn cublasLtMatmul(
                         sum += kind.wide(read(at as *const u8, kind.bytes()));
                     }
                     if [epilogue::GELU, epilogue::GELU_BIAS].contains(&epilogue) {
-                        sum *= 0.5 * (1.0 + (0.797_884_56 * (sum + 0.044_715 * sum * sum * sum)).tanh());
+                        sum *= 0.5 * (1.0 + (0.797_884_6 * (sum + 0.044_715 * sum * sum * sum)).tanh());
                     }
                     write(out.place(output, row), kind.bytes(), kind.narrow(sum));
                 }

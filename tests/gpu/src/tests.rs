@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use super::{
     block::{self, Launch},
     graph::State,
+    host::Host,
     ptx::Module,
 };
 
@@ -149,4 +150,28 @@ fn a_kernel_that_begins_early_waits_before_it_looks_at_what_is_being_written() {
     after(one, load, false).unwrap();
     assert!(after(one, "", true).unwrap_err().contains("does not wait"));
     assert!(after(one, &format!("{load} {wait}"), true).unwrap_err().contains("before the kernel waited"));
+}
+
+#[test]
+fn what_is_copied_to_the_host_is_there_once_it_was_waited_for() {
+    let mut host = Host::default();
+    let at = host.allocate(16);
+    let read = || unsafe { (at as *const u32).read() };
+    assert!(host.has(at + 4, 12) && !host.has(at + 4, 16) && !host.has(at - 1, 1));
+    host.begin(1, at, 7u32.to_le_bytes().into());
+    host.record(5, 1);
+    assert_eq!(read(), u32::MAX);
+    assert!(!host.free(at), "the device writes there");
+    // Neither another stream nor an event from before has anything to do with it.
+    host.await_stream(2);
+    host.await_event(6);
+    assert_eq!(read(), u32::MAX);
+    host.await_event(5);
+    assert_eq!(read(), 7);
+    host.begin(1, at, 8u32.to_le_bytes().into());
+    host.await_event(5);
+    assert_eq!(read(), u32::MAX);
+    host.await_stream(1);
+    assert_eq!(read(), 8);
+    assert!(host.free(at) && !host.free(at));
 }

@@ -35,14 +35,40 @@ const ALIGNMENT: u32 = 16;
 /// Set to 0, products are finished by kernels of our own.
 const VARIABLE: &str = "TINYLLAVA_CUDA_EPILOGUES";
 
-/// Whether it has shown that it can, for f16 and bf16.
-static IS_TRIED: [AtomicBool; 2] = [const { AtomicBool::new(false) }; 2];
+/// What it has shown, for f16 and for bf16.
+static TRIALS: [Trial; 2] = [const { Trial::new() }; 2];
 
-fn is_tried(dtype: DType) -> Option<&'static AtomicBool> {
-    match dtype {
-        DType::F16 => Some(&IS_TRIED[0]),
-        DType::BF16 => Some(&IS_TRIED[1]),
-        _ => None,
+/// Whether it has once computed what it should, and whether it has once, on any card, not done so.
+#[derive(Debug)]
+struct Trial {
+    is_passed: AtomicBool,
+    is_failed: AtomicBool,
+}
+
+impl Trial {
+    const fn new() -> Self {
+        Trial { is_passed: AtomicBool::new(false), is_failed: AtomicBool::new(false) }
+    }
+
+    fn of(dtype: DType) -> Option<&'static Self> {
+        match dtype {
+            DType::F16 => Some(&TRIALS[0]),
+            DType::BF16 => Some(&TRIALS[1]),
+            _ => None,
+        }
+    }
+
+    fn is_good(&self) -> bool {
+        self.is_passed.load(Ordering::Relaxed) && !self.is_failed.load(Ordering::Relaxed)
+    }
+
+    fn fail(&self, reason: &str) {
+        if !self.is_failed.swap(true, Ordering::Relaxed) {
+            tracing::warn!(
+                reason,
+                "cuBLASLt does not finish products: kernels of our own do, which takes longer"
+            );
+        }
     }
 }
 
@@ -61,10 +87,8 @@ pub struct Finish<'a> {
 /// # Errors
 /// When the device fails.
 pub fn prepare(device: &Device, dtype: DType) -> Result<()> {
-    let Some(is_tried) = is_tried(dtype).filter(|_| !std::env::var(VARIABLE).is_ok_and(|value| value == "0"))
-    else {
-        return Ok(());
-    };
+    let is_off = std::env::var(VARIABLE).is_ok_and(|value| value == "0");
+    let Some(trial) = Trial::of(dtype).filter(|_| !is_off) else { return Ok(()) };
     let noise = |rows: usize, columns: usize, seed: usize| {
         let values: Vec<f32> =
             (0..rows * columns).map(|i| ((i * 37 + seed * 101) as f32 * 0.7).sin()).collect();
@@ -72,57 +96,47 @@ pub fn prepare(device: &Device, dtype: DType) -> Result<()> {
     };
     let (x, weight) = (noise(40, 64, 1)?, noise(48, 64, 2)?);
     let (bias, residual) = (noise(1, 48, 3)?.squeeze(0)?, noise(40, 48, 4)?);
-    let own = |finish: Finish<'_>| {
-        let plain = ops::finish_rows(&x.matmul(&weight.t()?)?, finish.bias, finish.residual, finish.gelu)?;
-        plain.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()
-    };
-    for finish in [
-        Finish { bias: Some(&bias), ..Finish::default() },
-        Finish { bias: Some(&bias), residual: Some(&residual), gelu: false },
-        Finish { bias: Some(&bias), residual: None, gelu: true },
+    let values = |y: &Tensor| y.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>();
+    for (bias, residual, gelu) in [
+        (Some(&bias), None, false),
+        (Some(&bias), Some(&residual), false),
+        (Some(&bias), None, true),
+        (None, Some(&residual), false),
+        (None, None, true),
     ] {
-        let got = match finished(&x, &weight, finish)? {
-            Ok(got) => got.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?,
-            Err(error) => {
-                give_up(is_tried, &error.to_string());
-                return Ok(());
+        let own = values(&ops::finish_rows(&x.matmul(&weight.t()?)?, bias, residual, gelu)?)?;
+        match finished(&x, &weight, Finish { bias, residual, gelu })? {
+            Ok(got) => {
+                let is_right = |(got, own): (&f32, f32)| (got - own).abs() <= 0.02 * own.abs().max(1.0);
+                if !values(&got)?.iter().zip(own).all(is_right) {
+                    trial.fail("it computes something else");
+                }
             }
-        };
-        let is_right = |(got, own): (&f32, f32)| (got - own).abs() <= 0.02 * own.abs().max(1.0);
-        if !got.iter().zip(own(finish)?).all(is_right) {
-            give_up(is_tried, "it computes something else");
-            return Ok(());
+            Err(error) => trial.fail(&error.to_string()),
         }
     }
-    is_tried.store(true, Ordering::Relaxed);
+    trial.is_passed.store(true, Ordering::Relaxed);
     Ok(())
-}
-
-fn give_up(is_tried: &AtomicBool, reason: &str) {
-    is_tried.store(false, Ordering::Relaxed);
-    tracing::warn!(reason, "cuBLASLt does not finish products: kernels of our own do, which takes longer");
 }
 
 /// `x W^T` of `x` `[rows, in]` and `weight` `[out, in]`, finished: `[rows, out]`. None where that cannot be had.
 pub fn product(x: &Tensor, weight: &Tensor, finish: Finish<'_>) -> Result<Option<Tensor>> {
-    let Some(is_tried) = is_tried(x.dtype()).filter(|tried| tried.load(Ordering::Relaxed)) else {
+    let Some(trial) = Trial::of(x.dtype()).filter(|trial| trial.is_good()) else { return Ok(None) };
+    let is_whole = |n: usize| (n * x.dtype().size_in_bytes()).is_multiple_of(ALIGNMENT as usize);
+    if !is_whole(weight.dim(1)?) || !is_whole(weight.dim(0)?) {
         return Ok(None);
-    };
-    let at_least = |x: &Tensor| {
-        Ok::<_, candle_core::Error>(x.is_contiguous() && start_of(x)?.is_multiple_of(u64::from(ALIGNMENT)))
-    };
-    let (inputs, outputs) = (weight.dim(1)?, weight.dim(0)?);
-    let rows_are_aligned = [inputs, outputs].iter().all(|n| (n * 2).is_multiple_of(ALIGNMENT as usize));
-    let tensors = [Some(x), Some(weight), finish.bias, finish.residual];
-    for tensor in tensors.into_iter().flatten() {
-        if !rows_are_aligned || !at_least(tensor)? {
+    }
+    for tensor in [Some(x), Some(weight), finish.bias, finish.residual].into_iter().flatten() {
+        if !tensor.is_contiguous() || !start_of(tensor)?.is_multiple_of(u64::from(ALIGNMENT)) {
             return Ok(None);
         }
     }
     match finished(x, weight, finish)? {
         Ok(y) => Ok(Some(y)),
+        // Of these sizes.
+        Err(CublasError(sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED)) => Ok(None),
         Err(error) => {
-            give_up(is_tried, &error.to_string());
+            trial.fail(&error.to_string());
             Ok(None)
         }
     }

@@ -1,4 +1,5 @@
-//! Our own kernels of `kernels/fused.cu` for what stands between products: norms, activations, biases, rows of a table.
+//! Our own kernels of `kernels/fused.cu` for what stands between products: norms, activations, biases, rows of a table; and of
+//! `kernels/largest.cu` for what becomes of logits.
 //!
 //! Called by [`super::super::ops`], whose plain operations are their reference and stand in where NVRTC is not installed: then
 //! each of these gives none.
@@ -189,8 +190,7 @@ fn words_of(draw: &Draw) -> [u32; 6] {
     [floats[0], floats[1], floats[2], draw.top_k as u32, random as u32, (random >> 32) as u32]
 }
 
-/// Leaves of `logits` `[rows, vocab]` in f32, where they lie, what the masks of their rows allow of the first `num_ids`. Returns the masks,
-/// which the device reads.
+/// Leaves of `logits` `[rows, vocab]` in f32, where they lie, what the masks of their rows allow of the first `num_ids`.
 pub fn forbid(
     logits: &Tensor,
     num_ids: usize,
@@ -205,19 +205,23 @@ pub fn forbid(
     let fits = |&(row, mask): &(usize, &[u32])| row < rows && mask.len() == num_words;
     ensure(masks.iter().all(fits), "masks of other rows")?;
     let words = masks.iter().flat_map(|&(row, mask)| std::iter::once(row as u32).chain(mask.iter().copied()));
-    let bytes: Vec<u8> = words.flat_map(u32::to_le_bytes).collect();
-    let words = exchange.send(&bytes, logits.device())?;
+    let words = exchange.send(&bytes_of(words), logits.device())?;
     let sizes = [count(num_ids)?, count(vocab)?, count(num_words)?].map(Into::into);
     let mut arguments = vec![address(logits)?, address(&words)?];
     arguments.extend(sizes);
     let grid = Grid::of((count(num_ids)?.div_ceil(THREADS), count(masks.len())?, 1), THREADS);
     // SAFETY: every mask has as many words as are looked at, and is of a row that there is.
     unsafe { LARGEST.launch("forbid_f32", logits, grid, &arguments) }?;
-    Ok(Some(words))
+    exchange.hold(words);
+    Ok(Some(logits.clone()))
 }
 
 /// Adjusts `logits` `[rows, vocab]` in f32 where they lie.
-pub fn adjust(logits: &Tensor, of_rows: &[(usize, Adjustment)]) -> Result<Option<Tensor>> {
+pub fn adjust(
+    logits: &Tensor,
+    of_rows: &[(usize, Adjustment)],
+    exchange: &mut Exchange,
+) -> Result<Option<Tensor>> {
     if !LARGEST.is_there(DType::F32) {
         return Ok(None);
     }
@@ -226,15 +230,20 @@ pub fn adjust(logits: &Tensor, of_rows: &[(usize, Adjustment)]) -> Result<Option
     ensure(of_rows.iter().all(fits), "an adjustment of a logit that there is not")?;
     let words =
         |&(row, one): &(usize, Adjustment)| [row as u32, one.id, one.factor.to_bits(), one.shift.to_bits()];
-    let words =
-        Tensor::from_vec(of_rows.iter().flat_map(words).collect(), (of_rows.len(), 4), logits.device())?;
+    // Penalties of long prompts are many: from ordinary memory the copy of more than 64 KB may wait for the device.
+    let words = exchange.send(&bytes_of(of_rows.iter().flat_map(words)), logits.device())?;
     let number = count(of_rows.len())?;
     let arguments = [address(logits)?, address(&words)?, number.into(), count(vocab)?.into()];
     // SAFETY: every adjustment is of a logit that there is, as was looked at.
     unsafe {
         LARGEST.launch("adjust_f32", logits, Grid::rows(number.div_ceil(THREADS), THREADS), &arguments)
     }?;
+    exchange.hold(words);
     Ok(Some(logits.clone()))
+}
+
+fn bytes_of(words: impl Iterator<Item = u32>) -> Vec<u8> {
+    words.flat_map(u32::to_le_bytes).collect()
 }
 
 /// Unless each of `of_width` is as wide as the rows of `x`, and `residual` of its shape, all of its type, an error.
@@ -318,9 +327,10 @@ mod tests {
             shift: i as f32 - 450.0,
         };
         let of_rows: Vec<_> = (0..900).map(|i| (i % 3, adjustment(i))).collect();
-        let there = ops::adjust(&logits.to_device(&gpu).unwrap(), &of_rows).unwrap();
+        let exchange = &mut Exchange::default();
+        let there = ops::adjust(&logits.to_device(&gpu).unwrap(), &of_rows, exchange).unwrap();
         let there = there.to_vec2::<f32>().unwrap();
-        assert_eq!(there, ops::adjust(&logits, &of_rows).unwrap().to_vec2::<f32>().unwrap());
+        assert_eq!(there, ops::adjust(&logits, &of_rows, exchange).unwrap().to_vec2::<f32>().unwrap());
         assert_ne!(there, logits.to_vec2::<f32>().unwrap());
     }
 
@@ -332,8 +342,8 @@ mod tests {
         let (first, second) = (mask(77), mask(12_345));
         let masks = [(3, first.as_slice()), (1, second.as_slice())];
         let exchange = &mut Exchange::default();
-        let (there, _masks) = ops::forbid(&logits.to_device(&gpu).unwrap(), 690, &masks, exchange).unwrap();
-        let (here, _) = ops::forbid(&logits, 690, &masks, exchange).unwrap();
+        let there = ops::forbid(&logits.to_device(&gpu).unwrap(), 690, &masks, exchange).unwrap();
+        let here = ops::forbid(&logits, 690, &masks, exchange).unwrap();
         let here = here.to_vec2::<f32>().unwrap();
         assert_eq!(there.to_vec2::<f32>().unwrap(), here);
         let num_forbidden =

@@ -30,7 +30,7 @@ use super::super::super::{ModelError, Result, Tensor};
 
 /// Norms, activations, rotary positions, quantised products: for any card.
 pub static FUSED: Source = Source::new("fused_kernels", include_str!("kernels/fused.cu"), None);
-/// The largest logits.
+/// What becomes of logits: adjusted, masked, the largest, drawn.
 pub static LARGEST: Source = Source::new("largest_kernel", include_str!("kernels/largest.cu"), None);
 const TENSOR_CODE: &str = concat!(
     include_str!("kernels/tensor_cores.cu"),
@@ -302,11 +302,11 @@ pub fn address_or_none(x: Option<&Tensor>) -> Result<Argument> {
 
 /// A tensor that a kernel is about to write, all of it.
 pub fn fresh(dims: &[usize], dtype: DType, device: &Device) -> Result<Tensor> {
-    // SAFETY: nobody reads it before the kernel has run: all of a device's work is in one stream.
+    // SAFETY: nobody reads it before the kernel has run: all that computes is in one stream.
     unsafe { Tensor::empty(dims, dtype, device) }
 }
 
-/// Puts `values` where the elements of `x` are, after all that reads them now.
+/// Puts `values` where the elements of `x` are, after all that reads them now. Of more than 64 KB the host may wait for that.
 pub fn overwrite<T: WithDType + DeviceRepr>(x: &Tensor, values: &[T]) -> Result<()> {
     let fits = x.dtype() == T::DTYPE && x.is_contiguous() && x.elem_count() == values.len();
     ensure(fits, "values of another tensor")?;
@@ -346,7 +346,11 @@ mod tests {
 
     #[test]
     fn the_kernels_compile_for_every_type_where_nvrtc_is_installed() {
-        assert_has(&LARGEST, DType::F32, &["largest_f32".into(), "draw_f32".into(), "adjust_f32".into()]);
+        assert_has(
+            &LARGEST,
+            DType::F32,
+            &["largest", "draw", "adjust", "forbid"].map(|name| format!("{name}_f32")),
+        );
         for dtype in [DType::F32, DType::F16, DType::BF16] {
             let kind = dtype.as_str();
             let products = ["q8", "q4", "q4k"]

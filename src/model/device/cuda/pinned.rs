@@ -38,11 +38,13 @@ impl Pinned {
                 // The host waits for it without sleeping.
                 let flags = Some(CUevent_flags::CU_EVENT_DISABLE_TIMING);
                 let written = context.new_event(flags).map_err(failure)?;
-                // SAFETY: nobody reads it before it is written.
+                // SAFETY: nobody reads it before it is written, here.
                 let numbers = unsafe { result::malloc_host(len * size_of::<u32>(), 0) }.map_err(failure)?;
-                let Some(numbers) = NonNull::new(numbers.cast()) else {
+                let Some(numbers) = NonNull::new(numbers.cast::<u32>()) else {
                     candle_core::bail!("the driver has no memory of the host: this is a bug")
                 };
+                // SAFETY: there is room for as many.
+                unsafe { numbers.write_bytes(0, len) };
                 Pinned { numbers, len, written }
             }
         };
@@ -68,7 +70,7 @@ impl Pinned {
     pub fn finish(&mut self, len: usize) -> Result<Vec<u32>> {
         ensure(len <= self.len, "more numbers than there is room for")?;
         self.written.synchronize().map_err(failure)?;
-        // SAFETY: the device has written what was started, and what was not is any number.
+        // SAFETY: there are as many, and the device has written what was started.
         Ok(unsafe { slice::from_raw_parts(self.numbers.as_ptr(), len) }.to_vec())
     }
 }

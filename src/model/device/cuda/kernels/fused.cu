@@ -264,7 +264,7 @@ __device__ inline void unpack(const q4k *row, unsigned number, unsigned part, fl
   low = 8 * part, high = low + 4;
 }
 
-// One warp an output: `out` [rows, outputs] of `x` [rows, inputs] and `weight` [outputs, inputs / 32] blocks; ROWS >= rows.
+// One warp an output: `out` [rows, outputs] of `x` [rows, inputs] and `weight` [outputs, inputs / 32] blocks, as many together as they are; ROWS >= rows.
 template <typename T, typename Block, unsigned ROWS>
 __device__ void quant_rows(const Block *weight, const T *x, T *out, unsigned rows, unsigned outputs, unsigned inputs) {
   const unsigned output = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32, blocks = inputs / 32;

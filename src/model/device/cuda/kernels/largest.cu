@@ -6,7 +6,7 @@
 #define UNDECIDED 0x7fc00000u
 
 // The first of the largest, and its bits, to `out` [2, rows]; id 0 and minus infinity where there is none. What is no number is not looked at.
-extern "C" __global__ void largest_f32(const float *x, unsigned *out, unsigned width, unsigned stride) {
+extern "C" __global__ void __launch_bounds__(1024) largest_f32(const float *x, unsigned *out, unsigned width, unsigned stride) {
   __shared__ float of_warp[32];
   __shared__ unsigned at_warp[32];
   x += (unsigned long long)blockIdx.x * stride;
@@ -65,7 +65,7 @@ __device__ unsigned first_to_reach(const double *sums, unsigned number, double w
 // thread has found largest, in order, and the sum of exp((y - largest) / temperature) over all. Puts id and bits where `largest_f32` has put
 // them, or bits that are no number, and no other id, where these logits do not decide it. `top_k` is 0 or no more than `few`. Threads are a
 // power of two, `ROOM` or 1024.
-extern "C" __global__ void draw_f32(const float *x, const Draw *draws, unsigned *out, unsigned width, unsigned stride, unsigned few) {
+extern "C" __global__ void __launch_bounds__(1024) draw_f32(const float *x, const Draw *draws, unsigned *out, unsigned width, unsigned stride, unsigned few) {
   __shared__ float tops[1024];
   __shared__ float sums[32];
   __shared__ unsigned long long keys[ROOM];
