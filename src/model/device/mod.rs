@@ -165,7 +165,8 @@ impl VideoLanguageModel for DeviceModel {
     ) -> Result<Vec<Tensor>> {
         let features = self.vision_tower.forward(&self.uploads.bytes(videos)?, tap)?;
         self.uploads.start(next)?;
-        // Otherwise its time and its errors would be the next work's, which belongs to another sequence.
+        // Otherwise its time and its errors would be the next work's, which belongs to another sequence. A decode step that was started
+        // ahead is within that time.
         self.device.synchronize()?;
         self.uploads.release();
         let num_frames: usize = videos.iter().map(|(_, range)| range.len()).sum();

@@ -54,6 +54,11 @@ pub fn open(ordinal: usize) -> Result<Device> {
         // SAFETY: the attribute is a number of 64 bits.
         unsafe { result::mem_pool::set_attribute(pool, attribute, (&raw mut everything).cast()) }
             .map_err(failure)?;
+        // A second stream's memory does not wait for what the first has given back, but not done with yet.
+        let attribute = CUmemPool_attribute::CU_MEMPOOL_ATTR_REUSE_ALLOW_INTERNAL_DEPENDENCIES;
+        let mut no = 0i32;
+        // SAFETY: the attribute is a number of 32 bits.
+        unsafe { result::mem_pool::set_attribute(pool, attribute, (&raw mut no).cast()) }.map_err(failure)?;
     }
     Ok(device)
 }
