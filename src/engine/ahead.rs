@@ -8,7 +8,10 @@
 use std::collections::HashMap;
 
 use crate::{
-    model::{Result, Tensor},
+    model::{
+        Result, Tensor,
+        device::{is_switched_off, select_rows},
+    },
     scheduler::{ComputeWork, Scheduler, SequenceId, TokenId},
 };
 
@@ -47,8 +50,7 @@ pub(super) struct StartedRow {
 impl Ahead {
     /// As the environment asks for it.
     pub(super) fn from_env() -> Self {
-        let is_off = std::env::var(VARIABLE).is_ok_and(|value| value == "0");
-        Ahead { is_off, ..Ahead::default() }
+        Ahead { is_off: is_switched_off(VARIABLE), ..Ahead::default() }
     }
 
     /// Whether a step may be started; to be asked once for each that could be.
@@ -86,16 +88,12 @@ impl Started {
     pub(super) fn merge(self, rows: &[Option<usize>], others: Option<Tensor>) -> Result<Tensor> {
         let num_own = self.logits.dim(0)?;
         let mut next = num_own..;
-        let order: Vec<u32> =
-            rows.iter().filter_map(|row| row.or_else(|| next.next())).map(|row| row as u32).collect();
-        if others.is_none() && order.iter().copied().eq(0..num_own as u32) {
-            return Ok(self.logits);
-        }
+        let order: Vec<usize> = rows.iter().filter_map(|row| row.or_else(|| next.next())).collect();
         let all = match others {
             Some(others) => Tensor::cat(&[self.logits, others], 0)?,
             None => self.logits,
         };
-        all.index_select(&Tensor::from_slice(&order, order.len(), all.device())?, 0)
+        select_rows(&all, &order)
     }
 }
 

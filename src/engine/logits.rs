@@ -6,7 +6,7 @@
 use crate::{
     model::{
         Result, Tensor,
-        device::{self, Choice, Chosen, Exchange},
+        device::{self, Choice, Chosen, Exchange, select_rows},
     },
     scheduler::TokenId,
 };
@@ -30,16 +30,9 @@ pub(super) struct Logits {
     /// `[rows, vocab]`
     tensor: Tensor,
     num_ids: usize,
-    /// What was done to each row.
-    changes: Vec<Change>,
+    /// How each row was changed, to choose from it.
+    choices: Vec<Option<Choice>>,
     rows: Vec<Place>,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq)]
-enum Change {
-    None,
-    Adjusted,
-    Masked,
 }
 
 #[derive(Debug, Clone)]
@@ -93,13 +86,7 @@ impl Choosing {
                 _ => whole.push(row),
             }
         }
-        let change = |choice: &Option<Choice>| match choice {
-            None => Change::None,
-            Some(Choice { mask: None, .. }) => Change::Adjusted,
-            Some(_) => Change::Masked,
-        };
-        let changes = choices.iter().map(change).collect();
-        let mut logits = Logits { tensor: chosen.logits, num_ids, changes, rows };
+        let mut logits = Logits { tensor: chosen.logits, num_ids, choices, rows };
         logits.fetch_whole(&whole)?;
         Ok(logits)
     }
@@ -109,8 +96,8 @@ impl Logits {
     /// All of `logits` `[rows, vocab]` in f32, of which ids below `num_ids` may be sampled.
     pub(super) fn whole(logits: &Tensor, num_ids: usize) -> Result<Self> {
         let num_rows = logits.dim(0)?;
-        let (changes, rows) = (vec![Change::None; num_rows], vec![Place::Nothing; num_rows]);
-        let mut all = Logits { tensor: logits.clone(), num_ids, changes, rows };
+        let (choices, rows) = (vec![None; num_rows], vec![Place::Nothing; num_rows]);
+        let mut all = Logits { tensor: logits.clone(), num_ids, choices, rows };
         all.fetch_whole(&(0..num_rows).collect::<Vec<_>>())?;
         Ok(all)
     }
@@ -120,18 +107,12 @@ impl Logits {
         if rows.is_empty() {
             return Ok(());
         }
-        let wanted = if rows.len() == self.rows.len() {
-            self.tensor.clone()
-        } else {
-            let index: Vec<u32> = rows.iter().map(|&row| row as u32).collect();
-            self.tensor.index_select(&Tensor::from_vec(index, rows.len(), self.tensor.device())?, 0)?
-        };
-        let values = wanted.narrow(1, 0, self.num_ids)?.to_vec2::<f32>()?;
+        let values = select_rows(&self.tensor, rows)?.narrow(1, 0, self.num_ids)?.to_vec2::<f32>()?;
         for (&row, logits) in rows.iter().zip(values) {
             let is_any = logits.iter().any(|&logit| logit > f32::NEG_INFINITY);
             // That a mask leaves nothing is not the model's fault: what it allows first is taken.
-            let is_ruled_out =
-                self.changes[row] == Change::Masked && !logits.iter().any(|logit| logit.is_nan());
+            let is_masked = self.choices[row].as_ref().is_some_and(|choice| choice.mask.is_some());
+            let is_ruled_out = is_masked && !logits.iter().any(|logit| logit.is_nan());
             self.rows[row] = if is_any || is_ruled_out { Place::Host(logits) } else { Place::Nothing };
         }
         Ok(())
@@ -142,7 +123,7 @@ impl Logits {
         match &self.rows[index] {
             Place::Token(id) => Row::Token(*id),
             Place::Nothing => Row::Nothing,
-            Place::Host(logits) if self.changes[index] == Change::None => Row::Logits(logits),
+            Place::Host(logits) if self.choices[index].is_none() => Row::Logits(logits),
             Place::Host(logits) => Row::Adjusted(logits),
         }
     }

@@ -19,7 +19,7 @@ use crate::{
     model::{
         self, KvPool, ModelError, Result, SequenceInput, StepInput, Tap, Tensor, VideoLanguageModel,
         VisualRows,
-        device::{Choice, Exchange, is_device_failure},
+        device::{Choice, Exchange, is_device_failure, select_rows},
     },
     scheduler::{self, ComputeWork, EncodeWork, SamplingParams, Scheduler, SequenceId, VideoDigest},
 };
@@ -207,12 +207,7 @@ impl Runner {
         };
         let next: Vec<ComputeWork> = rows.iter().map(follow).collect();
         let mut input = self.step_input(&next, scheduler, requests)?;
-        input.ids_on_device = Some(if rows.len() == works.len() {
-            ids.clone()
-        } else {
-            let index: Vec<u32> = rows.iter().map(|&row| row as u32).collect();
-            ids.index_select(&Tensor::from_vec(index, rows.len(), ids.device())?, 0)?
-        });
+        input.ids_on_device = Some(select_rows(ids, &rows)?);
         match self.model.forward(&input, &mut self.pool, self.tap.as_mut()) {
             Ok(logits) => Ok(Some((rows, logits))),
             Err(error) if is_device_failure(&error) => Err(error),
@@ -272,9 +267,8 @@ fn sample(
     scheduler: &Scheduler,
     requests: &dyn Requests,
 ) -> Result<Vec<Option<Sampled>>> {
-    let sample =
-        |(row, work): (usize, &&ComputeWork)| next_token(work, scheduler, requests).sample(logits.row(row));
-    works.par_iter().enumerate().map(|(row, work)| sample((row, work))).collect()
+    let rows = works.par_iter().enumerate();
+    rows.map(|(row, work)| next_token(work, scheduler, requests).sample(logits.row(row))).collect()
 }
 
 fn decided(sampled: Option<Sampled>) -> Result<Sampled> {

@@ -29,7 +29,7 @@ use super::{
 use attention::{LayerCache, PagedAttention};
 pub use exchange::Exchange;
 use layers::Loader;
-pub use ops::{Adjustment, Choice, Chosen, Draw, FEW, choose};
+pub use ops::{Adjustment, Choice, Chosen, Draw, FEW, choose, select_rows};
 
 /// Keys and values of all layers, in device memory.
 #[derive(Debug, Clone)]
@@ -105,6 +105,11 @@ impl DeviceModel {
     pub fn decode_bytes(&self) -> usize {
         self.language_model.num_bytes()
     }
+}
+
+/// Whether an environment variable says that something is not to be used.
+pub fn is_switched_off(variable: &str) -> bool {
+    std::env::var(variable).is_ok_and(|value| value == "0")
 }
 
 /// Whether `error` is the device's and not a request's: after it nothing that runs there can be trusted.

@@ -109,6 +109,15 @@ pub fn finished_product(
     Ok(None)
 }
 
+/// These rows of `x`, in this order; `x` itself where they are all of them in theirs.
+pub fn select_rows(x: &Tensor, rows: &[usize]) -> Result<Tensor> {
+    if rows.iter().copied().eq(0..x.dim(0)?) {
+        return Ok(x.clone());
+    }
+    let index: Vec<u32> = rows.iter().map(|&row| row as u32).collect();
+    x.index_select(&Tensor::from_vec(index, rows.len(), x.device())?, 0)
+}
+
 /// What a layer does to its product `x` `[…, width]`: adds `bias` `[width]`, then `residual` of the shape of `x`; or takes GELU by
 /// tanh of it.
 pub fn finish_rows(

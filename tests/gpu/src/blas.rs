@@ -102,6 +102,17 @@ impl Matrix {
         Ok(Matrix { at, ..self })
     }
 
+    /// Writes `element` of every row and column there; [`Matrix::of`] must have been asked.
+    pub fn fill(self, [rows, columns]: [usize; 2], element: impl Fn(usize, usize) -> f32 + Sync) {
+        (0..columns).into_par_iter().for_each(|column| {
+            for row in 0..rows {
+                let bits = self.kind.narrow(element(row, column));
+                // SAFETY: `of` made sure of it; each element is written once.
+                unsafe { write(self.place(row, column), self.kind.bytes(), bits) };
+            }
+        });
+    }
+
     pub fn place(self, row: usize, column: usize) -> *mut u8 {
         (self.at as usize + (column * self.stride + row) * self.kind.bytes()) as *mut u8
     }
@@ -180,13 +191,7 @@ pub unsafe extern "C" fn cublasGemmStridedBatchedEx(
             let left = a.of(number, a_rows, a_columns, state)?.load(a_rows, a_columns, transposes_a != 0);
             let right = b.of(number, b_rows, b_columns, state)?.load(b_rows, b_columns, transposes_b == 0);
             let out = c.of(number, m, n, state)?;
-            (0..n).into_par_iter().for_each(|column| {
-                for row in 0..m {
-                    let sum = alpha * dot(&left[row * k..][..k], &right[column * k..][..k]);
-                    // SAFETY: `of` made sure of it; each element is written once.
-                    unsafe { write(out.place(row, column), c_kind.bytes(), c_kind.narrow(sum)) };
-                }
-            });
+            out.fill([m, n], |row, column| alpha * dot(&left[row * k..][..k], &right[column * k..][..k]));
         }
         Ok(())
     };

@@ -7,11 +7,9 @@ use std::{
     sync::Arc,
 };
 
-use rayon::prelude::*;
-
 use super::{
     blas::{Kind, Matrix, NOT_SUPPORTED, SUCCESS, dot},
-    block::{read, write},
+    block::read,
     device::device,
     graph::{Node, State},
 };
@@ -239,25 +237,22 @@ pub unsafe extern "C" fn cublasLtMatmul(
         if has_bias {
             state.memory.check(bias, outputs * kind.bytes())?;
         }
-        (0..rows).into_par_iter().for_each(|row| {
-            for output in 0..outputs {
-                let mut sum =
-                    alpha * dot(&left[output * inputs..][..inputs], &right[row * inputs..][..inputs]);
-                // SAFETY: all of it is there, as was looked at; each element is written once.
-                unsafe {
-                    if beta != 0.0 {
-                        sum += beta * kind.wide(read(added.place(output, row), kind.bytes()));
-                    }
-                    if has_bias {
-                        let at = bias as usize + output * kind.bytes();
-                        sum += kind.wide(read(at as *const u8, kind.bytes()));
-                    }
-                    if [epilogue::GELU, epilogue::GELU_BIAS].contains(&epilogue) {
-                        sum *= 0.5 * (1.0 + (0.797_884_6 * (sum + 0.044_715 * sum * sum * sum)).tanh());
-                    }
-                    write(out.place(output, row), kind.bytes(), kind.narrow(sum));
-                }
+        let wide = |at: *const u8| {
+            // SAFETY: all of it is there, as was looked at.
+            kind.wide(unsafe { read(at, kind.bytes()) })
+        };
+        out.fill([outputs, rows], |output, row| {
+            let mut sum = alpha * dot(&left[output * inputs..][..inputs], &right[row * inputs..][..inputs]);
+            if beta != 0.0 {
+                sum += beta * wide(added.place(output, row));
             }
+            if has_bias {
+                sum += wide((bias as usize + output * kind.bytes()) as *const u8);
+            }
+            if [epilogue::GELU, epilogue::GELU_BIAS].contains(&epilogue) {
+                sum *= 0.5 * (1.0 + (0.797_884_6 * (sum + 0.044_715 * sum * sum * sum)).tanh());
+            }
+            sum
         });
         Ok(())
     };

@@ -23,7 +23,7 @@ use candle_core::{
 use super::{
     super::{
         super::{Result, Tensor},
-        ops,
+        is_switched_off, ops,
     },
     launch::{ensure, fresh, start_of, start_or_none},
 };
@@ -87,13 +87,8 @@ pub struct Finish<'a> {
 /// # Errors
 /// When the device fails.
 pub fn prepare(device: &Device, dtype: DType) -> Result<()> {
-    let is_off = std::env::var(VARIABLE).is_ok_and(|value| value == "0");
-    let Some(trial) = Trial::of(dtype).filter(|_| !is_off) else { return Ok(()) };
-    let noise = |rows: usize, columns: usize, seed: usize| {
-        let values: Vec<f32> =
-            (0..rows * columns).map(|i| ((i * 37 + seed * 101) as f32 * 0.7).sin()).collect();
-        Tensor::from_vec(values, (rows, columns), &Device::Cpu)?.to_dtype(dtype)?.to_device(device)
-    };
+    let Some(trial) = Trial::of(dtype).filter(|_| !is_switched_off(VARIABLE)) else { return Ok(()) };
+    let noise = |rows, columns, seed| noise(rows, columns, seed)?.to_dtype(dtype)?.to_device(device);
     let (x, weight) = (noise(40, 64, 1)?, noise(48, 64, 2)?);
     let (bias, residual) = (noise(1, 48, 3)?.squeeze(0)?, noise(40, 48, 4)?);
     let values = |y: &Tensor| y.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>();
@@ -117,6 +112,12 @@ pub fn prepare(device: &Device, dtype: DType) -> Result<()> {
     }
     trial.is_passed.store(true, Ordering::Relaxed);
     Ok(())
+}
+
+/// Something to multiply, `[rows, columns]` in f32.
+fn noise(rows: usize, columns: usize, seed: usize) -> Result<Tensor> {
+    let values: Vec<f32> = (0..rows * columns).map(|i| ((i * 37 + seed * 101) as f32 * 0.7).sin()).collect();
+    Tensor::from_vec(values, (rows, columns), &Device::Cpu)
 }
 
 /// `x W^T` of `x` `[rows, in]` and `weight` `[out, in]`, finished: `[rows, out]`. None where that cannot be had.
@@ -328,11 +329,7 @@ mod tests {
     #[test]
     fn finished_products_are_those_of_the_plain_operations_where_there_is_a_gpu() {
         let Some(gpu) = testing::gpu() else { return };
-        let noise = |rows: usize, columns: usize, seed: usize| {
-            let values: Vec<f32> =
-                (0..rows * columns).map(|i| ((i * 37 + seed * 101) as f32 * 0.7).sin()).collect();
-            Tensor::from_vec(values, (rows, columns), &Device::Cpu).unwrap()
-        };
+        let noise = |rows, columns, seed| noise(rows, columns, seed).unwrap();
         for (dtype, tolerance) in [(DType::F16, 5e-2), (DType::BF16, 0.3)] {
             prepare(&gpu, dtype).unwrap();
             for (rows, inputs, outputs) in [(70, 64, 136), (1, 8, 8), (33, 96, 24)] {

@@ -162,9 +162,7 @@ pub fn tokens(logits: &Tensor, num_ids: usize, draws: &[Option<Draw>]) -> Result
     ensure(draws.len() == rows, "draws of other rows")?;
     let out = fresh(&[2, rows], DType::U32, logits.device())?;
     let grid = Grid::rows(count(rows)?, CHOOSING_THREADS);
-    let sizes = [count(num_ids)?.into(), count(vocab)?.into()];
-    let mut arguments = vec![address(logits)?, address(&out)?];
-    arguments.extend(sizes);
+    let arguments = [address(logits)?, address(&out)?, count(num_ids)?.into(), count(vocab)?.into()];
     // SAFETY: rows are `vocab` wide, and no more than that is looked at.
     unsafe { LARGEST.launch("largest_f32", logits, grid, &arguments) }?;
     if draws.iter().all(Option::is_none) {
@@ -173,8 +171,14 @@ pub fn tokens(logits: &Tensor, num_ids: usize, draws: &[Option<Draw>]) -> Result
     ensure(draws.iter().flatten().all(|draw| draw.top_k <= FEW), "a top-k beyond what is looked at")?;
     let words = draws.iter().flat_map(|draw| draw.as_ref().map_or([0; 6], words_of)).collect();
     let draws = Tensor::from_vec(words, (rows, 6), logits.device())?;
-    let mut arguments = vec![address(logits)?, address(&draws)?, address(&out)?];
-    arguments.extend([count(num_ids)?.into(), count(vocab)?.into(), count(FEW)?.into()]);
+    let arguments = [
+        address(logits)?,
+        address(&draws)?,
+        address(&out)?,
+        count(num_ids)?.into(),
+        count(vocab)?.into(),
+        count(FEW)?.into(),
+    ];
     // SAFETY: as above, and there is a draw for each row.
     unsafe { LARGEST.launch("draw_f32", logits, grid, &arguments) }?;
     Ok(Some(out))
@@ -206,9 +210,13 @@ pub fn forbid(
     ensure(masks.iter().all(fits), "masks of other rows")?;
     let words = masks.iter().flat_map(|&(row, mask)| std::iter::once(row as u32).chain(mask.iter().copied()));
     let words = exchange.send(&bytes_of(words), logits.device())?;
-    let sizes = [count(num_ids)?, count(vocab)?, count(num_words)?].map(Into::into);
-    let mut arguments = vec![address(logits)?, address(&words)?];
-    arguments.extend(sizes);
+    let arguments = [
+        address(logits)?,
+        address(&words)?,
+        count(num_ids)?.into(),
+        count(vocab)?.into(),
+        count(num_words)?.into(),
+    ];
     let grid = Grid::of((count(num_ids)?.div_ceil(THREADS), count(masks.len())?, 1), THREADS);
     // SAFETY: every mask has as many words as are looked at, and is of a row that there is.
     unsafe { LARGEST.launch("forbid_f32", logits, grid, &arguments) }?;

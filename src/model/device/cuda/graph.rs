@@ -19,6 +19,7 @@ use super::{
         super::{ModelError, Result, StepInput, Tensor},
         DeviceCache,
         attention::PagedAttention,
+        is_switched_off,
         qwen2::Decoder,
         step::{Decodes, Step},
     },
@@ -74,8 +75,7 @@ unsafe impl Send for Replay {}
 impl Graphs {
     /// As the environment asks for them.
     pub fn from_env() -> Self {
-        let is_off = std::env::var(VARIABLE).is_ok_and(|value| value == "0");
-        Graphs { is_off, ..Graphs::default() }
+        Graphs { is_off: is_switched_off(VARIABLE), ..Graphs::default() }
     }
 
     /// The logits of all sequences, `[sequences, vocab]` in f32; none for a step that is not of decodes alone.
