@@ -6,7 +6,7 @@
 use std::{
     ops::Range,
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
     },
     time::Duration,
@@ -37,6 +37,8 @@ pub struct FakeModel {
     pub runs_ahead: bool,
     /// Rows it was given so far.
     pub num_rows: Arc<AtomicUsize>,
+    /// The frames encoded so far, `[num_frames, image_size, image_size, 3]`, RGB; `None`: not recorded.
+    pub encoded: Option<Arc<Mutex<Vec<u8>>>>,
     /// Whether its next token depends on all tokens there are, as the slots have them, and not only on the prompt.
     pub reads_all: bool,
     /// Sleep of every call.
@@ -75,6 +77,7 @@ impl FakeModel {
             slots: Vec::new(),
             runs_ahead: false,
             num_rows: Arc::default(),
+            encoded: None,
             reads_all: false,
             step_delay: Duration::ZERO,
             poison: None,
@@ -117,6 +120,10 @@ impl VideoLanguageModel for FakeModel {
         std::thread::sleep(self.step_delay);
         if self.poison.is_some_and(|poison| u32::from(frames.frames(range.clone())[0]) == poison) {
             return Err(ModelError::Msg("a poisoned pixel".into()));
+        }
+        if let Some(encoded) = &self.encoded {
+            let mut encoded = encoded.lock().expect("no test panics while it holds the lock: this is a bug");
+            encoded.extend_from_slice(frames.frames(range.clone()));
         }
         // One feature a frame: its mean.
         let means: Vec<f32> = range

@@ -51,4 +51,5 @@ mod quantised;
 mod server_process;
 mod sse_disconnects;
 mod sse_stream;
+mod trials;
 mod variants;
