@@ -1,8 +1,11 @@
 //! The checkpoint's `config.json`, with the defaults its authors leave out.
 //!
 //! Read by everything in [`crate::model`]; field names are the checkpoint's own. A value the network does not
-//! implement is refused here: nothing after this file asks again. Never opens a path a config names.
+//! implement is refused here, and so is a key that is not known (`config/keys.rs`): nothing after this file asks again.
+//! Never opens a path a config names.
 
+mod keys;
+mod rope;
 mod section;
 
 use serde_json::Value;
@@ -100,6 +103,11 @@ pub enum ConfigError {
     Type { field: String, found: String, expected: String },
     #[error("config.json: `{field}` is {found}, only {supported} is supported")]
     Unsupported { field: String, found: String, supported: String },
+    #[error(
+        "config.json: `{field}` is {found}, which this server does not know and which may change what the model computes; \
+         if it does not, remove it from config.json"
+    )]
+    Unknown { field: String, found: String },
     #[error("config.json: {0}")]
     Inconsistent(String),
 }
@@ -118,13 +126,18 @@ impl ModelConfig {
     pub fn from_json(text: &str) -> Result<Self, ConfigError> {
         let root: Value = serde_json::from_str(text).map_err(|e| ConfigError::Json(e.to_string()))?;
         let map = root.as_object().ok_or_else(|| ConfigError::Json("not an object".into()))?;
-        let root = Section { prefix: "", map };
+        let root = Section { prefix: String::new(), map };
         root.only_str("model_type", "tinyllava")?;
         let vision = vision_config(&root.section("vision_config")?)?;
-        let text = text_config(&root.section("text_config")?)?;
+        let text = text_config(&root, &root.section("text_config")?)?;
         let connector = connector_config(&root, &vision, &text)?;
-        // A tokenizer without a length of its own says 10^30.
-        let max_length = root.positive("tokenizer_model_max_length", 2048.0)? as usize;
+        keys::ROOT.check(&root)?;
+        let max_length = match root.map.get("tokenizer_model_max_length") {
+            // The original then cuts nothing.
+            Some(Value::Null) => usize::MAX,
+            // A tokenizer without a length of its own says 10^30.
+            _ => root.positive("tokenizer_model_max_length", 2048.0)? as usize,
+        };
         let config = ModelConfig {
             num_frames: match connector.kind {
                 ConnectorKind::Group => connector.group,
@@ -205,31 +218,35 @@ fn vision_config(section: &Section) -> Result<SiglipConfig, ConfigError> {
         layer_norm_eps: section.positive("layer_norm_eps", 1e-6)?,
     };
     section.only(config.num_channels == 3, "num_channels", "3")?;
+    keys::VISION.check(section)?;
     Ok(config)
 }
 
-fn text_config(section: &Section) -> Result<Qwen2Config, ConfigError> {
+fn text_config(root: &Section, section: &Section) -> Result<Qwen2Config, ConfigError> {
     section.only_str("model_type", "qwen2")?;
     section.only_str("hidden_act", "silu")?;
     section.only(!section.flag("use_sliding_window", false)?, "use_sliding_window", "false")?;
     section.only(!section.flag("use_mrope", false)?, "use_mrope", "false")?;
-    for field in ["rope_scaling", "quantization_config"] {
-        section.only(section.get(field).is_none(), field, "null")?;
-    }
+    let num_attention_heads = section.dimension("num_attention_heads", Some(32))?;
+    // A null is not the default here: it means a head of keys and values for each head of queries.
+    let no_groups = section.map.get("num_key_value_heads").is_some_and(Value::is_null);
+    let default_heads = if no_groups { num_attention_heads } else { 32 };
     let config = Qwen2Config {
         hidden_size: section.dimension("hidden_size", Some(4096))?,
         intermediate_size: section.dimension("intermediate_size", Some(22016))?,
         num_hidden_layers: section.bounded("num_hidden_layers", Some(32), MAX_LAYERS)?,
-        num_attention_heads: section.dimension("num_attention_heads", Some(32))?,
-        num_key_value_heads: section.dimension("num_key_value_heads", Some(32))?,
+        num_attention_heads,
+        num_key_value_heads: section.dimension("num_key_value_heads", Some(default_heads))?,
         vocab_size: section.dimension("vocab_size", Some(151_936))?,
         max_position_embeddings: section.dimension("max_position_embeddings", Some(32_768))?,
         rms_norm_eps: section.positive("rms_norm_eps", 1e-6)?,
-        rope_theta: section.positive("rope_theta", 10_000.0)?,
+        rope_theta: rope::theta(root, section)?,
         tie_word_embeddings: section.flag("tie_word_embeddings", false)?,
     };
     let head_dim = section.dimension("head_dim", Some(config.head_dim().max(1)))?;
     section.only(head_dim == config.head_dim(), "head_dim", "hidden_size / num_attention_heads")?;
+    rope::check_layer_types(section, config.num_hidden_layers)?;
+    keys::TEXT.check(section)?;
     Ok(config)
 }
 
@@ -246,9 +263,10 @@ fn connector_config(
     };
     root.only(root.integer("vision_feature_layer")?.is_none_or(|l| l == -2), "vision_feature_layer", "-2")?;
     root.only_str("vision_feature_select_strategy", "patch")?;
-    root.only_str("image_aspect_ratio", "square")?;
+    // The original pads pictures that it takes from files, and never a frame of a video.
+    let is_known = root.string("image_aspect_ratio")?.is_none_or(|ratio| ["square", "pad"].contains(&ratio));
+    root.only(is_known, "image_aspect_ratio", "square or pad")?;
     root.only(root.integer("image_token_index")?.is_none_or(|i| i == -200), "image_token_index", "-200")?;
-    root.only(root.get("quantization_config").is_none(), "quantization_config", "null")?;
     for (field, width, of) in [
         ("hidden_size", text.hidden_size, "text_config.hidden_size"),
         ("vision_hidden_size", vision.hidden_size, "vision_config.hidden_size"),
@@ -269,150 +287,4 @@ fn connector_config(
 }
 
 #[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-    use serde_json::json;
-
-    use super::*;
-
-    const TINY: &str = include_str!("../../tests/golden/tiny/config.json");
-
-    /// The golden config with one field, by JSON pointer, replaced; `null` is the same as leaving it out.
-    fn with(pointer: &str, value: Value) -> Result<ModelConfig, ConfigError> {
-        let mut root: Value = serde_json::from_str(TINY).unwrap();
-        let (parent, field) = pointer.rsplit_once('/').unwrap();
-        root.pointer_mut(parent).unwrap()[field] = value;
-        ModelConfig::from_json(&root.to_string())
-    }
-
-    #[test]
-    fn the_golden_config_reads_with_class_defaults() {
-        let config = ModelConfig::from_json(TINY).unwrap();
-        assert_eq!((config.context, config.num_frames), (3072, 4));
-        assert_eq!((config.vision.num_patches(), config.vision.num_channels), (16, 3));
-        assert_eq!(
-            (config.text.rms_norm_eps, config.text.rope_theta, config.text.head_dim()),
-            (1e-6, 1e6, 16)
-        );
-        assert_eq!((config.connector.kind, config.connector.group), (ConnectorKind::Group, 4));
-    }
-
-    #[test]
-    fn left_out_values_are_the_class_defaults() {
-        let text = json!({
-            "connector_type": "naiveresampler", "num_queries": 512, "num_resampler_layers": 3,
-            "text_config": {}, "vision_config": {},
-        });
-        let config = ModelConfig::from_json(&text.to_string()).unwrap();
-        let (vision, text) = (&config.vision, &config.text);
-        assert_eq!((vision.hidden_size, vision.intermediate_size, vision.num_hidden_layers), (768, 3072, 12));
-        assert_eq!((vision.image_size, vision.patch_size, vision.layer_norm_eps), (224, 16, 1e-6));
-        assert_eq!((text.hidden_size, text.intermediate_size, text.num_hidden_layers), (4096, 22_016, 32));
-        assert_eq!((text.vocab_size, text.rope_theta, text.tie_word_embeddings), (151_936, 1e4, false));
-        assert_eq!((config.connector.group, config.num_frames, config.context), (1, 16, 2048));
-    }
-
-    #[test]
-    fn a_tokenizer_without_a_length_leaves_the_positions_of_the_decoder() {
-        assert_eq!(with("/tokenizer_model_max_length", json!(1e30)).unwrap().context, 32_768);
-    }
-
-    #[test]
-    fn what_is_not_supported_is_named() {
-        for (pointer, value) in [
-            ("/connector_type", json!("mlp2x_gelu")),
-            ("/connector_type", json!(null)),
-            ("/vision_feature_layer", json!(-1)),
-            ("/vision_feature_select_strategy", json!("cls_patch")),
-            ("/image_aspect_ratio", json!("pad")),
-            ("/image_token_index", json!(32_000)),
-            ("/model_type", json!("llava")),
-            ("/quantization_config", json!({"bits": 4})),
-            ("/group", json!(null)),
-            ("/group", json!(3)),
-            ("/num_queries", json!("many")),
-            ("/hidden_size", json!(65)),
-            ("/vision_hidden_size", json!(65)),
-            ("/tokenizer_model_max_length", json!(-1)),
-            ("/text_config", json!(null)),
-            ("/text_config/model_type", json!("llama")),
-            ("/text_config/hidden_act", json!("gelu")),
-            ("/text_config/use_sliding_window", json!(true)),
-            ("/text_config/rope_scaling", json!({"type": "yarn"})),
-            ("/text_config/num_attention_heads", json!(5)),
-            ("/text_config/num_attention_heads", json!(0)),
-            ("/text_config/num_key_value_heads", json!(3)),
-            ("/text_config/head_dim", json!(32)),
-            ("/text_config/num_hidden_layers", json!(1e9)),
-            ("/text_config/rope_theta", json!(0)),
-            ("/text_config/tie_word_embeddings", json!("yes")),
-            ("/vision_config", json!([])),
-            ("/vision_config/model_type", json!("clip_vision_model")),
-            ("/vision_config/hidden_act", json!("quick_gelu")),
-            ("/vision_config/num_channels", json!(1)),
-            ("/vision_config/num_attention_heads", json!(7)),
-            ("/vision_config/patch_size", json!(64)),
-        ] {
-            let error = with(pointer, value.clone()).expect_err(pointer).to_string();
-            let field = pointer.rsplit('/').next().unwrap();
-            assert!(
-                error.starts_with("config.json") && error.contains(field),
-                "{pointer} = {value}: {error}"
-            );
-        }
-    }
-
-    fn any_json() -> impl Strategy<Value = Value> {
-        let leaf = prop_oneof![
-            Just(Value::Null),
-            any::<bool>().prop_map(Value::from),
-            any::<i64>().prop_map(Value::from),
-            (-3i64..40).prop_map(Value::from),
-            any::<f64>().prop_map(Value::from),
-            "[a-z_]{0,12}".prop_map(Value::from),
-        ];
-        leaf.prop_recursive(2, 8, 3, |inner| {
-            prop_oneof![
-                prop::collection::vec(inner.clone(), 0..3).prop_map(Value::from),
-                prop::collection::btree_map("[a-z]{1,4}", inner, 0..3)
-                    .prop_map(|map| Value::Object(map.into_iter().collect())),
-            ]
-        })
-    }
-
-    proptest! {
-        #[test]
-        fn mutated_configs_never_panic(
-            edits in prop::collection::vec((any::<prop::sample::Index>(), any_json()), 1..4),
-            removed in prop::collection::vec(any::<prop::sample::Index>(), 0..3),
-        ) {
-            let mut root: Value = serde_json::from_str(TINY).unwrap();
-            for (index, value) in edits {
-                let part = match index.index(3) { 0 => "", 1 => "/text_config", _ => "/vision_config" };
-                if let Some(map) = root.pointer_mut(part).and_then(Value::as_object_mut) && !map.is_empty() {
-                    let key = map.keys().nth(index.index(map.len())).unwrap().clone();
-                    map.insert(key, value);
-                }
-            }
-            for index in removed {
-                let map = root.as_object_mut().unwrap();
-                let key = map.keys().nth(index.index(map.len())).unwrap().clone();
-                map.remove(&key);
-            }
-            if let Ok(config) = ModelConfig::from_json(&root.to_string()) {
-                // What is accepted can be counted and divided without overflow.
-                prop_assert!(config.num_parameters() > 0);
-                prop_assert_eq!(config.text.head_dim() * config.text.num_attention_heads, config.text.hidden_size);
-            }
-        }
-
-        #[test]
-        fn mutilated_text_never_panics(cut in 0..TINY.trim_end().len(), byte in any::<u8>()) {
-            let mut bytes = TINY.as_bytes().to_vec();
-            bytes[cut] = byte;
-            let text = String::from_utf8_lossy(&bytes);
-            let _ = ModelConfig::from_json(&text);
-            prop_assert!(ModelConfig::from_json(&TINY[..cut]).is_err());
-        }
-    }
-}
+mod tests;

@@ -14,6 +14,7 @@ use reqwest::{Client, Response, StatusCode};
 use serde::Deserialize;
 use thiserror::Error;
 
+use super::{pytorch_pickle, shards, weights::ADAPTER_FILES};
 use cache::Cache;
 pub use settings::HubConfig;
 pub use transfer::HubProgress;
@@ -96,10 +97,15 @@ pub enum HubError {
     #[error("{repo} has no file {file}")]
     NoFile { repo: Repo, file: String },
     #[error(
-        "{repo} holds no weights this program reads: expected model.safetensors, its shards, \
-         or the folders language_model, vision_tower and connector with a pytorch_model.bin each"
+        "{repo} holds no weights this program reads: expected model.safetensors or pytorch_model.bin, shards of one of \
+         them, or the folders language_model, vision_tower and connector with a pytorch_model.bin each"
     )]
     NoWeights { repo: Repo },
+    #[error(
+        "{repo} holds a LoRA adapter ({file}), which its weights do not contain: merge it into them first (peft: \
+         `merge_and_unload`, then `save_pretrained`), and serve the directory with the result"
+    )]
+    Adapter { repo: Repo, file: String },
     #[error(
         "{endpoint} cannot be reached ({reason}) and {repo} is not in the cache: check the network or HF_ENDPOINT"
     )]
@@ -265,26 +271,35 @@ fn wanted(repo: &Repo, files: Vec<RemoteFile>) -> Result<Vec<RemoteFile>, HubErr
     if !has("config.json") {
         return Err(HubError::NoFile { repo: repo.clone(), file: "config.json".into() });
     }
-    let single = has(super::shards::SINGLE_FILE);
-    let sharded = has(super::shards::INDEX_FILE);
-    let folders = super::folders::PATHS.iter().all(|path| has(path));
-    let is_weights = |name: &str| match (single, sharded, folders) {
-        (true, ..) => name == super::shards::SINGLE_FILE,
-        (_, true, _) => name == super::shards::INDEX_FILE || is_shard(name),
-        _ => super::folders::PATHS.contains(&name),
-    };
-    if !single && !sharded && !folders {
-        return Err(HubError::NoWeights { repo: repo.clone() });
+    if let Some(file) = ADAPTER_FILES.into_iter().find(|file| has(file)) {
+        return Err(HubError::Adapter { repo: repo.clone(), file: file.into() });
     }
+    // In the order in which a directory is opened: of several layouts the first is read.
+    let layouts: [(&[&str], Shards); 5] = [
+        (&[shards::SINGLE_FILE], None),
+        (&[shards::INDEX_FILE], Some(("model-", ".safetensors"))),
+        (&[pytorch_pickle::SINGLE_FILE], None),
+        (&[pytorch_pickle::INDEX_FILE], Some(("pytorch_model-", ".bin"))),
+        (&pytorch_pickle::FOLDER_FILES, None),
+    ];
+    let layout = layouts.into_iter().find(|(names, _)| names.iter().all(|name| has(name)));
+    let Some((names, shards)) = layout else {
+        return Err(HubError::NoWeights { repo: repo.clone() });
+    };
+    let is_weights =
+        |name: &str| names.contains(&name) || shards.is_some_and(|(start, end)| is_shard(name, start, end));
     let is_small = |file: &RemoteFile| {
         SMALL_FILES.contains(&file.name.as_str()) && file.size.is_none_or(|size| size <= MAX_SMALL_FILE_BYTES)
     };
     Ok(files.iter().filter(|file| is_small(file) || is_weights(&file.name)).cloned().collect())
 }
 
+/// Start and end of the names of a layout's shards.
+type Shards = Option<(&'static str, &'static str)>;
+
 /// `model-00001-of-00002.safetensors`: the only other names taken from a hub.
-fn is_shard(name: &str) -> bool {
-    let middle = name.strip_prefix("model-").and_then(|rest| rest.strip_suffix(".safetensors"));
+fn is_shard(name: &str, start: &str, end: &str) -> bool {
+    let middle = name.strip_prefix(start).and_then(|rest| rest.strip_suffix(end));
     let numbers = middle.and_then(|middle| middle.split_once("-of-"));
     let number = |text: &str| text.len() == 5 && text.bytes().all(|byte| byte.is_ascii_digit());
     numbers.is_some_and(|(n, m)| number(n) && number(m))
@@ -306,15 +321,16 @@ mod tests {
         }
     }
 
+    /// What is taken of a repository with files of these names.
+    fn names(names: &[&str]) -> Result<Vec<String>, HubError> {
+        let file =
+            |name: &&str| RemoteFile { name: name.to_string(), size: Some(1), blob_id: None, lfs: None };
+        let wanted = wanted(&Repo::parse("a/b").unwrap(), names.iter().map(file).collect());
+        wanted.map(|files| files.into_iter().map(|file| file.name).collect())
+    }
+
     #[test]
     fn only_the_files_of_one_layout_are_taken() {
-        let names = |names: &[&str]| {
-            let file =
-                |name: &&str| RemoteFile { name: name.to_string(), size: Some(1), blob_id: None, lfs: None };
-            let repo = Repo::parse("a/b").unwrap();
-            let wanted = wanted(&repo, names.iter().map(file).collect());
-            wanted.map(|files| files.into_iter().map(|file| file.name).collect::<Vec<_>>())
-        };
         let sharded = names(&[
             "README.md",
             "config.json",
@@ -340,5 +356,28 @@ mod tests {
         let all: Vec<_> = folders.into_iter().chain(["connector/pytorch_model.bin"]).collect();
         assert_eq!(names(&all).unwrap(), all);
         assert!(matches!(names(&["model.safetensors"]), Err(HubError::NoFile { .. })));
+    }
+
+    #[test]
+    fn pickles_are_taken_where_there_is_nothing_safer() {
+        let index = ["config.json", "pytorch_model-00001-of-00001.bin", "pytorch_model.bin.index.json"];
+        assert_eq!(names(&index).unwrap(), index);
+        let both =
+            ["config.json", "pytorch_model.bin", "pytorch_model-00001-of-00001.bin", "training_args.bin"];
+        assert_eq!(names(&both).unwrap(), both[..2]);
+        assert_eq!(
+            names(&[&both[..], &["model.safetensors"]].concat()).unwrap(),
+            [both[0], "model.safetensors"]
+        );
+        let folder = "language_model/pytorch_model.bin";
+        assert_eq!(names(&[&both[..], &[folder]].concat()).unwrap(), both[..2]);
+    }
+
+    #[test]
+    fn a_repository_with_an_adapter_is_refused_before_its_download() {
+        for file in ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"] {
+            let error = names(&["config.json", "model.safetensors", file]).unwrap_err().to_string();
+            assert!(error.contains("a/b holds a LoRA adapter") && error.contains(file), "{error}");
+        }
     }
 }

@@ -1,10 +1,10 @@
 //! Safetensors files: one `model.safetensors`, or shards under a `model.safetensors.index.json`, memory-mapped.
 //!
-//! Used by [`super::weights`] alone, which compares what is found with the config. Never trusts a header, an index
-//! or a file's length.
+//! Used by [`super::weights`], which compares what is found with the config, and by [`super::pytorch_pickle`], whose
+//! index has the same form. Never trusts a header, an index or a file's length.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     path::Path,
     sync::Arc,
 };
@@ -85,22 +85,14 @@ impl Shards {
         let home = index.display().to_string();
         let weight_map = read_index(&index)?;
         let mut shards = Shards { files: Vec::new(), home, quantised: None };
-        let mut found = Vec::new();
-        for shard in weight_map.values().collect::<std::collections::BTreeSet<_>>() {
-            let file = map_file(&dir.join(shard))?;
+        let found = read_shards(dir, &weight_map, |path| {
+            let file = map_file(path)?;
             let (tensors, quantised) = read_header(&file, shards.files.len())?;
-            for tensor in tensors {
-                // A tensor in two files, or in one the index does not send us to, is nobody's.
-                if weight_map.get(&tensor.name) != Some(shard) {
-                    return Err(WeightsError::Extra { file: file.name, tensor: tensor.name });
-                }
-                found.push(tensor);
-            }
             // Where files differ, some tensor is not what the others ask for.
             shards.quantised = shards.quantised.or(quantised);
             shards.files.push(file);
-        }
-        shards.check_index(dir, &weight_map, &found)?;
+            Ok(tensors)
+        })?;
         Ok(Some((shards, found)))
     }
 
@@ -141,28 +133,38 @@ impl Shards {
             };
         }
     }
+}
 
-    /// Every tensor of the index must be in the shard it names.
-    fn check_index(
-        &self,
-        dir: &Path,
-        weight_map: &BTreeMap<String, String>,
-        found: &[Found],
-    ) -> Result<(), WeightsError> {
-        let names: std::collections::HashSet<&str> =
-            found.iter().map(|tensor| tensor.name.as_str()).collect();
-        let mut missing = weight_map.iter().filter(|(tensor, _)| !names.contains(tensor.as_str()));
-        let Some((tensor, shard)) = missing.next() else { return Ok(()) };
-        Err(WeightsError::Missing {
+/// Reads every file that an index names. Each tensor must be in the file that the index names for it, and nowhere else.
+pub(super) fn read_shards(
+    dir: &Path,
+    weight_map: &BTreeMap<String, String>,
+    mut read: impl FnMut(&Path) -> Result<Vec<Found>, WeightsError>,
+) -> Result<Vec<Found>, WeightsError> {
+    let mut all = Vec::new();
+    for shard in weight_map.values().collect::<BTreeSet<_>>() {
+        for tensor in read(&dir.join(shard))? {
+            // A tensor in two files, or in one the index does not send us to, is nobody's.
+            if weight_map.get(&tensor.name) != Some(shard) {
+                return Err(WeightsError::Extra { file: tensor.file_name, tensor: tensor.name });
+            }
+            all.push(tensor);
+        }
+    }
+    let names: HashSet<&str> = all.iter().map(|tensor| tensor.name.as_str()).collect();
+    let mut missing = weight_map.iter().filter(|(tensor, _)| !names.contains(tensor.as_str()));
+    if let Some((tensor, shard)) = missing.next() {
+        return Err(WeightsError::Missing {
             file: dir.join(shard).display().to_string(),
             tensor: tensor.clone(),
             others: missing.count(),
-        })
+        });
     }
+    Ok(all)
 }
 
 /// Reads an index; every shard it names is a plain name of an existing file in the same directory.
-fn read_index(path: &Path) -> Result<BTreeMap<String, String>, WeightsError> {
+pub(super) fn read_index(path: &Path) -> Result<BTreeMap<String, String>, WeightsError> {
     let file = path.display().to_string();
     let io_error = |source| WeightsError::Io { file: file.clone(), source };
     let invalid = |reason: String| WeightsError::Index { file: file.clone(), reason };

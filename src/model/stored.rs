@@ -70,6 +70,25 @@ impl StoredTensor {
         }
     }
 
+    /// Returns whether all elements, as f32, have the bits of those of `other`.
+    pub(super) fn has_bits_of(&self, other: &StoredTensor) -> bool {
+        if self.shape != other.shape {
+            return false;
+        }
+        let len: usize = self.shape.iter().product();
+        (0..len.div_ceil(ELEMENTS_A_TASK)).into_par_iter().all(|task| {
+            const PART: usize = 256;
+            let end = len.min((task + 1) * ELEMENTS_A_TASK);
+            let (mut a, mut b) = ([0.0f32; PART], [0.0f32; PART]);
+            (task * ELEMENTS_A_TASK..end).step_by(PART).all(|start| {
+                let count = PART.min(end - start);
+                self.copy_f32(start, &mut a[..count]);
+                other.copy_f32(start, &mut b[..count]);
+                a[..count].iter().zip(&b[..count]).all(|(a, b)| a.to_bits() == b.to_bits())
+            })
+        })
+    }
+
     /// The first element, if any, that is NaN or infinite.
     pub fn first_not_finite(&self) -> Option<usize> {
         let len: usize = self.shape.iter().product();
@@ -154,6 +173,20 @@ mod tests {
         let mut row = [0.0; 2];
         Rows::Stored(f16s).copy_row(1, &mut row);
         assert_eq!(row, values[2..]);
+    }
+
+    #[test]
+    fn tensors_are_compared_by_value_whatever_their_type() {
+        for at in [0, 70_000, 140_001] {
+            let mut values: Vec<f32> = (0..140_002).map(|i| (i % 251) as f32 / 8.0).collect();
+            let wide = stored(StoredDType::F32, values.iter().flat_map(|x| x.to_le_bytes()).collect());
+            let narrow = values.iter().flat_map(|x| bf16::from_f32(*x).to_le_bytes()).collect();
+            assert!(wide.has_bits_of(&stored(StoredDType::Bf16, narrow)) && wide.has_bits_of(&wide));
+            values[at] += 0.125;
+            let other = stored(StoredDType::F32, values.iter().flat_map(|x| x.to_le_bytes()).collect());
+            assert!(!wide.has_bits_of(&other), "element {at}");
+        }
+        assert!(!stored(StoredDType::F16, vec![0; 6]).has_bits_of(&stored(StoredDType::F16, vec![0; 4])));
     }
 
     #[test]

@@ -11,12 +11,13 @@ use thiserror::Error;
 pub use super::stored::{Rows, StoredDType, StoredTensor};
 use super::{
     config::ModelConfig,
-    folders::Folders,
     kernels::panels::{Bits, QuantPanels, VERSION},
     layers::WeightFormat,
     layout::{EMBEDDINGS, HEAD, Role, TensorSpec},
+    pytorch_pickle::Pickles,
     shards::Shards,
     synth::{self, Noise},
+    tensor_check::{Checked, TiedHead, check},
 };
 
 /// What is wrong with a checkpoint's weights: one sentence that names the file and the tensor.
@@ -25,8 +26,8 @@ pub enum WeightsError {
     #[error("{file}: cannot be read: {source}")]
     Io { file: String, source: std::io::Error },
     #[error(
-        "{dir} holds no weights: expected model.safetensors, or model.safetensors.index.json with its shards, \
-         or the folders language_model, vision_tower and connector with a pytorch_model.bin each"
+        "{dir} holds no weights: expected model.safetensors or pytorch_model.bin, or shards of one of them with their \
+         .index.json, or the folders language_model, vision_tower and connector with a pytorch_model.bin each"
     )]
     NoWeights { dir: String },
     #[error("{file}: not a valid safetensors file: {reason}")]
@@ -43,6 +44,21 @@ pub enum WeightsError {
     Missing { file: String, tensor: String, others: usize },
     #[error("{file}: tensor {tensor} is not part of this model")]
     Extra { file: String, tensor: String },
+    #[error(
+        "{file} is a LoRA adapter, which the weights beside it do not contain: merge it into them first (peft: \
+         `merge_and_unload`, then `save_pretrained`), or move it away to serve the weights as they are"
+    )]
+    Adapter { file: String },
+    #[error(
+        "{file}: tensor {tensor} is part of a LoRA adapter: merge it into the weights first (peft: `merge_and_unload`, then \
+         `save_pretrained`)"
+    )]
+    AdapterTensor { file: String, tensor: String },
+    #[error(
+        "{file}: tensor {tensor} differs from {EMBEDDINGS}, which `text_config.tie_word_embeddings` in config.json says \
+         it is tied to: set that to false to use this head, or remove the tensor"
+    )]
+    NotTied { file: String, tensor: &'static str },
     #[error("{file}: tensor {tensor} has shape {found:?}, config.json asks for {expected:?}")]
     Shape { file: String, tensor: String, found: Vec<usize>, expected: Vec<usize> },
     #[error("{file}: tensor {tensor} is stored as {found}, only {expected} supported")]
@@ -111,9 +127,31 @@ pub(super) struct Found {
 
 enum Source {
     Shards(Shards),
-    Folders(Folders),
+    Pickles(Pickles),
     Synthetic { seed: u64 },
 }
+
+impl Source {
+    /// One tensor of floats.
+    fn read(&self, name: &str, entry: &Entry, dtype: StoredDType) -> Result<StoredTensor, WeightsError> {
+        let data = match self {
+            Source::Shards(shards) => shards.bytes(entry),
+            Source::Pickles(pickles) => Bytes::from(pickles.read(name, entry, dtype)?),
+            Source::Synthetic { seed } => Bytes::from(synth::tensor_bytes(*seed, name, &entry.shape)),
+        };
+        Ok(StoredTensor { dtype, shape: entry.shape.clone(), data })
+    }
+
+    fn release(&self, entry: &Entry) {
+        if let Source::Shards(shards) = self {
+            shards.release(entry);
+        }
+    }
+}
+
+/// Files of a LoRA adapter, as peft names them.
+pub(super) const ADAPTER_FILES: [&str; 3] =
+    ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"];
 
 /// All tensors of a checkpoint, complete and of the right shapes.
 pub struct Weights {
@@ -134,13 +172,16 @@ impl fmt::Debug for Weights {
 impl Weights {
     /// Maps the weights of a checkpoint directory, whichever layout it has, and compares every tensor with `config`.
     pub fn open(dir: &Path, config: &ModelConfig) -> Result<Self, WeightsError> {
+        if let Some(file) = ADAPTER_FILES.into_iter().map(|name| dir.join(name)).find(|path| path.is_file()) {
+            return Err(WeightsError::Adapter { file: file.display().to_string() });
+        }
         if let Some((shards, found)) = Shards::open(dir)? {
             return Self::of_shards(shards, found, config);
         }
         let specs = config.tensors();
-        if let Some((folders, found)) = Folders::open(dir, &specs)? {
-            let tensors = check(&specs, found, |tensor| folders.home(tensor))?;
-            return Ok(Self::new(Source::Folders(folders), tensors, &specs, None));
+        if let Some((pickles, found)) = Pickles::open(dir, &specs)? {
+            let Checked { tensors, tied_head } = check(&specs, found, |tensor| pickles.home(tensor))?;
+            return Self::new(Source::Pickles(pickles), tensors, &specs, None).with_tied_head(tied_head);
         }
         Err(WeightsError::NoWeights { dir: dir.display().to_string() })
     }
@@ -154,8 +195,8 @@ impl Weights {
     fn of_shards(shards: Shards, found: Vec<Found>, config: &ModelConfig) -> Result<Self, WeightsError> {
         let quantised = shards.quantised;
         let specs = quantised.map_or_else(|| config.tensors(), |bits| config.quantised_tensors(bits));
-        let tensors = check(&specs, found, |_| shards.home.clone())?;
-        Ok(Self::new(Source::Shards(shards), tensors, &specs, quantised))
+        let Checked { tensors, tied_head } = check(&specs, found, |_| shards.home.clone())?;
+        Self::new(Source::Shards(shards), tensors, &specs, quantised).with_tied_head(tied_head)
     }
 
     /// Random bf16 weights, a function of `seed` and the tensors' names alone; made anew by every [`Weights::get`].
@@ -181,6 +222,25 @@ impl Weights {
     ) -> Self {
         let required = specs.iter().filter(|spec| spec.required).map(|spec| spec.name.clone()).collect();
         Weights { source, tensors, required, quantised, on_read: None }
+    }
+
+    /// Refuses a stored head that is not the embeddings it is tied to: one of them would be ignored. An equal one is.
+    fn with_tied_head(self, head: Option<TiedHead>) -> Result<Self, WeightsError> {
+        let Some(TiedHead { file_name, entry: head }) = head else { return Ok(self) };
+        let table = self.entry(EMBEDDINGS)?;
+        if let Source::Pickles(pickles) = &self.source
+            && pickles.share_storage((EMBEDDINGS, table.file), (HEAD, head.file))
+        {
+            return Ok(self);
+        }
+        let read = |name, entry: &Entry| match entry.encoding {
+            Encoding::Floats(dtype) => self.source.read(name, entry, dtype),
+            Encoding::Panels => Err(WeightsError::Quantised { tensor: name.into() }),
+        };
+        let is_equal = read(HEAD, &head)?.has_bits_of(&read(EMBEDDINGS, table)?);
+        self.source.release(&head);
+        self.source.release(table);
+        if is_equal { Ok(self) } else { Err(WeightsError::NotTied { file: file_name, tensor: HEAD }) }
     }
 
     /// Stored bytes of all tensors the network reads (the unused ones of the published files left out).
@@ -239,7 +299,7 @@ impl Weights {
         let is_table = name == EMBEDDINGS;
         if is_table && self.contains(HEAD) {
             // Rows are read where they lie, which costs memory only where they had to be unpacked.
-            return if matches!(self.source, Source::Folders(_)) { entry.num_bytes } else { 0 };
+            return if matches!(self.source, Source::Pickles(_)) { entry.num_bytes } else { 0 };
         }
         let bytes = match (entry.encoding, entry.role, format) {
             (Encoding::Panels, ..) => return entry.num_bytes,
@@ -268,13 +328,9 @@ impl Weights {
     pub fn get(&self, name: &str) -> Result<StoredTensor, WeightsError> {
         let entry = self.entry(name)?;
         let dtype = self.stored_dtype(name)?;
-        let data = match &self.source {
-            Source::Shards(shards) => shards.bytes(entry),
-            Source::Folders(folders) => Bytes::from(folders.read(name, entry, dtype)?),
-            Source::Synthetic { seed } => Bytes::from(synth::tensor_bytes(*seed, name, &entry.shape)),
-        };
-        self.tell(data.len());
-        Ok(StoredTensor { dtype, shape: entry.shape.clone(), data })
+        let tensor = self.source.read(name, entry, dtype)?;
+        self.tell(tensor.data.len());
+        Ok(tensor)
     }
 
     /// One quantised matrix by its full name, where it is mapped; `None`: it is stored as floats.
@@ -306,8 +362,8 @@ impl Weights {
 
     /// Gives back the memory that reading a tensor took, where it is part of a mapped file. It can be read again.
     pub fn release(&self, name: &str) {
-        if let (Source::Shards(shards), Some(entry)) = (&self.source, self.tensors.get(name)) {
-            shards.release(entry);
+        if let Some(entry) = self.tensors.get(name) {
+            self.source.release(entry);
         }
     }
 
@@ -315,51 +371,6 @@ impl Weights {
         if let Some(callback) = &self.on_read {
             callback(num_bytes as u64);
         }
-    }
-}
-
-/// Compares what files hold with what the config asks for. `home` names the file a missing tensor is missing from.
-fn check(
-    specs: &[TensorSpec],
-    found: Vec<Found>,
-    home: impl Fn(&str) -> String,
-) -> Result<HashMap<String, Entry>, WeightsError> {
-    let by_name: HashMap<&str, &TensorSpec> = specs.iter().map(|spec| (spec.name.as_str(), spec)).collect();
-    let mut tensors = HashMap::with_capacity(found.len());
-    for Found { name, file_name, shape, encoding, file, range } in found {
-        let Some(spec) = by_name.get(name.as_str()) else {
-            return Err(WeightsError::Extra { file: file_name, tensor: name });
-        };
-        let expected = spec.stored_shape();
-        if shape != expected {
-            return Err(WeightsError::Shape { file: file_name, tensor: name, found: shape, expected });
-        }
-        let of_panels = |encoding: &Encoding| *encoding == Encoding::Panels;
-        let encoding = match encoding {
-            Ok(encoding) if of_panels(&encoding) == spec.panels.is_some() => Ok(encoding),
-            Ok(Encoding::Panels) => Err("U8".to_owned()),
-            Ok(Encoding::Floats(dtype)) => Err(dtype.name().to_owned()),
-            Err(found) => Err(found),
-        };
-        let encoding = encoding.map_err(|found| {
-            let expected = if spec.panels.is_some() { "U8 is" } else { "F32, F16 and BF16 are" };
-            WeightsError::DType { file: file_name, tensor: name.clone(), found, expected }
-        })?;
-        let num_bytes = match encoding {
-            Encoding::Floats(dtype) => (spec.num_elements() * dtype.num_bytes()) as u64,
-            Encoding::Panels => range.len() as u64,
-        };
-        let entry = Entry { shape: spec.shape.clone(), encoding, role: spec.role, num_bytes, file, range };
-        tensors.insert(name, entry);
-    }
-    let mut missing = specs.iter().filter(|spec| spec.required && !tensors.contains_key(&spec.name));
-    match missing.next() {
-        None => Ok(tensors),
-        Some(first) => Err(WeightsError::Missing {
-            file: home(&first.name),
-            tensor: first.name.clone(),
-            others: missing.count(),
-        }),
     }
 }
 

@@ -4,14 +4,17 @@ use std::{fs, path::Path};
 
 use serde_json::{Value, json};
 
-use super::checkpoint_open::{SINGLE, add_tokenizer, copy_of, open};
+use super::{
+    checkpoint_forms::{PICKLE, PICKLE_INDEX, with_pickle_shards},
+    checkpoint_open::{SINGLE, add_tokenizer, copy_of, open},
+};
 
 const LATENTS: &str = "connector._connector.latents";
 const INDEX: &str = "model.safetensors.index.json";
 const SECOND_SHARD: &str = "model-00002-of-00005.safetensors";
 
 /// Header and data of a safetensors file.
-fn parts(path: &Path) -> (serde_json::Map<String, Value>, Vec<u8>) {
+pub fn parts(path: &Path) -> (serde_json::Map<String, Value>, Vec<u8>) {
     let bytes = fs::read(path).unwrap();
     let header_end = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
     (serde_json::from_slice(&bytes[8..header_end]).unwrap(), bytes[header_end..].to_vec())
@@ -151,6 +154,22 @@ const DAMAGES: &[Damage] = &[
         |dir| edit_json(&dir.join("config.json"), |config| config["connector_type"] = json!("mlp")),
         &["config.json", "connector_type", "groupresampler"],
     ),
+    (
+        "key that is not known",
+        "tiny",
+        |dir| edit_json(&dir.join("config.json"), |config| config["text_config"]["qk_norm"] = json!(true)),
+        &["config.json", "`text_config.qk_norm` is true", "remove it"],
+    ),
+    (
+        "rotary positions of another kind",
+        "tiny",
+        |dir| {
+            edit_json(&dir.join("config.json"), |config| {
+                config["text_config"]["rope_parameters"] = json!({"rope_type": "yarn", "rope_theta": 1e6});
+            });
+        },
+        &["config.json", "rope_parameters.rope_type` is \"yarn\"", "default"],
+    ),
     ("no config", "tiny", |dir| fs::remove_file(dir.join("config.json")).unwrap(), &["has no config.json"]),
     (
         "config is not JSON",
@@ -271,6 +290,81 @@ fn every_damage_has_its_one_clear_error() {
         if *checkpoint == "tiny_folders" {
             add_tokenizer(dir.path());
         }
+        open(dir.path()).unwrap_or_else(|error| panic!("{what}: the undamaged copy fails: {error}"));
+        damage(dir.path());
+        let error = open(dir.path()).expect_err(what);
+        for part in *expected {
+            assert!(error.contains(part), "{what}: {part:?} is not in {error:?}");
+        }
+        assert!(!error.contains('\n'), "{what}: more than a sentence: {error:?}");
+    }
+}
+
+const SECOND_PICKLE: &str = "pytorch_model-00002-of-00002.bin";
+
+/// What is done to the golden checkpoint in PyTorch shards, and what its one error must say.
+const PICKLE_DAMAGES: &[(&str, fn(&Path), &[&str])] = &[
+    (
+        "truncated shard",
+        |dir| truncate(&dir.join(SECOND_PICKLE), 100_000),
+        &[SECOND_PICKLE, "not a readable PyTorch file"],
+    ),
+    (
+        "empty shard",
+        |dir| truncate(&dir.join(SECOND_PICKLE), 0),
+        &[SECOND_PICKLE, "not a readable PyTorch file"],
+    ),
+    (
+        "a file of torch before 1.6",
+        |dir| fs::write(dir.join(PICKLE), b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.").unwrap(),
+        &[PICKLE, "load it with torch and save it again"],
+    ),
+    (
+        "missing shard",
+        |dir| fs::remove_file(dir.join(SECOND_PICKLE)).unwrap(),
+        &[PICKLE_INDEX, SECOND_PICKLE, "does not exist"],
+    ),
+    (
+        "tensor missing from its shard",
+        |dir| {
+            let more = |index: &mut Value| index["weight_map"]["connector.more"] = json!(SECOND_PICKLE);
+            edit_json(&dir.join(PICKLE_INDEX), more);
+        },
+        &[SECOND_PICKLE, "connector.more", "is missing"],
+    ),
+    (
+        "tensor missing from the index",
+        |dir| {
+            edit_json(&dir.join(PICKLE_INDEX), |index| {
+                index["weight_map"].as_object_mut().unwrap().remove(LATENTS).unwrap();
+            });
+        },
+        &["pytorch_model-00001-of-00002.bin", LATENTS, "not part of this model"],
+    ),
+    (
+        "index outside the directory",
+        |dir| {
+            let outside = |index: &mut Value| index["weight_map"][LATENTS] = json!("../pytorch_model.bin");
+            edit_json(&dir.join(PICKLE_INDEX), outside);
+        },
+        &[PICKLE_INDEX, LATENTS, "not a file name"],
+    ),
+    (
+        "config of another model",
+        |dir| edit_json(&dir.join("config.json"), |config| config["num_queries"] = json!(32)),
+        &["pytorch_model-00001-of-00002.bin", LATENTS, "[4, 64]", "[8, 64]"],
+    ),
+    (
+        "config of a larger model",
+        |dir| edit_json(&dir.join("config.json"), |config| config["num_resampler_layers"] = json!(4)),
+        &[PICKLE_INDEX, "connector._connector.layers.3", "is missing", "more"],
+    ),
+];
+
+#[test]
+fn every_damage_to_pytorch_files_has_its_one_clear_error() {
+    for (what, damage, expected) in PICKLE_DAMAGES {
+        let dir = with_pickle_shards();
         open(dir.path()).unwrap_or_else(|error| panic!("{what}: the undamaged copy fails: {error}"));
         damage(dir.path());
         let error = open(dir.path()).expect_err(what);

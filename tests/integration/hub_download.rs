@@ -7,7 +7,10 @@ use tinyllava::model::{
     hub::{Hub, HubConfig, HubError, HubProgress, Repo},
 };
 
-use super::hub_fake::{COMMIT, Mischief, SHARD, Setup, golden};
+use super::{
+    checkpoint_forms::with_pickle_shards,
+    hub_fake::{COMMIT, Mischief, SHARD, Setup, golden},
+};
 
 fn assert_same_as_golden(dir: &Path) {
     for entry in std::fs::read_dir(dir).unwrap() {
@@ -179,4 +182,35 @@ async fn two_downloads_of_the_same_repository_share_the_work() {
     let (a, b) = tokio::join!(setup.download("org/tiny"), setup.download("org/tiny"));
     assert_eq!(a.unwrap(), b.unwrap());
     assert_eq!(setup.take_requests(&format!("cdn {SHARD}")).len(), 1);
+}
+
+#[tokio::test]
+async fn pytorch_shards_are_downloaded_and_need_no_network_afterwards() {
+    let source = with_pickle_shards();
+    let setup = Setup::with_files_of(source.path(), Mischief::default()).await;
+    let dir = setup.download("org/tiny").await.unwrap();
+    for name in ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"] {
+        assert!(std::fs::read(dir.join(name)).unwrap() == std::fs::read(source.path().join(name)).unwrap());
+    }
+    Checkpoint::open_directory("org/tiny".into(), &dir).unwrap();
+    setup.stop();
+    assert_eq!(setup.download("org/tiny").await.unwrap(), dir);
+    std::fs::remove_file(dir.join("pytorch_model-00002-of-00002.bin")).unwrap();
+    let error = setup.download("org/tiny").await.unwrap_err();
+    assert!(matches!(error, HubError::Unreachable { .. }), "{error}");
+}
+
+#[tokio::test]
+async fn a_repository_with_an_adapter_is_refused_before_anything_is_downloaded() {
+    let source = tempfile::tempdir().unwrap();
+    for entry in std::fs::read_dir(golden()).unwrap() {
+        let path = entry.unwrap().path();
+        std::fs::copy(&path, source.path().join(path.file_name().unwrap())).unwrap();
+    }
+    std::fs::write(source.path().join("adapter_config.json"), "{}").unwrap();
+    let setup = Setup::with_files_of(source.path(), Mischief::default()).await;
+    let error = setup.download("org/tiny").await.unwrap_err();
+    assert!(matches!(&error, HubError::Adapter { file, .. } if file == "adapter_config.json"), "{error}");
+    let requests: Vec<_> = setup.take_requests("").into_iter().map(|request| request.path).collect();
+    assert_eq!(requests, ["list main"]);
 }

@@ -65,9 +65,13 @@ pub struct Setup {
 
 impl Setup {
     pub async fn new(mischief: Mischief) -> Self {
-        let dir = golden();
+        Self::with_files_of(&golden(), mischief).await
+    }
+
+    /// A hub whose repository holds the files of a directory.
+    pub async fn with_files_of(dir: &Path, mischief: Mischief) -> Self {
         let mut files = BTreeMap::new();
-        for entry in std::fs::read_dir(&dir).unwrap() {
+        for entry in std::fs::read_dir(dir).unwrap() {
             let path = entry.unwrap().path();
             let name = path.file_name().unwrap().to_str().unwrap().to_owned();
             files.insert(name, Bytes::from(std::fs::read(&path).unwrap()));

@@ -4,6 +4,7 @@
 
 mod architecture;
 mod checkpoint_damage;
+mod checkpoint_forms;
 mod checkpoint_open;
 mod cli_access;
 mod cli_client;
@@ -46,6 +47,7 @@ mod media_sources;
 mod nano_demo;
 mod nano_endpoints;
 mod output_golden;
+mod pickle_writer;
 mod prompt_golden;
 mod quantised;
 mod server_process;

@@ -24,8 +24,12 @@ use super::checkpoint_open::{SINGLE, golden, open};
 const BOTH: [Bits; 2] = [Bits::Eight, Bits::Four];
 
 /// Features, visual tokens, and the logits of every row of a prompt with a video in it, as bits.
-fn everything(checkpoint: &Checkpoint, format: WeightFormat) -> Vec<u32> {
-    let mut model = TinyLlava::load(&checkpoint.weights, &checkpoint.config, format).unwrap();
+pub fn everything(checkpoint: &Checkpoint, format: WeightFormat) -> Vec<u32> {
+    everything_of(&mut TinyLlava::load(&checkpoint.weights, &checkpoint.config, format).unwrap())
+}
+
+/// The same of a model that is loaded.
+pub fn everything_of(model: &mut dyn VideoLanguageModel) -> Vec<u32> {
     let shape = model.shape().clone();
     let num_bytes = shape.num_frames * shape.image_size * shape.image_size * 3;
     let rgb: Vec<u8> = (0..num_bytes).map(|i| (i * i / 7 % 251) as u8).collect();

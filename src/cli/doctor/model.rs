@@ -1,6 +1,7 @@
 //! The model's files by their headers, and the memory it and its caches will take.
 //!
-//! Called by `doctor`. Reads configs, headers and tables of contents; never the weights, never the network.
+//! Called by `doctor`. Reads configs, headers and tables of contents, and no weights but a head that should repeat the
+//! embeddings; never the network.
 
 use std::path::Path;
 

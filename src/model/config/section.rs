@@ -8,7 +8,7 @@ use super::{ConfigError, MAX_DIMENSION};
 
 /// One object of the config, whose errors carry the full name of the field.
 pub(super) struct Section<'a> {
-    pub prefix: &'static str,
+    pub prefix: String,
     pub map: &'a Map<String, Value>,
 }
 
@@ -18,21 +18,34 @@ impl<'a> Section<'a> {
         self.map.get(field).filter(|value| !value.is_null())
     }
 
-    fn full_name(&self, field: &str) -> String {
-        if self.prefix.is_empty() { field.into() } else { format!("{}.{field}", self.prefix) }
+    /// The name of a field with those of the objects it is in.
+    pub fn full_name(&self, field: &str) -> String {
+        let field = shortened(field.into());
+        if self.prefix.is_empty() { field } else { format!("{}.{field}", self.prefix) }
     }
 
     pub fn missing(&self, field: &str) -> ConfigError {
         ConfigError::Missing { field: self.full_name(field) }
     }
 
-    fn mistyped(&self, field: &str, found: &Value, expected: impl Into<String>) -> ConfigError {
-        ConfigError::Type { field: self.full_name(field), found: shortened(found), expected: expected.into() }
+    pub fn mistyped(&self, field: &str, found: &Value, expected: impl Into<String>) -> ConfigError {
+        ConfigError::Type { field: self.full_name(field), found: shown(found), expected: expected.into() }
     }
 
     pub fn unsupported(&self, field: &str, supported: &str) -> ConfigError {
-        let found = self.get(field).map_or_else(|| "missing".into(), shortened);
+        let found = self.get(field).map_or_else(|| "missing".into(), shown);
         ConfigError::Unsupported { field: self.full_name(field), found, supported: supported.into() }
+    }
+
+    /// For one value of a list.
+    pub fn unsupported_value(&self, field: &str, found: &Value, supported: &str) -> ConfigError {
+        let (field, supported) = (self.full_name(field), supported.into());
+        ConfigError::Unsupported { field, found: shown(found), supported }
+    }
+
+    pub fn unknown(&self, field: &str) -> ConfigError {
+        let found = self.get(field).map_or_else(|| "null".into(), shown);
+        ConfigError::Unknown { field: self.full_name(field), found }
     }
 
     pub fn only(&self, ok: bool, field: &str, supported: &str) -> Result<(), ConfigError> {
@@ -43,10 +56,10 @@ impl<'a> Section<'a> {
         self.only(self.string(field)?.is_none_or(|found| found == supported), field, supported)
     }
 
-    pub fn section(&self, field: &'static str) -> Result<Section<'a>, ConfigError> {
+    pub fn section(&self, field: &str) -> Result<Section<'a>, ConfigError> {
         let value = self.get(field).ok_or_else(|| self.missing(field))?;
         let map = value.as_object().ok_or_else(|| self.mistyped(field, value, "an object"))?;
-        Ok(Section { prefix: field, map })
+        Ok(Section { prefix: self.full_name(field), map })
     }
 
     /// A count or width in `1..=MAX_DIMENSION`; without `default` the field must be there.
@@ -70,8 +83,9 @@ impl<'a> Section<'a> {
         value.as_i64().map(Some).ok_or_else(|| self.mistyped(field, value, "a whole number"))
     }
 
+    /// A positive number. Unlike other fields it must not be null, which no arithmetic takes for the default.
     pub fn positive(&self, field: &str, default: f64) -> Result<f64, ConfigError> {
-        let Some(value) = self.get(field) else { return Ok(default) };
+        let Some(value) = self.map.get(field) else { return Ok(default) };
         let number = value.as_f64().filter(|n| n.is_finite() && *n > 0.0);
         number.ok_or_else(|| self.mistyped(field, value, "a positive number"))
     }
@@ -88,8 +102,11 @@ impl<'a> Section<'a> {
 }
 
 /// A value short enough for a sentence.
-fn shortened(value: &Value) -> String {
-    let text = value.to_string();
+fn shown(value: &Value) -> String {
+    shortened(value.to_string())
+}
+
+fn shortened(text: String) -> String {
     match text.char_indices().nth(60) {
         Some((end, _)) => format!("{}…", &text[..end]),
         None => text,

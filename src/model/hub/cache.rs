@@ -11,10 +11,7 @@ use std::{
 use serde_json::Value;
 
 use super::{HubError, RemoteFile};
-use crate::model::{
-    folders,
-    shards::{INDEX_FILE, SINGLE_FILE},
-};
+use crate::model::{pytorch_pickle, shards};
 
 #[derive(Debug)]
 pub(super) struct Cache {
@@ -106,12 +103,17 @@ fn replace(path: &Path, make: impl Fn(&Path) -> io::Result<()>) -> io::Result<()
 /// Whether a directory has a config, a tokenizer and all weights: other tools link single files of a commit.
 fn is_complete(dir: &Path) -> bool {
     let has = |name: &str| dir.join(name).is_file();
-    let shards = || -> Option<bool> {
-        let index: Value = serde_json::from_slice(&fs::read(dir.join(INDEX_FILE)).ok()?).ok()?;
+    let has_shards = |index: &str| -> Option<bool> {
+        let index: Value = serde_json::from_slice(&fs::read(dir.join(index)).ok()?).ok()?;
         let map = index.get("weight_map")?.as_object()?;
         Some(map.values().all(|shard| shard.as_str().is_some_and(has)))
     };
     let tokenizer = has("tokenizer.json") || (has("vocab.json") && has("merges.txt"));
-    let folders = || folders::PATHS.iter().all(|path| has(path));
-    has("config.json") && tokenizer && (has(SINGLE_FILE) || shards().unwrap_or(false) || folders())
+    let files = has(shards::SINGLE_FILE) || has(pytorch_pickle::SINGLE_FILE);
+    let sharded = || {
+        let indexes = [shards::INDEX_FILE, pytorch_pickle::INDEX_FILE];
+        indexes.into_iter().any(|index| has_shards(index).unwrap_or(false))
+    };
+    let folders = || pytorch_pickle::FOLDER_FILES.iter().all(|path| has(path));
+    has("config.json") && tokenizer && (files || sharded() || folders())
 }
