@@ -167,7 +167,7 @@ impl VideoLanguageModel for FakeModel {
             let sequence = input.sequences.iter().find(|sequence| sequence.rows.contains(&row));
             let sequence = sequence.expect("a row without sequence");
             let table = &input.block_tables[sequence.blocks.clone()];
-            let tokens: Vec<u32> = (0..sequence.context_len)
+            let tokens: Vec<u32> = (0..=input.positions[row] as usize)
                 .map(|position| {
                     let slot = table[position / block_size] as usize * block_size + position % block_size;
                     let (token, at) = self.slots[slot].expect("a slot was never written");

@@ -142,7 +142,10 @@ async fn run(handle: &EngineHandle, sequence: NewSequence) -> Vec<u32> {
     let mut ids = vec![];
     loop {
         match stream.next().await.expect("the engine lives") {
-            TokenEvent::Started { .. } | TokenEvent::PromptComputed(_) => {}
+            TokenEvent::Started { .. }
+            | TokenEvent::PromptComputed(_)
+            | TokenEvent::PromptScored(_)
+            | TokenEvent::EndToken { .. } => {}
             TokenEvent::Token { id, .. } => ids.push(id),
             TokenEvent::Finished(_) => return ids,
             TokenEvent::Failed(error) => panic!("{error}"),
