@@ -315,8 +315,9 @@ impl Permit {
             let in_queue = self.places.split(1).expect("more sequences than places: this is a bug");
             let place = Place { _at_engine: presence, _in_queue: in_queue };
             // Room for every event the sequence can produce: the engine never waits for a slow client.
-            let (sender, events) =
-                mpsc::channel(sequence.sampling.max_tokens + 5 /* started, prompt computed and scored, end token, finished */);
+            let (sender, events) = mpsc::channel(
+                sequence.sampling.max_tokens + 5, /* started, prompt computed and scored, end token, finished */
+            );
             siblings.push(Submission { sequence, events: sender, place });
             streams.push(TokenStream { events });
         }

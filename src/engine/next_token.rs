@@ -150,7 +150,7 @@ mod tests {
             max_tokens: 300,
             ignore_eos: false,
             stop_token_ids: vec![],
-        scores_prompt: false,
+            scores_prompt: false,
         });
         for byte in completion.bytes() {
             let plan = scheduler.schedule();

@@ -15,7 +15,10 @@ use tokio::sync::{mpsc, watch};
 use super::{
     failure::{Failure, guarded, on_kernel_threads},
     fleet::Member,
-    handle::{EngineHandle, EngineLimits, EngineStatus, PromptTimes, PromptToken, Submission, TokenEvent, VideoInput},
+    handle::{
+        EngineHandle, EngineLimits, EngineStatus, PromptTimes, PromptToken, Submission, TokenEvent,
+        VideoInput,
+    },
     limits::engine_limits,
     next_token::Sampled,
     observer::{StepObserver, StepReport},
@@ -26,8 +29,8 @@ use crate::{
     config::{EngineConfig, MAX_SCORED_TOKENS},
     model::{KvDType, KvPool, Tap, Tensor, VideoLanguageModel},
     scheduler::{
-        ComputeWork, EncodeWork, SamplingParams, Scheduler, SchedulerLimits, SequenceId, SequenceSpec, SequenceUpdate,
-        StepPlan, StopReason, TokenId, TokenLogprobs, VisualSpan,
+        ComputeWork, EncodeWork, SamplingParams, Scheduler, SchedulerLimits, SequenceId, SequenceSpec,
+        SequenceUpdate, StepPlan, StopReason, TokenId, TokenLogprobs, VisualSpan,
     },
 };
 

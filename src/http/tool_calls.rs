@@ -192,7 +192,10 @@ mod tests {
             assert_eq!(pieces(&functions, &wrapped[..12], size, false), (None, String::new()));
         }
         let call = CallReader::read(&names(&["turn", "turn \"x\""]), &wrapped, true).unwrap();
-        assert_eq!((call.function.name.as_str(), call.function.arguments.as_str()), ("turn \"x\"", arguments));
+        assert_eq!(
+            (call.function.name.as_str(), call.function.arguments.as_str()),
+            ("turn \"x\"", arguments)
+        );
     }
 
     #[test]

@@ -91,7 +91,8 @@ mod tests {
         let shown = scorer.score([(u32::from(b'a'), None), (u32::from(b'b'), Some(&logprobs))], &mut offset);
         assert_eq!((shown.tokens, shown.text_offset, offset), (vec!["a".into(), "b".into()], vec![5, 6], 7));
         assert_eq!(shown.token_logprobs, [None, Some(-3.0)]);
-        let expected = [("\u{fffd}", -0.5), ("b", -3.0), ("x", -9999.0)].map(|(text, l)| (text.to_owned(), l));
+        let expected =
+            [("\u{fffd}", -0.5), ("b", -3.0), ("x", -9999.0)].map(|(text, l)| (text.to_owned(), l));
         assert_eq!(shown.top_logprobs, [None, Some(expected.into())]);
     }
 }

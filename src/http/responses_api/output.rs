@@ -52,7 +52,9 @@ impl Output {
     /// Takes the next event; gives what there is to tell of it.
     pub fn take(&mut self, event: OutputEvent) -> Vec<Told> {
         match event {
-            OutputEvent::Delta { segment, text, .. } if segment != Segment::Think && self.reader.is_some() => {
+            OutputEvent::Delta { segment, text, .. }
+                if segment != Segment::Think && self.reader.is_some() =>
+            {
                 let pieces = self.reader.as_mut().map(|reader| reader.push(&text)).unwrap_or_default();
                 pieces.into_iter().flat_map(|piece| self.push_call(piece)).collect()
             }

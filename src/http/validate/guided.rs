@@ -51,7 +51,8 @@ pub fn validate(request: &ChatRequest, config: &Config) -> Result<Option<Guided>
     }
     if let Some(calls) = tools::forced(request)? {
         if let Some(first) = &found {
-            let message = format!("{} and tool_choice both say what the answer must be; send one", first.param);
+            let message =
+                format!("{} and tool_choice both say what the answer must be; send one", first.param);
             return Err(InvalidRequest::field("tool_choice", message));
         }
         found = Some(calls);

@@ -7,7 +7,8 @@
 use super::{
     InvalidRequest,
     parts::{self, Part, VideoPart},
-    shorten, tools,
+    shorten,
+    tools::{self, Origin},
 };
 use crate::{
     config::Config,
@@ -48,13 +49,13 @@ struct Builder {
 
 impl Builder {
     fn push(&mut self, path: &str, mut message: Message, config: &Config) -> Result<(), InvalidRequest> {
-        let is_call_or_result = tools::as_text(path, &mut message)?;
+        let origin = tools::as_text(path, &mut message)?;
         check_message_fields(path, &message.extra)?;
         let before = self.videos.len();
         let text = self.content(path, message.content, config)?;
         let num_videos = self.videos.len() - before;
         let role = message.role.as_str();
-        let after_result = std::mem::replace(&mut self.after_result, is_call_or_result && role == "user");
+        let after_result = std::mem::replace(&mut self.after_result, origin == Origin::Result);
         let turns = &mut self.conversation.turns;
         if num_videos > 0 && role != "user" {
             return Err(InvalidRequest::field(
@@ -72,9 +73,14 @@ impl Builder {
                 return out_of_order("the system message must be the first one");
             }
             // Results of calls, and what the user says to them, are one turn.
-            ("user", Some(turn)) if turn.assistant.is_none() && (is_call_or_result || after_result) => {
+            ("user", Some(turn)) if turn.assistant.is_none() && after_result => {
                 join(&mut turn.user, &text);
                 turn.num_videos += num_videos;
+            }
+            ("user", None | Some(Turn { assistant: None, .. })) if origin == Origin::Result => {
+                return out_of_order(
+                    "the result of a call must follow the assistant's message with the call",
+                );
             }
             ("user", Some(Turn { assistant: None, .. })) => {
                 return out_of_order("two user messages follow each other; join them");
@@ -83,11 +89,15 @@ impl Builder {
                 turns.push(Turn { user: text, num_videos, assistant: None });
             }
             ("assistant", Some(turn)) if turn.assistant.is_none() => turn.assistant = Some(text),
-            ("assistant", Some(Turn { assistant: Some(said), .. })) if is_call_or_result => join(said, &text),
+            ("assistant", Some(Turn { assistant: Some(said), .. })) if origin == Origin::Call => {
+                join(said, &text)
+            }
             ("assistant", _) => return out_of_order("an assistant message must follow a user message"),
             _ => {
-                let message =
-                    format!("unknown role \"{}\"; use system, developer, user, assistant or tool", shorten(role));
+                let message = format!(
+                    "unknown role \"{}\"; use system, developer, user, assistant or tool",
+                    shorten(role)
+                );
                 return Err(InvalidRequest::field(format!("{path}.role"), message));
             }
         }

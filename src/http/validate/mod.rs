@@ -180,7 +180,8 @@ pub fn validate(
     let guided = guided::validate(&request, limits.config)?;
     let reasoning = reasoning(&request)?;
     if reasoning == Reasoning::Raw && guided.as_ref().is_some_and(|guided| !guided.functions().is_empty()) {
-        let message = "a call of a function is told apart from the thinking; leave out reasoning_format \"none\"";
+        let message =
+            "a call of a function is told apart from the thinking; leave out reasoning_format \"none\"";
         return Err(InvalidRequest::field("reasoning_format", message));
     }
     let stop_strings = sampling::stop_strings(&request, limits.config)?;

@@ -49,11 +49,7 @@ pub fn validate(request: &ChatRequest, limits: Limits<'_>) -> Result<ValidSampli
         scores_prompt: false,
         watched: Vec::new(),
     };
-    Ok(ValidSampling {
-        params,
-        seed: request.seed.as_ref().map(seed).transpose()?,
-        max_tokens,
-    })
+    Ok(ValidSampling { params, seed: request.seed.as_ref().map(seed).transpose()?, max_tokens })
 }
 
 fn range(
@@ -122,7 +118,8 @@ fn min_tokens(asked: Option<u64>, max_tokens: Option<usize>) -> Result<usize, In
     match (usize::try_from(min), max_tokens) {
         (Ok(tokens), max) if tokens <= max.unwrap_or(u32::MAX as usize) => Ok(tokens),
         (_, Some(max)) => {
-            let message = format!("min_tokens is {min}, but must be at most {max}, the most tokens asked for");
+            let message =
+                format!("min_tokens is {min}, but must be at most {max}, the most tokens asked for");
             Err(InvalidRequest::field("min_tokens", message))
         }
         (_, None) => {

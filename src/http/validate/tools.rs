@@ -34,13 +34,17 @@ pub(super) fn forced(request: &ChatRequest) -> Result<Option<Guided>, InvalidReq
         ToolChoice::Auto => {
             let message = "the model cannot choose whether to call a function; send tool_choice \"required\" or the \
                            function's name, or \"none\"";
-            return Err(InvalidRequest::field("tool_choice", message));
+            let is_said = request.tool_choice.as_ref().is_some_and(|choice| !choice.is_null());
+            return Err(InvalidRequest::field(if is_said { "tool_choice" } else { "tools" }, message));
         }
         ToolChoice::Required => vec![],
         ToolChoice::Of(names) => names,
     };
     if tools.is_empty() {
-        return Err(InvalidRequest::field("tools", "tool_choice asks for a function, but there are no tools"));
+        return Err(InvalidRequest::field(
+            "tools",
+            "tool_choice asks for a function, but there are no tools",
+        ));
     }
     let named: Vec<Named> =
         tools.iter().enumerate().map(|(i, tool)| function(i, tool)).collect::<Result<_, _>>()?;
@@ -50,8 +54,7 @@ pub(super) fn forced(request: &ChatRequest) -> Result<Option<Guided>, InvalidReq
             return Err(InvalidRequest::field("tool_choice", message));
         }
     }
-    let chosen =
-        named.into_iter().filter(|function| allowed.is_empty() || allowed.contains(&function.name));
+    let chosen = named.into_iter().filter(|function| allowed.is_empty() || allowed.contains(&function.name));
     calls(chosen.collect()).map(Some)
 }
 
@@ -117,7 +120,9 @@ fn function(index: usize, tool: &Value) -> Result<Named<'_>, InvalidRequest> {
     };
     let (path, function) = match tool.get("function") {
         Some(Value::Object(function)) => (format!("{path}.function"), function),
-        Some(_) => return Err(InvalidRequest::field(format!("{path}.function"), "function must be an object")),
+        Some(_) => {
+            return Err(InvalidRequest::field(format!("{path}.function"), "function must be an object"));
+        }
         None => (path, tool),
     };
     let name = function.get("name").and_then(Value::as_str).unwrap_or_default();
@@ -146,7 +151,9 @@ fn calls(functions: Vec<Named<'_>>) -> Result<Guided, InvalidRequest> {
             None => json!({"type": "object", "properties": {}}),
             Some(Value::Object(schema)) if schema.is_empty() => json!({"type": "object"}),
             Some(Value::Object(schema)) => Value::Object(schema.clone()),
-            Some(_) => return Err(InvalidRequest::field(path, "parameters must be a JSON schema, an object")),
+            Some(_) => {
+                return Err(InvalidRequest::field(path, "parameters must be a JSON schema, an object"));
+            }
         };
         called.push(Function { name: name.to_owned(), parameters: without_others(parameters) });
     }
@@ -175,36 +182,47 @@ fn without_others(mut schema: Value) -> Value {
     schema
 }
 
+/// What a message was before it became text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Origin {
+    Text,
+    /// A call of a function.
+    Call,
+    /// The result of a call.
+    Result,
+}
+
 /// Makes plain text of a call or of the result of one: the call becomes the assistant's text, its arguments, and the
-/// result the user's. Returns whether the message was either.
+/// result the user's.
 ///
 /// # Errors
 /// Calls without arguments.
-pub(super) fn as_text(path: &str, message: &mut Message) -> Result<bool, InvalidRequest> {
+pub(super) fn as_text(path: &str, message: &mut Message) -> Result<Origin, InvalidRequest> {
     match message.role.as_str() {
         "tool" | "function" => {
             message.role = "user".into();
             message.extra.shift_remove("tool_call_id");
             message.content.get_or_insert_with(|| TextOr::Text(String::new()));
-            Ok(true)
+            Ok(Origin::Result)
         }
         "assistant" => {
             let calls = take_calls(path, &mut message.extra)?;
             if calls.is_empty() {
-                return Ok(false);
+                return Ok(Origin::Text);
             }
             let calls = calls.join("\n");
             match &mut message.content {
                 Some(TextOr::Text(text)) if !text.is_empty() => *text = format!("{text}\n{calls}"),
                 Some(TextOr::Other(parts)) => {
-                    let part = ContentPart { kind: "text".into(), text: Some(calls), ..ContentPart::default() };
+                    let part =
+                        ContentPart { kind: "text".into(), text: Some(calls), ..ContentPart::default() };
                     parts.push(part);
                 }
                 _ => message.content = Some(TextOr::Text(calls)),
             }
-            Ok(true)
+            Ok(Origin::Call)
         }
-        _ => Ok(false),
+        _ => Ok(Origin::Text),
     }
 }
 

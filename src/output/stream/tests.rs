@@ -391,10 +391,13 @@ fn expected_stopped(text: &str, stops: &[&str]) -> (String, String, bool) {
             break;
         }
         // The closing tag of an answer may complete a stop string.
-        let ends_answer = next.is_some_and(|(_, tag)| tag == "</answer>") && (has_content || !shown.is_empty());
+        let ends_answer =
+            next.is_some_and(|(_, tag)| tag == "</answer>") && (has_content || !shown.is_empty());
         let searched = format!("{shown}{}", if ends_answer { "</answer>" } else { "" });
         let ends = searched.char_indices().map(|(i, c)| i + c.len_utf8());
-        let longest = |end: usize| stops.iter().filter(|stop| searched[..end].ends_with(*stop)).map(|stop| stop.len()).max();
+        let longest = |end: usize| {
+            stops.iter().filter(|stop| searched[..end].ends_with(*stop)).map(|stop| stop.len()).max()
+        };
         if !thinks && let Some((end, len)) = ends.filter_map(|end| Some((end, longest(end)?))).next() {
             shown = &shown[..shown.len().min(end - len)];
             stopped = true;
