@@ -11,7 +11,8 @@ use url::Url;
 /// from the model's.
 pub const MAX_ASYNC_THREADS: usize = 4;
 
-/// Prompt tokens a step whose logits are all wanted (`echo` with `logprobs`); each takes a row of the vocabulary's size, 600 KB.
+/// Prompt tokens a step whose logits are all wanted (`echo` with `logprobs`); each takes a row of
+/// the vocabulary's size, 600 KB.
 pub const MAX_SCORED_TOKENS: usize = 64;
 
 /// Prompts of a request to `/v1/completions`.

@@ -47,7 +47,8 @@ pub struct NewSequence {
     pub guide: Option<Guide>,
 }
 
-/// A token of a prompt, with its log probabilities; the first one has none, for nothing is before it.
+/// A token of a prompt, with its log probabilities; the first one has none, for nothing is before
+/// it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PromptToken {
     pub id: TokenId,
@@ -65,7 +66,8 @@ pub enum TokenEvent {
     PromptComputed(PromptTimes),
     /// The next token of the completion (end tokens are not sent); log probabilities where they were asked for.
     Token { id: TokenId, logprobs: Option<Box<TokenLogprobs>> },
-    /// The token that ends the sequence, which is no part of the completion; sent only where the prompt was scored.
+    /// The token that ends the sequence, which is no part of the completion; sent only where the
+    /// prompt was scored.
     EndToken { id: TokenId, logprobs: Box<TokenLogprobs> },
     /// The end; nothing follows.
     Finished(StopReason),

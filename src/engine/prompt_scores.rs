@@ -1,7 +1,7 @@
 //! Log probabilities of a prompt's own tokens, step by step.
 //!
-//! Used by the runner for the sequences that ask for it. The logits of a step are looked at and dropped: how many there are
-//! at once is the scheduler's limit (`max_scored_tokens`).
+//! Used by the runner for the sequences that ask for it. The logits of a step are looked at and
+//! dropped: how many there are at once is the scheduler's limit (`max_scored_tokens`).
 
 use std::ops::Range;
 
@@ -22,7 +22,7 @@ pub(super) struct ScoredToken {
     pub token: TokenId,
 }
 
-/// What came of it.
+/// The log probabilities of one prompt token.
 #[derive(Debug)]
 pub(super) struct PromptScore {
     pub sequence: SequenceId,
@@ -41,7 +41,8 @@ pub(super) fn positions(work: &ComputeWork, scheduler: &Scheduler, requests: &dy
     start..work.positions.end.min(num_prompt.saturating_sub(1)).max(start)
 }
 
-/// Returns the scores of `tokens`, of which each has a row of `logits` `[tokens, vocab]`; ids below `num_ids` exist.
+/// Returns the scores of `tokens`, of which each has a row of `logits` `[tokens, vocab]`; ids below
+/// `num_ids` exist.
 ///
 /// # Errors
 /// When a row has no finite logit.

@@ -45,7 +45,7 @@ pub struct Runner {
     encoder: EncoderCache,
     ahead: Ahead,
     exchange: Exchange,
-    /// Of the prompts that the last step computed.
+    /// Log probabilities of the prompt tokens that the last step computed.
     prompt_scores: Vec<PromptScore>,
     /// Ids the tokenizer knows: `[0, n)`.
     num_token_ids: usize,
@@ -156,7 +156,8 @@ impl Runner {
         sampled.into_iter().map(decided).collect()
     }
 
-    /// Takes the scores of the prompt tokens that the last [`Runner::compute`] ran, as far as requests ask for them.
+    /// Takes the scores of the prompt tokens that the last [`Runner::compute`] ran, as far as
+    /// requests ask for them.
     pub(super) fn take_prompt_scores(&mut self) -> Vec<PromptScore> {
         std::mem::take(&mut self.prompt_scores)
     }
@@ -232,7 +233,8 @@ impl Runner {
         }
     }
 
-    /// `works` as flat arrays; after the rows that sample, `logit_rows` has one for each of the prompt tokens to be scored.
+    /// `works` as flat arrays; after the rows that sample, `logit_rows` has one for each of the
+    /// prompt tokens to be scored.
     fn step_input(
         &self,
         works: &[ComputeWork],

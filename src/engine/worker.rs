@@ -206,7 +206,7 @@ impl Worker {
         self.requests.0.extend(self.scheduler.add_siblings(specs).into_iter().zip(requests));
     }
 
-    /// What may not be sampled as long as a completion is shorter than its request wants it.
+    /// Lists the ids that must not be sampled before the completion has `min_tokens`.
     fn set_ending_ids(&self, sampling: &mut SamplingParams) {
         if sampling.min_tokens == 0 {
             return;
@@ -360,7 +360,8 @@ impl Worker {
         }
     }
 
-    /// Sends the token of a sequence, or, to whom every token is of interest, the one that ended it.
+    /// Sends the token of a sequence, or, to whom every token is of interest, the one that ended
+    /// it.
     fn send_token(&self, update: &SequenceUpdate, sampled: Option<(TokenId, Box<TokenLogprobs>)>) {
         let scores = |request: &Request| request.sampling.scores_prompt;
         match (update.token, sampled) {

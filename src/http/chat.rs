@@ -44,7 +44,7 @@ pub struct Shape {
     /// Whether a stream ends with a chunk of usage.
     pub include_usage: bool,
     pub view: ChoiceView,
-    /// The answer is a call of one of these; none: it is text.
+    /// Functions one of which the answer calls; empty: the answer is text.
     pub functions: Vec<String>,
     /// Choices that think before they answer.
     num_thinking: usize,

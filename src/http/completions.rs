@@ -64,7 +64,8 @@ const AS_IN_CHAT: [&str; 19] = [
 /// OpenAI's.
 const DEFAULT_MAX_TOKENS: u64 = 16;
 const MAX_LOGPROBS: u64 = 5;
-/// Tokens of a prompt that a chunk of a stream tells of: scores of more would take over a millisecond to write.
+/// Tokens of a prompt that a chunk of a stream tells of: scores of more would take over a
+/// millisecond to write.
 const PROMPT_TOKENS_A_CHUNK: usize = 64;
 /// Whole contexts of token ids that a request may hold.
 const MAX_CONTEXTS: usize = 8;
@@ -72,7 +73,8 @@ const MAX_CONTEXTS: usize = 8;
 /// Body of `POST /v1/completions`. Fields of chat requests that say how to sample are accepted too.
 #[derive(Debug, Deserialize, ToSchema)]
 pub struct CompletionRequest {
-    /// A text, its token ids, or a list of up to 64 of either. The choices of each prompt follow those of the one before.
+    /// A text, its token ids, or a list of up to 64 of either. The choices of each prompt follow
+    /// those of the one before.
     prompt: Option<Value>,
     /// 16 if left out. 0 needs `echo`: the reply is then the prompt.
     #[schema(minimum = 0)]
@@ -81,8 +83,9 @@ pub struct CompletionRequest {
     top_p: Option<f64>,
     /// Whether the prompt comes before the text.
     echo: Option<bool>,
-    /// Log probabilities of the tokens, and of so many of the most probable ones beside each. With `echo` the prompt's tokens
-    /// come first (null for the very first), and the end token, if the model ended the reply, comes last.
+    /// Log probabilities of the tokens, and of this many of the most probable ones at each place. With
+    /// `echo` the prompt's tokens come first (null for the very first), and the end token, if the
+    /// model ended the reply, comes last.
     #[schema(minimum = 0, maximum = 5)]
     logprobs: Option<u64>,
     #[serde(flatten)]
@@ -170,7 +173,8 @@ fn check(
     }
     let prompt_only = echo && request.max_tokens == Some(0);
     if prompt_only {
-        // The engine knows no sequence without completion: one token is asked for and not waited for.
+        // The engine knows no sequence without completion: one token is asked for and not waited
+        // for.
         request.max_tokens = Some(1);
     }
     let text = |prompt: &RawPrompt| match prompt {
@@ -279,7 +283,7 @@ impl Shape {
         self.scorer.as_ref().map(|scorer| scorer.score(tokens, offset))
     }
 
-    /// What comes before the text of a choice.
+    /// Returns the text of the prompt that precedes a choice, if it is echoed.
     fn echo(&self, index: usize) -> String {
         self.echo.get(index / self.choices_per_prompt).cloned().unwrap_or_default()
     }

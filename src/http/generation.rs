@@ -25,7 +25,7 @@ pub struct Generation {
     turn: usize,
     /// Each prompt has so many choices, behind one another.
     choices_per_prompt: usize,
-    /// Whether the choices are over when their prompts are computed.
+    /// The choices end as soon as their prompts are computed.
     prompt_only: bool,
     /// Assembled, not handed out yet.
     ready: VecDeque<(usize, OutputEvent)>,

@@ -108,9 +108,9 @@ struct Writer {
     events: EventSink,
     head: ReplyHead,
     view: ChoiceView,
-    /// What the answers call, if they are calls.
+    /// Functions one of which each answer calls; empty: the answers are text.
     functions: Vec<String>,
-    /// One a choice, where the answers are calls.
+    /// One per choice where the answers are calls.
     calls: Vec<CallReader>,
     include_usage: bool,
 }

@@ -1,7 +1,8 @@
 //! Calls of functions: from the text of an answer to the call that it is, piece by piece.
 //!
-//! Used by `http/chat.rs`, `http/sse.rs` and `http/responses_api` where the answer was made to be a call
-//! ([`crate::prompt::Constraint::Calls`]). Knows that form only; it never guesses at free text.
+//! Used by `http/chat.rs`, `http/sse.rs` and `http/responses_api` where the answer was made to be a
+//! call ([`crate::prompt::Constraint::Calls`]). Knows that form only; it never guesses at free
+//! text.
 
 use serde::Serialize;
 use utoipa::ToSchema;
@@ -44,10 +45,10 @@ pub struct CalledFunctionDelta {
     pub arguments: String,
 }
 
-/// What a piece of an answer says of its call.
+/// A part of a call, as the answer's text reveals it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum CallPiece {
-    /// It is of this function. Comes once, before any arguments.
+    /// The function is known. Comes once, before any arguments.
     Begin { id: String, name: String },
     /// More of the arguments, never empty.
     Arguments(String),
@@ -128,7 +129,7 @@ impl CallReader {
         call
     }
 
-    /// Whether the answer names its function; of one alone it has the arguments only.
+    /// Returns whether the answer names its function: with a single function it holds the arguments only.
     fn is_wrapped(&self) -> bool {
         self.functions.len() > 1
     }

@@ -1,7 +1,8 @@
 //! Finds stop strings in the content of a reply, never in its thinking.
 //!
-//! Used by [`super::stream`] between the tag scanner and the segmenter. White space at the edges of a stretch is no content.
-//! Of the tags only an `</answer>` that follows content is compared with stop strings: the answer ends there.
+//! Used by [`super::stream`] between the tag scanner and the segmenter. White space at the edges of
+//! a stretch is no content. Of the tags only an `</answer>` that follows content is compared with
+//! stop strings: the answer ends there.
 
 use super::{segmenter::Tag, stop_matcher::StopMatcher};
 
@@ -29,7 +30,8 @@ impl ContentStops {
         self.matcher.arm(is_armed);
     }
 
-    /// Takes text outside the thinking; appends to `passed` what is certainly before any stop string.
+    /// Takes text outside the thinking; appends to `passed` what is certainly before any stop
+    /// string.
     pub(super) fn text(&mut self, text: &str, passed: &mut String) {
         let mut content = text;
         if self.at_edge {
@@ -48,8 +50,8 @@ impl ContentStops {
         self.matcher.push(content, passed);
     }
 
-    /// Takes a tag outside the thinking, which ends the stretch; appends to `passed` the text before it. When the tag
-    /// completes a stop string, the reply ends before the tag.
+    /// Takes a tag outside the thinking, which ends the stretch; appends to `passed` the text
+    /// before it. When the tag completes a stop string, the reply ends before the tag.
     pub(super) fn tag(&mut self, tag: Tag, passed: &mut String) {
         let held = self.matcher.held().to_owned();
         if tag == Tag::AnswerClose && self.has_content {

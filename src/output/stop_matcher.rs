@@ -10,7 +10,7 @@ pub(super) struct StopMatcher {
     /// Text that may be the beginning of a stop string.
     held: String,
     matched: bool,
-    /// Whether a stop string counts now: one that is complete before does not, but may begin before.
+    /// Stop strings count now. One that is complete earlier does not; one that only begins earlier does.
     is_armed: bool,
 }
 

@@ -1,11 +1,11 @@
 //! One reply, from token ids to events.
 //!
-//! Driven by `http/generation.rs` and the commands, for streamed and unary replies alike: bytes, text, tags, stop strings,
-//! segments. The work a token costs does not grow with the reply. It never decides that a reply is over but for a stop
-//! string.
+//! Driven by `http/generation.rs` and the commands, for streamed and unary replies alike: bytes,
+//! text, tags, stop strings, segments. The work a token costs does not grow with the reply. It
+//! never decides that a reply is over but for a stop string.
 //!
-//! Stop strings are looked for in the content: the thinking and a guided answer are never cut. In a raw reply they are
-//! looked for in all of the text.
+//! Stop strings are looked for in the content: the thinking and a guided answer are never cut. In a
+//! raw reply they are looked for in all of the text.
 
 use std::sync::Arc;
 
@@ -43,7 +43,7 @@ pub struct OutputAssembler {
     finished: bool,
 }
 
-/// Where stop strings are looked for.
+/// The part of a reply in which stop strings are looked for.
 #[derive(Debug)]
 enum Stops {
     /// In all of the text, before it is scanned for tags.
@@ -127,7 +127,8 @@ impl OutputAssembler {
         self.push_bytes(id, tokenizer.token_bytes(id).unwrap_or_default(), logprobs)
     }
 
-    /// Takes the log probabilities of the token that ended the reply. The token is no part of the text and is not counted.
+    /// Takes the log probabilities of the token that ended the reply. The token is no part of the
+    /// text and is not counted.
     pub fn push_end(&mut self, id: TokenId, logprobs: Box<TokenLogprobs>) {
         self.end_token = Some(ScoredToken { id, logprobs, thinking: false });
     }
@@ -224,7 +225,8 @@ impl OutputAssembler {
         }
     }
 
-    /// Takes what the scanner found; text of the content waits until no stop string can take it back.
+    /// Takes what the scanner found; text of the content waits until no stop string can take it
+    /// back.
     fn find(&mut self, found: &Found<'_>, events: &mut Vec<OutputEvent>) {
         let stops = match &mut self.stops {
             Stops::Content(stops) if stops.matched() => return,

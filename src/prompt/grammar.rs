@@ -50,7 +50,8 @@ pub enum Constraint {
     Json(Value),
     /// A text of the Lark grammar.
     Grammar(String),
-    /// The arguments of a function, or, of several functions, a call of one of them: [`call_prefix`], its arguments and `}`.
+    /// The arguments of a function, or, of several functions, a call of one of them:
+    /// [`call_prefix`], its arguments and `}`.
     Calls(Vec<Function>),
 }
 

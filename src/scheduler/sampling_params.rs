@@ -25,7 +25,8 @@ pub struct SamplingParams {
     pub seed: u64,
     /// Most tokens of the completion.
     pub max_tokens: usize,
-    /// Fewest tokens of the completion: before, no id of `ending_ids` is sampled, unless a grammar allows nothing else.
+    /// Fewest tokens of the completion: before, no id of `ending_ids` is sampled, unless a grammar
+    /// allows nothing else.
     pub min_tokens: usize,
     /// Go on after an end token (benchmarks).
     pub ignore_eos: bool,
@@ -35,7 +36,7 @@ pub struct SamplingParams {
     pub ending_ids: Vec<TokenId>,
     /// How many of the most probable tokens are reported beside each chosen one; `None`: nothing is reported.
     pub top_logprobs: Option<usize>,
-    /// Whether the prompt's tokens are reported too, and the token that ends the sequence; with `top_logprobs` only.
+    /// The prompt's tokens are reported too, and the token that ends the sequence. Needs `top_logprobs`.
     pub scores_prompt: bool,
     /// Ids whose log probabilities are reported at each step, chosen or not.
     pub watched: Vec<TokenId>,

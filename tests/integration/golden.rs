@@ -170,7 +170,8 @@ async fn scores(handle: &EngineHandle, sequence: NewSequence) -> Vec<PromptToken
     }
 }
 
-/// Scores are of the original's distribution: here of the tokens it chose itself, which follow the prompt.
+/// Scores are of the original's distribution: here of the tokens it chose itself, which follow the
+/// prompt.
 #[tokio::test]
 async fn scores_of_a_prompt_are_those_of_the_original_in_any_chunks() {
     let checkpoint = checkpoint("tiny");

@@ -153,7 +153,8 @@ async fn echo_with_logprobs_scores_every_token_of_the_prompt() {
         let mut config = config();
         config.engine.max_prefill_tokens = max_prefill_tokens;
         let server = server(config, model).await;
-        // Longer than a step may score, and than a block: what the model would say, but for each tenth token.
+        // Longer than a step may score, and than a block: what the model would say, but for each
+        // tenth token.
         let mut prompt = vec![65u32];
         while prompt.len() < 150 {
             let next = next(&prompt);
@@ -191,7 +192,7 @@ async fn echo_with_logprobs_scores_every_token_of_the_prompt() {
             assert_eq!(reply["usage"]["completion_tokens"], 1);
             assert_eq!(reply["usage"]["prompt_tokens_details"]["cached_tokens"], 0);
         }
-        // The blocks are there for whoever wants no scores.
+        // A request without scores finds the blocks in the cache.
         let more = json!({"prompt": prompt, "max_tokens": 1, "temperature": 0});
         let reply = success(server.send_json(COMPLETIONS, &more).await).await;
         assert!(reply["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap() >= 128, "{reply}");

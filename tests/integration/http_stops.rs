@@ -1,4 +1,5 @@
-//! Where a reply ends, over sockets: stop strings cut the answer and never the thinking; `min_tokens` keeps the end away.
+//! The end of a reply, over sockets: stop strings cut the answer and never the thinking;
+//! `min_tokens` keeps the end away.
 
 use serde_json::{Value, json};
 use tinyllava::model::fake::FakeModel;

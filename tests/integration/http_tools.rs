@@ -1,5 +1,5 @@
-//! Calls of functions that a request asks for, over sockets: unary and streamed, in chat requests and responses, and what
-//! conversations with calls in them become.
+//! Calls of functions that a request asks for, over sockets: unary and streamed, in chat requests
+//! and responses, and what conversations with calls in them become.
 
 use serde_json::{Value, json};
 use tinyllava::model::fake::FakeModel;

@@ -1,7 +1,7 @@
 //! Log probabilities in the form of `/v1/completions`: lists of texts and numbers.
 //!
-//! Used by `completions.rs` for the tokens of prompts and replies. Scores of a whole prompt take long to write: for them the
-//! caller chooses the thread.
+//! Used by `completions.rs` for the tokens of prompts and replies. Scores of a whole prompt take
+//! long to write: for them the caller chooses the thread.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -14,7 +14,8 @@ use crate::{
     scheduler::{TokenId, TokenLogprobs},
 };
 
-/// Of each token: its text, its log probability, the most probable ones and itself, and its first character in the text.
+/// Lists with one entry a token: its text, its log probability, those of the most probable tokens
+/// and of itself, and the position of its first character in the text.
 #[derive(Debug, Default, Serialize, ToSchema)]
 pub struct TextLogprobs {
     tokens: Vec<String>,
@@ -46,7 +47,8 @@ impl TextLogprobs {
 pub struct TextScorer(pub Arc<Tokenizer>);
 
 impl TextScorer {
-    /// Returns the scores of `tokens`, which stand at the character `offset` of the text; moves it behind them.
+    /// Returns the scores of `tokens`, which stand at the character `offset` of the text; moves it
+    /// behind them.
     pub fn score<'a>(
         &self,
         tokens: impl IntoIterator<Item = (TokenId, Option<&'a TokenLogprobs>)>,
@@ -64,7 +66,8 @@ impl TextScorer {
         shown
     }
 
-    /// Of tokens with the same text, such as parts of characters, the most probable one is shown.
+    /// Returns the most probable tokens by their text; of tokens with the same text, such as parts of
+    /// characters, the most probable one counts.
     fn top(&self, chosen: &str, logprobs: &TokenLogprobs) -> BTreeMap<String, f32> {
         let mut top = BTreeMap::new();
         for &(id, logprob) in &logprobs.top {

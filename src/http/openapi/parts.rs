@@ -57,7 +57,7 @@ pub(super) fn finish(document: &mut OpenApi) {
     }
 }
 
-/// What a message may hold besides: calls of functions and their results.
+/// Fields of messages for function calls and their results.
 const CALLS: [(&str, &str); 3] = [
     ("tool_calls", "Calls of an assistant's message: their arguments become its text."),
     ("tool_call_id", "The call that a message of the role tool is the result of; without effect."),

@@ -20,7 +20,8 @@ const KNOBS: [&str; 6] = ["num_frames", "fps", "max_frames", "start", "end", "uu
 /// One item of the input: a message, or the thinking of an earlier response.
 #[derive(Debug, Deserialize, ToSchema)]
 pub struct InputItem {
-    /// message (or none), function_call, function_call_output, or reasoning, which the model is not shown again.
+    /// message (or none), function_call, function_call_output, or reasoning, which the model is not
+    /// shown again.
     #[serde(rename = "type")]
     kind: Option<String>,
     /// user, assistant, system or developer.

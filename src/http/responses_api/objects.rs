@@ -37,9 +37,9 @@ pub struct ResponseObject {
     pub temperature: f32,
     /// As it was sent.
     pub text: Value,
-    /// As it was sent.
+    /// The request's `tool_choice`, unchanged.
     pub tool_choice: Value,
-    /// As they were sent.
+    /// The request's `tools`, unchanged.
     pub tools: Vec<Value>,
     pub top_logprobs: usize,
     pub top_p: f32,

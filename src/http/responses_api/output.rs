@@ -43,7 +43,8 @@ struct OpenItem {
 }
 
 impl Output {
-    /// `view` knows whether log probabilities are wanted; the answer calls one of `functions`, if there are any.
+    /// `view` knows whether log probabilities are wanted; the answer calls one of `functions`, if
+    /// there are any.
     pub fn new(view: ChoiceView, functions: Vec<String>) -> Self {
         let reader = (!functions.is_empty()).then(|| CallReader::new(functions));
         Output { view, items: vec![], open: None, reader, open_call: None, reason: StopReason::Aborted }

@@ -142,7 +142,7 @@ pub struct Shape {
     pub object: ResponseObject,
     /// What is wanted of the one choice.
     pub choices: ValidChoices,
-    /// The answer is a call of one of these; none: it is text.
+    /// Functions one of which the answer calls; empty: the answer is text.
     pub functions: Vec<String>,
     /// What to keep with it; `None`: it is not to be kept.
     pub kept: Option<KeptConversation>,
@@ -200,7 +200,7 @@ pub fn check(
     Ok((valid, shape))
 }
 
-/// What a response gives back of its tools.
+/// The request's tools, which the response repeats.
 struct ToolsEcho {
     tools: Vec<Value>,
     tool_choice: Option<Value>,

@@ -43,7 +43,7 @@ struct Builder {
     conversation: Conversation,
     videos: Vec<VideoPart>,
     text_bytes: usize,
-    /// Whether the last message was the result of a call.
+    /// The last message was the result of a call.
     after_result: bool,
 }
 
@@ -195,7 +195,7 @@ impl Builder {
     }
 }
 
-/// Appends a text in a line of its own.
+/// Appends a text on a new line.
 fn join(text: &mut String, more: &str) {
     if !text.is_empty() && !more.is_empty() {
         text.push('\n');

@@ -36,9 +36,9 @@ use crate::{
 /// A request that can be served, but for what only later stages can know (the video, the prompt's length).
 #[derive(Debug)]
 pub struct ValidRequest {
-    /// What is to be continued in place of a conversation, which is then empty: each by choices of its own.
+    /// Prompts without template, in place of a conversation, which is then empty. Each has `n` choices.
     pub raw_prompts: Vec<RawPrompt>,
-    /// Whether the reply is over when the prompt is computed.
+    /// The reply ends as soon as the prompt is computed.
     pub prompt_only: bool,
     /// Each video's place is in the turn that counts it.
     pub conversation: Conversation,
@@ -211,7 +211,8 @@ pub fn validate(
     })
 }
 
-/// As [`validate`], for a request that brings its prompts as they are: without messages, and nothing is made of tags.
+/// Checks a request that brings its prompts as they are, as [`validate`] does: without messages, and
+/// tags stay text.
 ///
 /// # Errors
 /// The first fault found, with the field it is in.

@@ -1,7 +1,8 @@
 //! Tools: which function the answer must call, and calls of an earlier conversation as text.
 //!
-//! Called by `guided` and `messages`. The model was not trained to choose whether to call a function: a call is an answer
-//! in the form of the function's parameters, so it must be asked for. The model is not shown the tools.
+//! Called by `guided` and `messages`. The model was not trained to choose whether to call a
+//! function: a call is an answer in the form of the function's parameters, so it must be asked for.
+//! The model is not shown the tools.
 
 use serde_json::{Map, Value, json};
 
@@ -17,7 +18,8 @@ const MAX_NAME_BYTES: usize = 128;
 /// Returns what the answer must be so that it calls a function; `None` when it calls none.
 ///
 /// # Errors
-/// Tools among which the model would have to choose whether to call any, and faults of `tools` and `tool_choice`.
+/// Tools among which the model would have to choose whether to call any, and faults of `tools` and
+/// `tool_choice`.
 pub(super) fn forced(request: &ChatRequest) -> Result<Option<Guided>, InvalidRequest> {
     let choice = match &request.tool_choice {
         None | Some(Value::Null) => ToolChoice::Auto,
@@ -58,7 +60,7 @@ pub(super) fn forced(request: &ChatRequest) -> Result<Option<Guided>, InvalidReq
     calls(chosen.collect()).map(Some)
 }
 
-/// What `tool_choice` says.
+/// The meaning of `tool_choice`.
 enum ToolChoice<'a> {
     Auto,
     None,
@@ -94,7 +96,8 @@ fn tool_choice(choice: &Value) -> Result<ToolChoice<'_>, InvalidRequest> {
     }
 }
 
-/// The name of a function: in an object of its own as in chat requests, or beside the type as in responses.
+/// Returns the name of a function: in the object `function` as chat requests have it, or next to
+/// the type as responses have it.
 fn name_in(object: &Map<String, Value>) -> Option<&str> {
     object.get("function").unwrap_or(&Value::Null).get("name").or_else(|| object.get("name"))?.as_str()
 }
@@ -160,7 +163,7 @@ fn calls(functions: Vec<Named<'_>>) -> Result<Guided, InvalidRequest> {
     Ok(Guided { constraint: Constraint::Calls(called), param })
 }
 
-/// A function has the parameters that are listed: where nothing is said of others, there are none.
+/// Closes a list of parameters: a function has no others, unless the schema allows them.
 fn without_others(mut schema: Value) -> Value {
     const OPEN: [&str; 9] = [
         "additionalProperties",
@@ -182,7 +185,7 @@ fn without_others(mut schema: Value) -> Value {
     schema
 }
 
-/// What a message was before it became text.
+/// The kind of a message before it became text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Origin {
     Text,
@@ -192,8 +195,8 @@ pub(super) enum Origin {
     Result,
 }
 
-/// Makes plain text of a call or of the result of one: the call becomes the assistant's text, its arguments, and the
-/// result the user's.
+/// Makes plain text of a call or of the result of one: the call becomes the assistant's text, its
+/// arguments, and the result the user's.
 ///
 /// # Errors
 /// Calls without arguments.
