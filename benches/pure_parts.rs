@@ -78,6 +78,7 @@ fn scheduler(num_blocks: usize) -> Scheduler {
         num_blocks,
         max_running_sequences: 64,
         max_prefill_tokens: 1 << 20,
+        max_scored_tokens: 3,
         max_encode_frames: 2,
         max_cached_videos: 8,
         prefix_cache: true,
@@ -93,6 +94,7 @@ fn sequence(first: u32, max_tokens: usize) -> SequenceSpec {
         max_tokens,
         ignore_eos: true,
         stop_token_ids: vec![],
+        scores_prompt: false,
     }
 }
 

@@ -203,7 +203,10 @@ async fn generate(engine: &crate::engine::EngineHandle, sequence: NewSequence) -
     let mut ids = Vec::new();
     while let Some(event) = stream.next().await {
         match event {
-            TokenEvent::Started { .. } | TokenEvent::PromptComputed(_) => {}
+            TokenEvent::Started { .. }
+            | TokenEvent::PromptComputed(_)
+            | TokenEvent::PromptScored(_)
+            | TokenEvent::EndToken { .. } => {}
             TokenEvent::Token { id, .. } => ids.push(id),
             TokenEvent::Finished(_) => return Ok(ids),
             TokenEvent::Failed(error) => bail!("the model failed: {error}"),

@@ -47,15 +47,28 @@ pub struct NewSequence {
     pub guide: Option<Guide>,
 }
 
+/// A token of a prompt, with its log probabilities; the first one has none, for nothing is before
+/// it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PromptToken {
+    pub id: TokenId,
+    pub logprobs: Option<Box<TokenLogprobs>>,
+}
+
 /// What comes back, one a channel message.
 #[derive(Debug, Clone, PartialEq)]
 pub enum TokenEvent {
     /// The sequence was admitted; `cached_tokens` of its prompt came from the prefix cache.
     Started { cached_tokens: usize },
+    /// All tokens of the prompt, where they were to be scored; comes with the last of its steps.
+    PromptScored(Vec<PromptToken>),
     /// The prompt is computed; the first token follows.
     PromptComputed(PromptTimes),
     /// The next token of the completion (end tokens are not sent); log probabilities where they were asked for.
     Token { id: TokenId, logprobs: Option<Box<TokenLogprobs>> },
+    /// The token that ends the sequence, which is no part of the completion; sent only where the
+    /// prompt was scored.
+    EndToken { id: TokenId, logprobs: Box<TokenLogprobs> },
     /// The end; nothing follows.
     Finished(StopReason),
     /// The step that held this sequence failed; nothing follows. The text is for the log.
@@ -278,17 +291,35 @@ impl Permit {
     ///
     /// # Errors
     /// As [`Permit::submit`]; then none of them runs.
-    pub fn submit_siblings(mut self, sequences: Vec<NewSequence>) -> Result<Vec<TokenStream>, SubmitError> {
+    pub fn submit_siblings(self, sequences: Vec<NewSequence>) -> Result<Vec<TokenStream>, SubmitError> {
+        self.submit_groups(vec![sequences])
+    }
+
+    /// Hands over several groups of siblings, and gives the streams of all in the same order.
+    ///
+    /// # Errors
+    /// As [`Permit::submit`]; then none of them runs.
+    pub fn submit_groups(mut self, groups: Vec<Vec<NewSequence>>) -> Result<Vec<TokenStream>, SubmitError> {
+        let limits = self.engine.fleet.limits;
+        groups.iter().flatten().try_for_each(|sequence| limits.check(sequence))?;
+        let mut streams = Vec::new();
+        for group in groups {
+            streams.extend(self.submit_group(group)?);
+        }
+        Ok(streams)
+    }
+
+    fn submit_group(&mut self, sequences: Vec<NewSequence>) -> Result<Vec<TokenStream>, SubmitError> {
         let fleet = &self.engine.fleet;
-        sequences.iter().try_for_each(|sequence| fleet.limits.check(sequence))?;
         let (member, presences) = fleet.place(&sequences);
         let (mut siblings, mut streams) = (Vec::new(), Vec::new());
         for (sequence, presence) in sequences.into_iter().zip(presences) {
             let in_queue = self.places.split(1).expect("more sequences than places: this is a bug");
             let place = Place { _at_engine: presence, _in_queue: in_queue };
             // Room for every event the sequence can produce: the engine never waits for a slow client.
-            let (sender, events) =
-                mpsc::channel(sequence.sampling.max_tokens + 3 /* started, prompt computed, finished */);
+            let (sender, events) = mpsc::channel(
+                sequence.sampling.max_tokens + 5, /* started, prompt computed and scored, end token, finished */
+            );
             siblings.push(Submission { sequence, events: sender, place });
             streams.push(TokenStream { events });
         }

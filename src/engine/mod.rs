@@ -13,6 +13,7 @@ mod logits;
 pub mod logprobs;
 mod next_token;
 pub mod observer;
+mod prompt_scores;
 mod request_table;
 pub mod runner;
 pub mod sampler;
@@ -20,8 +21,8 @@ pub mod worker;
 
 pub use guidance::{AnswerGuide, EndThinking, Guide, GuideTokens, NoEnd, ThinkingGuide};
 pub use handle::{
-    EngineHandle, EngineLimits, EngineStatus, NewSequence, Permit, PromptTimes, ReserveError, SubmitError,
-    TokenEvent, TokenStream, VideoInput,
+    EngineHandle, EngineLimits, EngineStatus, NewSequence, Permit, PromptTimes, PromptToken, ReserveError,
+    SubmitError, TokenEvent, TokenStream, VideoInput,
 };
 pub use observer::{StepObserver, StepReport};
 pub use worker::{EngineOptions, EngineThread, start};

@@ -137,6 +137,7 @@ mod tests {
             num_blocks: 64,
             max_running_sequences: 1,
             max_prefill_tokens: 16,
+            max_scored_tokens: 3,
             max_encode_frames: 1,
             max_cached_videos: 1,
             prefix_cache: false,
@@ -149,6 +150,7 @@ mod tests {
             max_tokens: 300,
             ignore_eos: false,
             stop_token_ids: vec![],
+            scores_prompt: false,
         });
         for byte in completion.bytes() {
             let plan = scheduler.schedule();

@@ -8,7 +8,8 @@ use tokio::sync::mpsc;
 
 use super::{
     guidance::Guide,
-    handle::{Place, PromptTimes, TokenEvent, VideoInput},
+    handle::{Place, PromptTimes, PromptToken, TokenEvent, VideoInput},
+    prompt_scores::PromptScore,
     runner::Requests,
 };
 use crate::scheduler::{SamplingParams, SequenceId};
@@ -20,10 +21,24 @@ pub(super) struct Request {
     pub events: mpsc::Sender<TokenEvent>,
     /// Until they are told.
     pub times: Option<PromptTimes>,
+    /// The prompt's tokens and what is known of them, where they are scored.
+    pub prompt: Vec<PromptToken>,
     pub _place: Place,
 }
 
 pub(super) struct RequestTable(pub HashMap<SequenceId, Request>);
+
+impl RequestTable {
+    /// Keeps the scores of a step until their prompts are computed.
+    pub(super) fn add_scores(&mut self, scores: Vec<PromptScore>) {
+        for PromptScore { sequence, position, logprobs } in scores {
+            let request = self.0.get_mut(&sequence);
+            if let Some(token) = request.and_then(|request| request.prompt.get_mut(position)) {
+                token.logprobs = Some(logprobs);
+            }
+        }
+    }
+}
 
 impl Requests for RequestTable {
     fn sampling(&self, id: SequenceId) -> &SamplingParams {

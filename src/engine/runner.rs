@@ -14,6 +14,7 @@ use super::{
     handle::VideoInput,
     logits::{Choosing, Logits, Row},
     next_token::{NextToken, Sampled},
+    prompt_scores::{self, PromptScore, ScoredToken},
 };
 use crate::{
     model::{
@@ -44,6 +45,8 @@ pub struct Runner {
     encoder: EncoderCache,
     ahead: Ahead,
     exchange: Exchange,
+    /// Log probabilities of the prompt tokens that the last step computed.
+    prompt_scores: Vec<PromptScore>,
     /// Ids the tokenizer knows: `[0, n)`.
     num_token_ids: usize,
     tap: Box<dyn Tap>,
@@ -64,8 +67,9 @@ impl Runner {
         tap: Box<dyn Tap>,
     ) -> Self {
         let num_token_ids = num_token_ids.min(model.shape().vocab_size);
-        let (encoder, exchange) = Default::default();
-        Runner { model, pool, encoder, ahead: Ahead::from_env(), exchange, num_token_ids, tap }
+        let (encoder, exchange, prompt_scores) = Default::default();
+        let ahead = Ahead::from_env();
+        Runner { model, pool, encoder, ahead, exchange, prompt_scores, num_token_ids, tap }
     }
 
     /// Nothing runs: what was started for it is given back.
@@ -113,6 +117,7 @@ impl Runner {
         scheduler: &Scheduler,
         requests: &dyn Requests,
     ) -> Result<Vec<Sampled>> {
+        self.prompt_scores.clear();
         let Some(logits) = self.logits(works, scheduler, requests)? else { return Ok(Vec::new()) };
         if self.tap.is_watching() {
             self.tap.tensor("logits_last", None, &logits.to_device(&Device::Cpu)?);
@@ -151,6 +156,12 @@ impl Runner {
         sampled.into_iter().map(decided).collect()
     }
 
+    /// Takes the scores of the prompt tokens that the last [`Runner::compute`] ran, as far as
+    /// requests ask for them.
+    pub(super) fn take_prompt_scores(&mut self) -> Vec<PromptScore> {
+        std::mem::take(&mut self.prompt_scores)
+    }
+
     /// The logits of the works that sample, `[works, vocab]`; none where none does.
     fn logits(
         &mut self,
@@ -177,9 +188,15 @@ impl Runner {
         scheduler: &Scheduler,
         requests: &dyn Requests,
     ) -> Result<Option<Tensor>> {
-        let input = self.step_input(works, scheduler, requests)?;
+        let (input, scored) = self.step_input(works, scheduler, requests)?;
         let logits = self.model.forward(&input, &mut self.pool, self.tap.as_mut())?;
-        Ok((!input.logit_rows.is_empty()).then_some(logits))
+        let num_sampled = input.logit_rows.len() - scored.len();
+        if scored.is_empty() {
+            return Ok((num_sampled > 0).then_some(logits));
+        }
+        let rows = logits.narrow(0, num_sampled, scored.len())?;
+        self.prompt_scores.extend(prompt_scores::scores(&rows, self.num_token_ids, scored, requests)?);
+        (num_sampled > 0).then(|| logits.narrow(0, 0, num_sampled)).transpose()
     }
 
     /// Starts what is most probably the next step, if it is of nothing but the next tokens of all sequences that run: `ids` `[works]` has the
@@ -206,7 +223,7 @@ impl Runner {
             ..works[row].clone()
         };
         let next: Vec<ComputeWork> = rows.iter().map(follow).collect();
-        let mut input = self.step_input(&next, scheduler, requests)?;
+        let (mut input, _) = self.step_input(&next, scheduler, requests)?;
         input.ids_on_device = Some(select_rows(ids, &rows)?);
         match self.model.forward(&input, &mut self.pool, self.tap.as_mut()) {
             Ok(logits) => Ok(Some((rows, logits))),
@@ -216,14 +233,17 @@ impl Runner {
         }
     }
 
+    /// `works` as flat arrays; after the rows that sample, `logit_rows` has one for each of the
+    /// prompt tokens to be scored.
     fn step_input(
         &self,
         works: &[ComputeWork],
         scheduler: &Scheduler,
         requests: &dyn Requests,
-    ) -> Result<StepInput> {
+    ) -> Result<(StepInput, Vec<ScoredToken>)> {
         let block_size = self.pool.block_size();
         let mut input = StepInput::default();
+        let (mut scored, mut scored_rows) = (Vec::new(), Vec::new());
         for work in works {
             let sequence =
                 scheduler.sequence(work.sequence).expect("a planned sequence is unknown: this is a bug");
@@ -249,6 +269,11 @@ impl Runner {
                     input.visuals.push(VisualRows { rows: row..row + end - start, embeddings });
                 }
             }
+            for position in prompt_scores::positions(work, scheduler, requests) {
+                scored_rows.push(first_row + position - work.positions.start);
+                let (sequence, token) = (work.sequence, sequence.token_ids()[position + 1]);
+                scored.push(ScoredToken { sequence, position: position + 1, token });
+            }
             let rows = first_row..input.token_ids.len();
             if work.samples {
                 input.logit_rows.push(rows.end - 1);
@@ -256,7 +281,8 @@ impl Runner {
             let blocks = first_block..input.block_tables.len();
             input.sequences.push(SequenceInput { rows, context_len: work.positions.end, blocks });
         }
-        Ok(input)
+        input.logit_rows.extend(scored_rows);
+        Ok((input, scored))
     }
 }
 

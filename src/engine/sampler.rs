@@ -68,7 +68,8 @@ pub fn draw_on_device(params: &SamplingParams, position: usize) -> Option<Draw> 
     fits.then(|| Draw { temperature, top_k, top_p, min_p, random: unit_random(seed, position) })
 }
 
-/// Penalties and bias; one for each id that has any.
+/// Penalties and bias, and what keeps ending ids from coming too early; one for each id that has
+/// any.
 pub fn adjustments(params: &SamplingParams, tokens: &[TokenId], num_prompt_tokens: usize) -> Vec<Adjustment> {
     let penalises =
         params.repetition_penalty != 1.0 || params.frequency_penalty != 0.0 || params.presence_penalty != 0.0;
@@ -87,6 +88,10 @@ pub fn adjustments(params: &SamplingParams, tokens: &[TokenId], num_prompt_token
     }
     for &(id, bias) in &params.logit_bias {
         of_ids.entry(id).or_insert(Adjustment { id, factor: 1.0, shift: 0.0 }).shift += bias;
+    }
+    if tokens.len() - num_prompt_tokens < params.min_tokens {
+        let never = |id| Adjustment { id, factor: 1.0, shift: f32::NEG_INFINITY };
+        of_ids.extend(params.ending_ids.iter().map(|&id| (id, never(id))));
     }
     of_ids.into_values().collect()
 }

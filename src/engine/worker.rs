@@ -15,7 +15,10 @@ use tokio::sync::{mpsc, watch};
 use super::{
     failure::{Failure, guarded, on_kernel_threads},
     fleet::Member,
-    handle::{EngineHandle, EngineLimits, EngineStatus, PromptTimes, Submission, TokenEvent, VideoInput},
+    handle::{
+        EngineHandle, EngineLimits, EngineStatus, PromptTimes, PromptToken, Submission, TokenEvent,
+        VideoInput,
+    },
     limits::engine_limits,
     next_token::Sampled,
     observer::{StepObserver, StepReport},
@@ -23,11 +26,11 @@ use super::{
     runner::Runner,
 };
 use crate::{
-    config::EngineConfig,
+    config::{EngineConfig, MAX_SCORED_TOKENS},
     model::{KvDType, KvPool, Tap, Tensor, VideoLanguageModel},
     scheduler::{
-        ComputeWork, EncodeWork, Scheduler, SchedulerLimits, SequenceId, SequenceSpec, SequenceUpdate,
-        StepPlan, StopReason, TokenId, VisualSpan,
+        ComputeWork, EncodeWork, SamplingParams, Scheduler, SchedulerLimits, SequenceId, SequenceSpec,
+        SequenceUpdate, StepPlan, StopReason, TokenId, TokenLogprobs, VisualSpan,
     },
 };
 
@@ -128,6 +131,7 @@ impl Worker {
             num_blocks: limits.num_blocks,
             max_running_sequences: config.max_running_sequences,
             max_prefill_tokens: config.prefill_tokens_a_step(),
+            max_scored_tokens: MAX_SCORED_TOKENS,
             max_encode_frames: config.encode_frames_a_step(model.shape().image_size),
             max_cached_videos: config.max_cached_videos,
             prefix_cache: config.prefix_cache,
@@ -169,7 +173,12 @@ impl Worker {
 
     fn take_in(&mut self, siblings: Vec<Submission>) {
         let (mut specs, mut requests) = (Vec::new(), Vec::new());
-        for Submission { sequence, events, place } in siblings {
+        for Submission { mut sequence, events, place } in siblings {
+            self.set_ending_ids(&mut sequence.sampling);
+            let prompt = match sequence.sampling.scores_prompt {
+                true => sequence.token_ids.iter().map(|&id| PromptToken { id, logprobs: None }).collect(),
+                false => Vec::new(),
+            };
             let span = |video: &VideoInput| VisualSpan {
                 range: video.span.clone(),
                 digest: video.digest,
@@ -182,6 +191,7 @@ impl Worker {
                 max_tokens: sequence.sampling.max_tokens,
                 ignore_eos: sequence.sampling.ignore_eos,
                 stop_token_ids: sequence.sampling.stop_token_ids.clone(),
+                scores_prompt: sequence.sampling.scores_prompt,
             });
             requests.push(Request {
                 sampling: sequence.sampling,
@@ -189,10 +199,22 @@ impl Worker {
                 guide: sequence.guide.map(Mutex::new),
                 events,
                 times: Some(PromptTimes::default()),
+                prompt,
                 _place: place,
             });
         }
         self.requests.0.extend(self.scheduler.add_siblings(specs).into_iter().zip(requests));
+    }
+
+    /// Lists the ids that must not be sampled before the completion has `min_tokens`.
+    fn set_ending_ids(&self, sampling: &mut SamplingParams) {
+        if sampling.min_tokens == 0 {
+            return;
+        }
+        sampling.ending_ids.clone_from(&sampling.stop_token_ids);
+        if !sampling.ignore_eos {
+            sampling.ending_ids.extend(self.scheduler.end_token_ids());
+        }
     }
 
     /// A dropped stream is how clients cancel.
@@ -287,7 +309,10 @@ impl Worker {
         }
         let outcome = on_kernel_threads(|| self.runner.compute(&works, &self.scheduler, &self.requests));
         match outcome {
-            Ok(sampled) => self.deliver(&StepPlan { compute: works, ..StepPlan::default() }, sampled),
+            Ok(sampled) => {
+                self.requests.add_scores(self.runner.take_prompt_scores());
+                self.deliver(&StepPlan { compute: works, ..StepPlan::default() }, sampled);
+            }
             Err(failure) if works.len() == 1 || failure.is_fatal => {
                 self.fail(&StepPlan { compute: works, ..StepPlan::default() }, failure)
             }
@@ -299,20 +324,23 @@ impl Worker {
     fn deliver(&mut self, plan: &StepPlan, sampled: Vec<Sampled>) {
         let ids: Vec<TokenId> = sampled.iter().map(|sampled| sampled.token).collect();
         let sampling = plan.compute.iter().filter(|work| work.samples).map(|work| work.sequence);
-        let mut logprobs: HashMap<_, _> =
-            sampling.zip(sampled).filter_map(|(id, sampled)| Some((id, sampled.logprobs?))).collect();
+        let mut logprobs: HashMap<_, _> = sampling
+            .zip(sampled)
+            .filter_map(|(id, sampled)| Some((id, (sampled.token, sampled.logprobs?))))
+            .collect();
         for update in self.scheduler.complete(plan, &ids) {
             // The prompt is computed: its pixels are not needed any more.
             if let Some(request) = self.requests.0.get_mut(&update.sequence)
                 && let Some(times) = request.times.take()
             {
                 request.videos = Vec::new();
+                let prompt = std::mem::take(&mut request.prompt);
+                if !prompt.is_empty() {
+                    self.send(update.sequence, TokenEvent::PromptScored(prompt));
+                }
                 self.send(update.sequence, TokenEvent::PromptComputed(times.finished()));
             }
-            if let Some(id) = update.token {
-                let logprobs = logprobs.remove(&update.sequence);
-                self.send(update.sequence, TokenEvent::Token { id, logprobs });
-            }
+            self.send_token(&update, logprobs.remove(&update.sequence));
             let complete = match self.advance_guide(&update) {
                 Ok(complete) => complete,
                 Err(error) => {
@@ -329,6 +357,22 @@ impl Worker {
                 self.send(update.sequence, TokenEvent::Finished(reason));
                 self.requests.0.remove(&update.sequence);
             }
+        }
+    }
+
+    /// Sends the token of a sequence, or, to whom every token is of interest, the one that ended
+    /// it.
+    fn send_token(&self, update: &SequenceUpdate, sampled: Option<(TokenId, Box<TokenLogprobs>)>) {
+        let scores = |request: &Request| request.sampling.scores_prompt;
+        match (update.token, sampled) {
+            (Some(id), sampled) => {
+                let logprobs = sampled.map(|(_, logprobs)| logprobs);
+                self.send(update.sequence, TokenEvent::Token { id, logprobs });
+            }
+            (None, Some((id, logprobs))) if self.requests.0.get(&update.sequence).is_some_and(scores) => {
+                self.send(update.sequence, TokenEvent::EndToken { id, logprobs });
+            }
+            (None, _) => {}
         }
     }
 

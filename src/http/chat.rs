@@ -21,19 +21,21 @@ use super::{
     body,
     choices::ChoiceView,
     error::ApiError,
-    generation::{Generation, finish_reason},
+    generation::{Generation, finish_reason_of},
     openapi::Refused,
     pipeline::{self, Begun},
     record::RequestRecord,
     responses::{ChatCompletion, Choice, Chunk, ReplyHead, ReplyMessage},
     sse,
     state::{AppState, Loaded},
+    tool_calls::CallReader,
     types::{ChatForm, ChatRequest},
     validate::{self, Limits, ValidRequest},
 };
 use crate::{
     config::Config,
     output::{Answer, Reply},
+    scheduler::StopReason,
 };
 
 /// What the reply looks like.
@@ -42,6 +44,8 @@ pub struct Shape {
     /// Whether a stream ends with a chunk of usage.
     pub include_usage: bool,
     pub view: ChoiceView,
+    /// Functions one of which the answer calls; empty: the answer is text.
+    pub functions: Vec<String>,
     /// Choices that think before they answer.
     num_thinking: usize,
 }
@@ -74,7 +78,7 @@ pub async fn completions(
     let running = state.chats().enter([&head.id, &record.id], end_thinking, shape.num_thinking);
     let preparing = preparing.map_ok(|generation| generation.listed(running)).boxed();
     if !shape.stream {
-        return Ok(Json(fold(preparing.await?, head, &shape.view).await?).into_response());
+        return Ok(Json(fold(preparing.await?, head, &shape).await?).into_response());
     }
     let interval = state.config().keep_alive_interval;
     let preparing = pipeline::settle(preparing, interval).await?;
@@ -92,7 +96,9 @@ fn check(
     let valid = validate::validate(request, upload, Limits::new(config, loaded))?;
     let view = ChoiceView { wanted: valid.choices.clone(), tokenizer: loaded.tokenizer.clone() };
     let num_thinking = if valid.thinks() { valid.choices.count } else { 0 };
-    let shape = Shape { stream: valid.stream, include_usage: valid.include_usage, view, num_thinking };
+    let functions = valid.functions();
+    let (stream, include_usage) = (valid.stream, valid.include_usage);
+    let shape = Shape { stream, include_usage, view, functions, num_thinking };
     Ok((valid, shape))
 }
 
@@ -111,15 +117,15 @@ pub fn reply_head(loaded: &Loaded, id_prefix: &str, object: &'static str) -> Rep
 async fn fold(
     mut generation: Generation,
     head: ReplyHead,
-    view: &ChoiceView,
+    shape: &Shape,
 ) -> Result<ChatCompletion, ApiError> {
     let mut replies = vec![Reply::default(); generation.num_choices()];
     while let Some((index, event)) = generation.next().await? {
         replies[index].add(event);
     }
     let answers: Vec<Answer> = replies.iter().map(|reply| reply.answer.clone()).collect();
-    let vote = view.vote(&answers);
-    let choices = replies.into_iter().enumerate().map(|(index, reply)| choice(index, reply, view));
+    let vote = shape.view.vote(&answers);
+    let choices = replies.into_iter().enumerate().map(|(index, reply)| choice(index, reply, shape));
     let mut choices: Vec<Choice> = choices.collect();
     if let Some(winner) = vote.as_ref().and_then(|vote| vote.winner) {
         choices[..=winner].rotate_right(1);
@@ -128,20 +134,25 @@ async fn fold(
     Ok(ChatCompletion { head, choices, usage, videos, vote })
 }
 
-fn choice(index: usize, reply: Reply, view: &ChoiceView) -> Choice {
+fn choice(index: usize, reply: Reply, shape: &Shape) -> Choice {
+    let Shape { view, functions, .. } = shape;
     let reasoning = (!reply.think.is_empty()).then_some(reply.think);
+    let is_whole = reply.reason == StopReason::EndOfSequence;
+    let call = CallReader::read(functions, &reply.content, is_whole);
+    let finish_reason = finish_reason_of(reply.reason, call.is_some());
     let message = ReplyMessage {
         role: "assistant",
-        content: reply.content,
+        content: functions.is_empty().then_some(reply.content),
         reasoning_content: reasoning.clone(),
         reasoning,
+        tool_calls: call.map(|call| [call]),
         refusal: None,
     };
     Choice {
         index,
         message,
         logprobs: view.logprobs(&reply.tokens),
-        finish_reason: finish_reason(reply.reason),
+        finish_reason,
         answer: view.answer_scores(&reply.answer),
     }
 }

@@ -2,7 +2,9 @@
 //!
 //! Handler of the router. The request goes the way of chat requests (`http/pipeline.rs`) and shares their checks.
 
-use std::{collections::BTreeMap, sync::Arc};
+mod logprobs;
+
+use std::sync::Arc;
 
 use axum::{
     Extension, Json,
@@ -13,12 +15,13 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use tempfile::NamedTempFile;
+use tokio::task::spawn_blocking;
 use utoipa::ToSchema;
 
+use self::logprobs::{TextLogprobs, TextScorer};
 use super::{
     body::{self, BodyError},
     chat::reply_head,
-    choices::speakable,
     error::ApiError,
     generation::{Generation, finish_reason},
     openapi::Refused,
@@ -31,19 +34,20 @@ use super::{
     validate::{self, HARMLESS, InvalidRequest, Limits, RawPrompt, ValidRequest, shorten},
 };
 use crate::{
-    config::Config,
+    config::{Config, MAX_PROMPTS},
+    engine::PromptToken,
     output::{OutputEvent, ScoredToken},
-    prompt::Tokenizer,
 };
 
 /// Fields that mean the same in chat requests.
-const AS_IN_CHAT: [&str; 18] = [
+const AS_IN_CHAT: [&str; 19] = [
     "best_of",
     "cache_salt",
     "frequency_penalty",
     "ignore_eos",
     "logit_bias",
     "min_p",
+    "min_tokens",
     "model",
     "n",
     "presence_penalty",
@@ -60,20 +64,28 @@ const AS_IN_CHAT: [&str; 18] = [
 /// OpenAI's.
 const DEFAULT_MAX_TOKENS: u64 = 16;
 const MAX_LOGPROBS: u64 = 5;
+/// Tokens of a prompt that a chunk of a stream tells of: scores of more would take over a
+/// millisecond to write.
+const PROMPT_TOKENS_A_CHUNK: usize = 64;
+/// Whole contexts of token ids that a request may hold.
+const MAX_CONTEXTS: usize = 8;
 
 /// Body of `POST /v1/completions`. Fields of chat requests that say how to sample are accepted too.
 #[derive(Debug, Deserialize, ToSchema)]
 pub struct CompletionRequest {
-    /// A text, its token ids, or a list of one of either.
+    /// A text, its token ids, or a list of up to 64 of either. The choices of each prompt follow
+    /// those of the one before.
     prompt: Option<Value>,
-    /// 16 if left out.
-    #[schema(minimum = 1)]
+    /// 16 if left out. 0 needs `echo`: the reply is then the prompt.
+    #[schema(minimum = 0)]
     max_tokens: Option<u64>,
     #[schema(exclusive_minimum = 0, maximum = 1)]
     top_p: Option<f64>,
     /// Whether the prompt comes before the text.
     echo: Option<bool>,
-    /// Log probabilities of the tokens, and of so many of the most probable ones beside each.
+    /// Log probabilities of the tokens, and of this many of the most probable ones at each place. With
+    /// `echo` the prompt's tokens come first (null for the very first), and the end token, if the
+    /// model ended the reply, comes last.
     #[schema(minimum = 0, maximum = 5)]
     logprobs: Option<u64>,
     #[serde(flatten)]
@@ -101,23 +113,15 @@ struct TextChoice {
     finish_reason: Option<&'static str>,
 }
 
-/// Of each token: its text, its log probability, the most probable ones, and its first character in the text.
-#[derive(Debug, Default, Serialize, ToSchema)]
-struct TextLogprobs {
-    tokens: Vec<String>,
-    token_logprobs: Vec<f32>,
-    top_logprobs: Vec<BTreeMap<String, f32>>,
-    text_offset: Vec<usize>,
-}
-
 /// What the reply looks like.
 struct Shape {
     stream: bool,
     include_usage: bool,
-    /// Comes before the text of each choice.
-    echo: Option<String>,
-    logprobs: bool,
-    tokenizer: Arc<Tokenizer>,
+    /// Texts of the prompts, if they come before those of the choices.
+    echo: Vec<String>,
+    choices_per_prompt: usize,
+    /// If log probabilities are wanted.
+    scorer: Option<TextScorer>,
 }
 
 /// The handler.
@@ -139,7 +143,7 @@ pub async fn create(
     let Begun { loaded, preparing, shape, .. } = pipeline::begin(&state, record, request, check).await?;
     let head = reply_head(&loaded, "cmpl", "text_completion");
     if !shape.stream {
-        return Ok(Json(fold(preparing.await?, head, &shape).await?).into_response());
+        return fold(preparing.await?, head, shape).await;
     }
     let interval = state.config().keep_alive_interval;
     let preparing = pipeline::settle(preparing, interval).await?;
@@ -157,39 +161,56 @@ fn check(
         let message = "this endpoint takes no video; ask /v1/chat/completions about it".into();
         return Err(BodyError::Part { param: "video", message }.into());
     }
-    // A whole context of token ids is a fair prompt.
-    let max_values = config.max_json_values + loaded.model.max_model_len;
+    let max_values = config.max_json_values + MAX_CONTEXTS * loaded.model.max_model_len;
     let mut request: CompletionRequest = body::parse(json, max_values)?;
     let limits = Limits::new(config, loaded);
-    let prompt = prompt(request.prompt.take(), limits)?;
+    let prompts = prompts(request.prompt.take(), limits)?;
     let echo = request.echo.unwrap_or(false);
     let logprobs = request.logprobs;
     if logprobs.is_some_and(|logprobs| logprobs > MAX_LOGPROBS) {
         let message = format!("logprobs must be from 0 to {MAX_LOGPROBS}");
         return Err(InvalidRequest::field("logprobs", message).into());
     }
-    if echo && logprobs.is_some() {
-        let message = "log probabilities of the prompt are not computed; send echo or logprobs";
-        return Err(InvalidRequest::field("logprobs", message).into());
+    let prompt_only = echo && request.max_tokens == Some(0);
+    if prompt_only {
+        // The engine knows no sequence without completion: one token is asked for and not waited
+        // for.
+        request.max_tokens = Some(1);
     }
-    let echo = echo.then(|| match &prompt {
+    let text = |prompt: &RawPrompt| match prompt {
         RawPrompt::Text(text) => text.clone(),
         RawPrompt::Tokens(ids) => loaded.tokenizer.decode_named(ids),
-    });
+    };
+    let echo: Vec<String> = if echo { prompts.iter().map(text).collect() } else { vec![] };
     let chat: ChatRequest =
         serde_path_to_error::deserialize(Value::Object(to_chat(request)?)).map_err(|error| {
             let path = error.path().to_string();
             InvalidRequest::field(&path, format!("{path}: {}", error.inner()))
         })?;
-    let valid = validate::validate_raw(chat, prompt, limits)?;
+    let mut valid = validate::validate_raw(chat, prompts, limits)?;
+    check_num_sequences(valid.num_sequences(), config)?;
+    valid.prompt_only = prompt_only;
+    valid.sampling.params.scores_prompt = logprobs.is_some() && !echo.is_empty();
     let shape = Shape {
         stream: valid.stream,
         include_usage: valid.include_usage,
         echo,
-        logprobs: logprobs.is_some(),
-        tokenizer: loaded.tokenizer.clone(),
+        choices_per_prompt: valid.choices.count,
+        scorer: logprobs.map(|_| TextScorer(loaded.tokenizer.clone())),
     };
     Ok((valid, shape))
+}
+
+/// More could never be in the queue at once.
+fn check_num_sequences(num_sequences: usize, config: &Config) -> Result<(), InvalidRequest> {
+    let max = config.engine.max_running_sequences + config.engine.max_waiting_sequences;
+    if num_sequences > max {
+        let message = format!(
+            "the prompts and \"n\" ask for {num_sequences} replies, but at most {max} fit this server; send fewer prompts"
+        );
+        return Err(InvalidRequest::field("prompt", message));
+    }
+    Ok(())
 }
 
 /// The same request to the chat endpoint, but for its prompt.
@@ -212,58 +233,59 @@ fn to_chat(request: CompletionRequest) -> Result<Map<String, Value>, InvalidRequ
     Ok(chat)
 }
 
-fn prompt(prompt: Option<Value>, limits: Limits<'_>) -> Result<RawPrompt, InvalidRequest> {
+/// One prompt, or a list of several.
+fn prompts(prompt: Option<Value>, limits: Limits<'_>) -> Result<Vec<RawPrompt>, InvalidRequest> {
     let fault = |message: String| Err(InvalidRequest::field("prompt", message));
+    let list = match prompt {
+        Some(Value::Array(list)) if list.is_empty() => return fault(NO_PROMPT.into()),
+        Some(Value::Array(list)) if !list.iter().all(Value::is_number) => list,
+        one => vec![one.unwrap_or_default()],
+    };
+    if list.len() > MAX_PROMPTS {
+        return fault(format!("there are {} prompts, but at most {MAX_PROMPTS} are allowed", list.len()));
+    }
+    let num_bytes: usize = list.iter().filter_map(Value::as_str).map(str::len).sum();
+    if num_bytes > limits.config.max_text_bytes {
+        return fault(format!("the prompt has more than {} bytes of text", limits.config.max_text_bytes));
+    }
+    let prompts = list.into_iter().map(|one| raw_prompt(one, limits));
+    prompts.collect::<Result<_, _>>().or_else(fault)
+}
+
+const NO_PROMPT: &str = "the prompt must be a text, token ids, or a list of either";
+
+fn raw_prompt(prompt: Value, limits: Limits<'_>) -> Result<RawPrompt, String> {
     match prompt {
-        Some(Value::String(text)) if text.is_empty() => fault("the prompt is empty; send a text".into()),
-        Some(Value::String(text)) if text.len() > limits.config.max_text_bytes => {
-            fault(format!("the prompt has more than {} bytes of text", limits.config.max_text_bytes))
-        }
-        Some(Value::String(text)) => Ok(RawPrompt::Text(text)),
-        Some(Value::Array(mut list)) if list.len() == 1 && !list[0].is_number() => {
-            let inner = list.pop();
-            if inner
-                .as_ref()
-                .is_some_and(|inner| inner.as_array().is_some_and(|ids| !ids.iter().all(Value::is_number)))
-            {
-                return fault("the prompt must be a text, token ids, or a list of one of either".into());
-            }
-            self::prompt(inner, limits)
-        }
-        Some(Value::Array(list)) if !list.is_empty() && list.iter().all(Value::is_number) => {
+        Value::String(text) if text.is_empty() => Err("the prompt is empty; send a text".into()),
+        Value::String(text) => Ok(RawPrompt::Text(text)),
+        Value::Array(list) if !list.is_empty() && list.iter().all(Value::is_number) => {
             let id = |id: &Value| id.as_u64().filter(|id| *id < limits.vocab_size as u64);
-            match list.iter().map(|value| id(value).and_then(|id| id.try_into().ok())).collect() {
-                Some(ids) => Ok(RawPrompt::Tokens(ids)),
-                None => {
-                    fault(format!("the prompt has a number that is no token id below {}", limits.vocab_size))
-                }
-            }
+            let ids = list.iter().map(|value| id(value).and_then(|id| id.try_into().ok()));
+            let ids: Option<Vec<_>> = ids.collect();
+            let unknown =
+                || format!("the prompt has a number that is no token id below {}", limits.vocab_size);
+            ids.map(RawPrompt::Tokens).ok_or_else(unknown)
         }
-        Some(Value::Array(list)) if list.len() > 1 => {
-            fault("only one prompt per request is supported; send several requests".into())
-        }
-        _ => fault("the prompt must be a text, token ids, or a list of one of either".into()),
+        _ => Err(NO_PROMPT.into()),
     }
 }
 
 impl Shape {
     /// `offset`: characters of the text so far.
     fn logprobs(&self, tokens: &[ScoredToken], offset: &mut usize) -> Option<TextLogprobs> {
-        if !self.logprobs {
-            return None;
-        }
-        let mut shown = TextLogprobs::default();
-        for token in tokens {
-            let text = self.tokenizer.decode_named(&[token.id]);
-            let top = token.logprobs.top.iter();
-            let top = top.map(|&(id, logprob)| (self.tokenizer.decode_named(&[id]), speakable(logprob)));
-            shown.top_logprobs.push(top.collect());
-            shown.token_logprobs.push(speakable(token.logprobs.chosen));
-            shown.text_offset.push(*offset);
-            *offset += text.chars().count();
-            shown.tokens.push(text);
-        }
-        Some(shown)
+        let tokens = tokens.iter().map(|token| (token.id, Some(&*token.logprobs)));
+        self.scorer.as_ref().map(|scorer| scorer.score(tokens, offset))
+    }
+
+    /// Scores of tokens of a prompt.
+    fn prompt_logprobs(&self, tokens: &[PromptToken], offset: &mut usize) -> Option<TextLogprobs> {
+        let tokens = tokens.iter().map(|token| (token.id, token.logprobs.as_deref()));
+        self.scorer.as_ref().map(|scorer| scorer.score(tokens, offset))
+    }
+
+    /// Returns the text of the prompt that precedes a choice, if it is echoed.
+    fn echo(&self, index: usize) -> String {
+        self.echo.get(index / self.choices_per_prompt).cloned().unwrap_or_default()
     }
 
     /// What an event adds to its choice.
@@ -288,29 +310,41 @@ impl TextChoice {
         self.text.push_str(&more.text);
         self.finish_reason = more.finish_reason;
         if let Some(more) = more.logprobs {
-            let shown = self.logprobs.get_or_insert_default();
-            shown.tokens.extend(more.tokens);
-            shown.token_logprobs.extend(more.token_logprobs);
-            shown.top_logprobs.extend(more.top_logprobs);
-            shown.text_offset.extend(more.text_offset);
+            self.logprobs.get_or_insert_default().extend(more);
+        }
+    }
+
+    /// Puts the scores of the prompt before those of the completion.
+    fn score_prompt(&mut self, shape: &Shape, prompt: &[PromptToken]) {
+        let mut num_chars = 0;
+        if let Some(mut all) = shape.prompt_logprobs(prompt, &mut num_chars) {
+            all.extend(self.logprobs.take().unwrap_or_default().shifted(num_chars));
+            self.logprobs = Some(all);
         }
     }
 }
 
 /// The unary reply: the same pieces as a stream's, put together.
-async fn fold(
-    mut generation: Generation,
-    head: ReplyHead,
-    shape: &Shape,
-) -> Result<TextCompletion, ApiError> {
-    let text = shape.echo.clone().unwrap_or_default();
-    let begun = |index| TextChoice { index, text: text.clone(), ..TextChoice::default() };
+async fn fold(mut generation: Generation, head: ReplyHead, shape: Shape) -> Result<Response, ApiError> {
+    let begun = |index| TextChoice { index, text: shape.echo(index), ..TextChoice::default() };
     let mut choices: Vec<TextChoice> = (0..generation.num_choices()).map(begun).collect();
     let mut offsets = vec![0; choices.len()];
     while let Some((index, event)) = generation.next().await? {
         choices[index].add(shape.choice(index, event, &mut offsets[index]));
     }
-    Ok(TextCompletion { head, choices, usage: Some(generation.counts().into()) })
+    let usage = Some(generation.counts().into());
+    let prompts: Vec<_> = (0..choices.len()).map(|index| generation.take_prompt(index)).collect();
+    if prompts.iter().all(Vec::is_empty) {
+        return Ok(Json(TextCompletion { head, choices, usage }).into_response());
+    }
+    // The scores of a whole prompt are too much for a thread that serves others.
+    let written = spawn_blocking(move || {
+        for (choice, prompt) in choices.iter_mut().zip(&prompts) {
+            choice.score_prompt(&shape, prompt);
+        }
+        Json(TextCompletion { head, choices, usage }).into_response()
+    });
+    written.await.map_err(|error| ApiError::Internal(format!("writing a prompt's scores: {error}")))
 }
 
 /// The stream.
@@ -323,13 +357,25 @@ async fn write(
     let mut generation = preparing.await?;
     let chunk = |choices| TextCompletion { head: head.clone(), choices, usage: None };
     let mut offsets = vec![0; generation.num_choices()];
-    if let Some(text) = &shape.echo {
+    // Prompts that are scored come when they are computed, others at once.
+    let scores_prompt = !shape.echo.is_empty() && shape.scorer.is_some();
+    let mut awaits_prompt = vec![scores_prompt; generation.num_choices()];
+    if !scores_prompt && !shape.echo.is_empty() {
         for index in 0..generation.num_choices() {
-            let choice = TextChoice { index, text: text.clone(), ..TextChoice::default() };
+            let choice = TextChoice { index, text: shape.echo(index), ..TextChoice::default() };
             events.send(&chunk(vec![choice])).await;
         }
     }
     while let Some((index, event)) = generation.next().await? {
+        if std::mem::take(&mut awaits_prompt[index]) {
+            let mut text = shape.echo(index);
+            for tokens in generation.take_prompt(index).chunks(PROMPT_TOKENS_A_CHUNK) {
+                let text = std::mem::take(&mut text);
+                let logprobs = shape.prompt_logprobs(tokens, &mut offsets[index]);
+                let choice = TextChoice { index, text, logprobs, finish_reason: None };
+                events.send(&chunk(vec![choice])).await;
+            }
+        }
         events.send(&chunk(vec![shape.choice(index, event, &mut offsets[index])])).await;
     }
     if shape.include_usage {

@@ -10,7 +10,7 @@ use std::{
 
 use super::{error::ApiError, progress::Progress, running::RunningChat, validate::Reasoning};
 use crate::{
-    engine::{TokenEvent, TokenStream},
+    engine::{PromptToken, TokenEvent, TokenStream},
     media::VideoInfo,
     output::{Ending, OutputAssembler, OutputEvent, Segment},
     scheduler::StopReason,
@@ -23,6 +23,10 @@ pub struct Generation {
     choices: Vec<Choice>,
     /// Who is listened to first: none can keep the others waiting.
     turn: usize,
+    /// Each prompt has so many choices, behind one another.
+    choices_per_prompt: usize,
+    /// The choices end as soon as their prompts are computed.
+    prompt_only: bool,
     /// Assembled, not handed out yet.
     ready: VecDeque<(usize, OutputEvent)>,
     reasoning: Reasoning,
@@ -39,6 +43,8 @@ struct Choice {
     tokens: Option<TokenStream>,
     assembler: OutputAssembler,
     last_token: Option<Instant>,
+    /// The tokens of its prompt, where they are scored.
+    prompt: Vec<PromptToken>,
     /// It has begun its answer, or has ended without one.
     answers: bool,
 }
@@ -55,10 +61,31 @@ impl Generation {
             tokens: Some(tokens),
             assembler,
             last_token: None,
+            prompt: vec![],
             answers: false,
         };
-        let choices = sequences.into_iter().map(choice).collect();
-        Generation { choices, turn: 0, ready: VecDeque::new(), reasoning, videos, progress, running: None }
+        let choices: Vec<Choice> = sequences.into_iter().map(choice).collect();
+        Generation {
+            turn: 0,
+            choices_per_prompt: choices.len(),
+            prompt_only: false,
+            choices,
+            ready: VecDeque::new(),
+            reasoning,
+            videos,
+            progress,
+            running: None,
+        }
+    }
+
+    /// Divides the choices among several prompts. With `prompt_only` nothing is generated.
+    pub fn of_prompts(self, choices_per_prompt: usize, prompt_only: bool) -> Self {
+        Generation { choices_per_prompt, prompt_only, ..self }
+    }
+
+    /// Takes the scored tokens of the prompt of a choice; they are there before its first event.
+    pub fn take_prompt(&mut self, index: usize) -> Vec<PromptToken> {
+        self.choices.get_mut(index).map(|choice| std::mem::take(&mut choice.prompt)).unwrap_or_default()
     }
 
     /// Known to others as `running` until it is over, and there as long as it thinks.
@@ -153,9 +180,20 @@ impl Generation {
         let choice = &mut self.choices[index];
         match event {
             // What the first one found in the cache; the others found what the first one had computed.
-            TokenEvent::Started { cached_tokens } if index == 0 => self.progress.started(cached_tokens),
-            TokenEvent::PromptComputed(times) if index == 0 => self.progress.prompt_computed(times),
-            TokenEvent::Started { .. } | TokenEvent::PromptComputed(_) => {}
+            TokenEvent::Started { cached_tokens } if index.is_multiple_of(self.choices_per_prompt) => {
+                self.progress.started(cached_tokens);
+            }
+            TokenEvent::Started { .. } => {}
+            TokenEvent::PromptScored(tokens) => choice.prompt = tokens,
+            TokenEvent::PromptComputed(times) => {
+                if index == 0 {
+                    self.progress.prompt_computed(times);
+                }
+                if self.prompt_only {
+                    self.finish(index, StopReason::Length);
+                }
+            }
+            TokenEvent::EndToken { id, logprobs } => choice.assembler.push_end(id, logprobs),
             TokenEvent::Token { id, logprobs } => {
                 let now = Instant::now();
                 self.progress.token(choice.last_token.replace(now), now);
@@ -193,6 +231,14 @@ fn without_thinking(mut event: OutputEvent) -> Option<OutputEvent> {
     let (OutputEvent::Delta { tokens, .. } | OutputEvent::Finished(Ending { tokens, .. })) = &mut event;
     tokens.retain(|token| !token.thinking);
     (!matches!(event, OutputEvent::Delta { segment: Segment::Think, .. })).then_some(event)
+}
+
+/// OpenAI's names; `calls`: the answer is a call of a function.
+pub fn finish_reason_of(reason: StopReason, calls: bool) -> &'static str {
+    match finish_reason(reason) {
+        "stop" if calls => "tool_calls",
+        reason => reason,
+    }
 }
 
 /// OpenAI's names.

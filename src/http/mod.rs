@@ -28,6 +28,7 @@ mod sse;
 mod state;
 pub mod tls;
 mod tokenize;
+mod tool_calls;
 mod types;
 mod validate;
 

@@ -72,7 +72,7 @@ pub async fn begin<T: Send + 'static>(
     let admitted = progress.deadline().bound(admit(state, request, check)).await;
     match admitted.and_then(|admitted| admitted) {
         Ok((admitted, shape)) => {
-            progress.asked(admitted.valid.stream, admitted.valid.choices.count);
+            progress.asked(admitted.valid.stream, admitted.valid.num_sequences());
             if let Some(timeout) = admitted.valid.timeout {
                 progress.set_timeout(timeout);
             }
@@ -129,7 +129,7 @@ async fn admit<T: Send + 'static>(
     let end_thinking = EndThinking::default();
     let guide = guide::make(state, &loaded, &valid, &end_thinking).await?;
     guide::check_room(guide.as_ref(), valid.sampling.max_tokens.unwrap_or(usize::MAX))?;
-    let permit = loaded.engine.reserve_many(valid.choices.count)?;
+    let permit = loaded.engine.reserve_many(valid.num_sequences())?;
     Ok((Admitted { loaded, valid, guide, end_thinking, permit, budget }, shape))
 }
 
@@ -140,32 +140,37 @@ async fn prepare(
     default_max_tokens: usize,
 ) -> Result<Generation, ApiError> {
     let Admitted { loaded, valid, guide, permit, budget, .. } = admitted;
-    let verbatim = guide::verbatim(&valid);
+    let (verbatim, prompt_only) = (guide::verbatim(&valid), valid.prompt_only);
     let ValidRequest { conversation, videos, cache_salt, sampling, choices, stop_strings, .. } = valid;
-    let (instruction, reasoning, raw_prompt) = (valid.instruction, valid.reasoning, valid.raw_prompt);
+    let (instruction, reasoning, raw_prompts) = (valid.instruction, valid.reasoning, valid.raw_prompts);
+    let min_tokens = sampling.params.min_tokens;
     let deadline = progress.deadline();
     let stages = async {
         let frames = load_videos(&loaded, videos, &cache_salt, budget, &mut progress).await?;
         let engine_limits = loaded.engine.limits();
         let started = Instant::now();
         let (tokenizer, num_visual_tokens) = (loaded.tokenizer.clone(), engine_limits.visual_tokens);
-        let prompt = match raw_prompt {
-            Some(raw) => raw_tokens(raw, tokenizer).await?,
-            None => build_prompt(conversation, instruction, tokenizer, num_visual_tokens).await?,
+        let prompts = match raw_prompts.is_empty() {
+            true => vec![build_prompt(conversation, instruction, tokenizer, num_visual_tokens).await?],
+            false => raw_tokens(raw_prompts, tokenizer).await?,
         };
-        let num_prompt = prompt.token_ids.len();
-        let num_visual = prompt.video_spans.iter().map(ExactSizeIterator::len).sum();
-        progress.prompt_built(num_prompt, num_visual, started);
+        let num_prompt = prompts.iter().map(|prompt| prompt.token_ids.len()).sum();
+        let spans = prompts.iter().flat_map(|prompt| &prompt.video_spans);
+        progress.prompt_built(num_prompt, spans.map(ExactSizeIterator::len).sum(), started);
         if progress.logs_content() {
-            progress.prompt_is(prompt_text(&prompt, &loaded.tokenizer).await?);
+            progress.prompt_is(prompt_text(&prompts, &loaded.tokenizer).await?);
         }
         let room = engine_limits.context.saturating_sub(num_prompt);
         let letters = watched_letters(&choices, &loaded.tokenizer).await?;
         let mut sampling = final_sampling(sampling, default_max_tokens.min(room));
         sampling.watched = letters.as_ref().map(WatchedLetters::token_ids).unwrap_or_default();
         guide::check_room(guide.as_ref(), sampling.max_tokens)?;
-        let sequence = NewSequence { guide, ..sequence(prompt, &frames, cache_salt, sampling) };
-        let streams = permit.submit_siblings(siblings(sequence, choices.count).await?)?;
+        let mut groups = Vec::new();
+        for prompt in prompts {
+            let sequence = sequence(prompt, &frames, cache_salt.clone(), sampling.clone());
+            groups.push(siblings(NewSequence { guide: guide.clone(), ..sequence }, choices.count).await?);
+        }
+        let streams = permit.submit_groups(groups)?;
         progress.submitted();
         Ok((streams, letters, frames.iter().map(|frames| frames.info.clone()).collect()))
     };
@@ -175,10 +180,12 @@ async fn prepare(
             let assembler = || {
                 OutputAssembler::new(loaded.tokenizer.clone(), stop_strings.clone(), raw)
                     .verbatim(verbatim)
+                    .min_tokens(min_tokens)
                     .watching(letters.clone())
             };
             let sequences = streams.into_iter().map(|stream| (stream, assembler())).collect();
-            Ok(Generation::new(sequences, reasoning, videos, progress))
+            let generation = Generation::new(sequences, reasoning, videos, progress);
+            Ok(generation.of_prompts(choices.count, prompt_only))
         }
         Err(error) => {
             progress.ended_by(&error);
@@ -234,22 +241,27 @@ async fn build_prompt(
     Ok(built?)
 }
 
-/// A prompt without template; on the blocking pool.
-async fn raw_tokens(raw: RawPrompt, tokenizer: Arc<Tokenizer>) -> Result<Prompt, ApiError> {
-    let token_ids = match raw {
-        RawPrompt::Tokens(ids) => ids,
-        RawPrompt::Text(text) => {
-            let encoded = spawn_blocking(move || tokenizer.encode(&text)).await;
-            encoded.map_err(|error| ApiError::Internal(format!("encoding the prompt: {error}")))??
-        }
-    };
-    Ok(Prompt { token_ids, ..Prompt::default() })
+/// Prompts without template; on the blocking pool.
+async fn raw_tokens(raw: Vec<RawPrompt>, tokenizer: Arc<Tokenizer>) -> Result<Vec<Prompt>, ApiError> {
+    let encoded = spawn_blocking(move || {
+        let prompt = |raw| {
+            let token_ids = match raw {
+                RawPrompt::Tokens(ids) => ids,
+                RawPrompt::Text(text) => tokenizer.encode(&text)?,
+            };
+            Ok(Prompt { token_ids, ..Prompt::default() })
+        };
+        raw.into_iter().map(prompt).collect::<Result<_, ApiError>>()
+    });
+    encoded.await.map_err(|error| ApiError::Internal(format!("encoding the prompt: {error}")))?
 }
 
 /// What the model reads, but for its videos; on the blocking pool.
-async fn prompt_text(prompt: &Prompt, tokenizer: &Arc<Tokenizer>) -> Result<String, ApiError> {
-    let (token_ids, tokenizer) = (prompt.token_ids.clone(), tokenizer.clone());
-    let text = spawn_blocking(move || tokenizer.decode_named(&token_ids)).await;
+async fn prompt_text(prompts: &[Prompt], tokenizer: &Arc<Tokenizer>) -> Result<String, ApiError> {
+    let token_ids: Vec<_> = prompts.iter().map(|prompt| prompt.token_ids.clone()).collect();
+    let tokenizer = tokenizer.clone();
+    let texts = move || token_ids.iter().map(|ids| tokenizer.decode_named(ids)).collect::<Vec<_>>();
+    let text = spawn_blocking(move || texts().join("\n")).await;
     text.map_err(|error| ApiError::Internal(format!("writing the prompt to the log: {error}")))
 }
 
@@ -283,7 +295,7 @@ fn final_sampling(valid: ValidSampling, default_max_tokens: usize) -> SamplingPa
     SamplingParams {
         seed: valid.seed.unwrap_or_else(|| uuid::Uuid::new_v4().as_u64_pair().1),
         // A prompt that leaves no room at all is refused by the engine for its length.
-        max_tokens: valid.max_tokens.unwrap_or(default_max_tokens.max(1)),
+        max_tokens: valid.max_tokens.unwrap_or(default_max_tokens.max(1).max(valid.params.min_tokens)),
         ..valid.params
     }
 }

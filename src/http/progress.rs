@@ -151,9 +151,9 @@ impl Progress {
         self.phase = Phase::Queued(Instant::now());
     }
 
-    /// The engine admitted the first sequence.
+    /// The engine admitted the first sequence of a prompt.
     pub fn started(&mut self, cached_tokens: usize) {
-        self.generation.tokens.cached = cached_tokens;
+        self.generation.tokens.cached += cached_tokens;
         if let Phase::Queued(since) = self.phase {
             self.ended(Stage::Queue, since);
             self.phase = Phase::Prefilling(Instant::now());

@@ -8,6 +8,7 @@ use utoipa::ToSchema;
 use super::{
     choices::{AnswerScores, Logprobs, Vote},
     state::ModelCard,
+    tool_calls::{ToolCall, ToolCallDelta},
 };
 use crate::{media::VideoInfo, output::Segment, telemetry::TokenCounts};
 
@@ -65,11 +66,15 @@ pub struct Choice {
 #[derive(Debug, Serialize, ToSchema)]
 pub struct ReplyMessage {
     pub role: &'static str,
-    pub content: String,
+    /// Null where a function is called.
+    pub content: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reasoning_content: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reasoning: Option<String>,
+    /// The call that the request asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tool_calls: Option<[ToolCall; 1]>,
     pub refusal: Option<()>,
 }
 
@@ -108,7 +113,7 @@ impl<'a> ChunkChoice<'a> {
     }
 }
 
-/// Either thinking or content, never both.
+/// Thinking, content, or a piece of a call, never two of them.
 #[derive(Debug, Default, Serialize, ToSchema)]
 pub struct Delta<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -121,12 +126,19 @@ pub struct Delta<'a> {
     pub reasoning: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub segment: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tool_calls: Option<[ToolCallDelta; 1]>,
 }
 
 impl<'a> Delta<'a> {
     /// The first one of a stream.
     pub fn role() -> Self {
         Delta { role: Some("assistant"), content: Some(""), ..Delta::default() }
+    }
+
+    /// A piece of a call.
+    pub fn call(piece: ToolCallDelta) -> Self {
+        Delta { tool_calls: Some([piece]), segment: Some("answer"), ..Delta::default() }
     }
 
     /// More text. Text without tags is answer.

@@ -21,11 +21,15 @@ use super::{
     chat::Shape,
     choices::ChoiceView,
     error::ApiError,
-    generation::{Generation, finish_reason},
+    generation::{Generation, finish_reason_of},
     pipeline::Preparing,
     responses::{Chunk, ChunkChoice, Delta, ReplyHead, Usage, Videos},
+    tool_calls::CallReader,
 };
-use crate::output::{Answer, OutputEvent};
+use crate::{
+    output::{Answer, Ending, OutputEvent, ScoredToken, Segment},
+    scheduler::StopReason,
+};
 
 /// Events made before the socket takes them. Tokens wait in the sequence's own channel, not here.
 const EVENTS_AHEAD: usize = 1;
@@ -33,8 +37,8 @@ const EVENTS_AHEAD: usize = 1;
 /// A response that streams what `preparing` becomes.
 pub fn reply(preparing: Preparing, head: ReplyHead, shape: Shape, interval: Duration) -> Response {
     respond(interval, |events| async move {
-        let writer = Writer { events, head, view: shape.view, include_usage: shape.include_usage };
-        writer.write_all(preparing).await
+        let Shape { view, functions, include_usage, .. } = shape;
+        Writer { events, head, view, functions, calls: vec![], include_usage }.write_all(preparing).await
     })
 }
 
@@ -104,35 +108,45 @@ struct Writer {
     events: EventSink,
     head: ReplyHead,
     view: ChoiceView,
+    /// Functions one of which each answer calls; empty: the answers are text.
+    functions: Vec<String>,
+    /// One per choice where the answers are calls.
+    calls: Vec<CallReader>,
     include_usage: bool,
 }
 
 impl Writer {
-    async fn write_all(&self, preparing: Preparing) -> Result<(), ApiError> {
+    async fn write_all(mut self, preparing: Preparing) -> Result<(), ApiError> {
         let mut generation: Generation = preparing.await?;
         let mut videos = std::mem::take(&mut generation.videos);
+        if !self.functions.is_empty() {
+            self.calls = vec![CallReader::new(self.functions.clone()); generation.num_choices()];
+        }
         for index in 0..generation.num_choices() {
             let videos = std::mem::take(&mut videos).into();
-            self.send(&Chunk { videos, ..self.chunk(vec![ChunkChoice::of(index, Delta::role())]) }).await;
+            // A call has no content, not even an empty one.
+            let content = Some("").filter(|_| self.calls.is_empty());
+            let role = ChunkChoice::of(index, Delta { content, ..Delta::role() });
+            self.send(&Chunk { videos, ..self.chunk(vec![role]) }).await;
         }
         let mut answers = vec![Answer::default(); generation.num_choices()];
         while let Some((index, event)) = generation.next().await? {
-            let chunk = match &event {
-                OutputEvent::Delta { segment, text, tokens } => ChunkChoice {
-                    logprobs: self.view.logprobs(tokens),
-                    ..ChunkChoice::of(index, Delta::text(*segment, text))
-                },
+            match &event {
+                OutputEvent::Delta { segment, text, tokens }
+                    if *segment != Segment::Think && !self.calls.is_empty() =>
+                {
+                    self.send_call(index, text, tokens).await;
+                }
+                OutputEvent::Delta { segment, text, tokens } => {
+                    let logprobs = self.view.logprobs(tokens);
+                    let delta = Delta::text(*segment, text);
+                    self.send_choice(ChunkChoice { logprobs, ..ChunkChoice::of(index, delta) }).await;
+                }
                 OutputEvent::Finished(ending) => {
                     answers[index] = ending.answer.clone();
-                    ChunkChoice {
-                        logprobs: self.view.logprobs(&ending.tokens),
-                        finish_reason: Some(finish_reason(ending.reason)),
-                        answer: self.view.answer_scores(&ending.answer),
-                        ..ChunkChoice::of(index, Delta::default())
-                    }
+                    self.send_end(index, ending).await;
                 }
-            };
-            self.send(&self.chunk(vec![chunk])).await;
+            }
         }
         if let Some(vote) = self.view.vote(&answers) {
             self.send(&Chunk { vote: Some(vote), ..self.chunk(vec![]) }).await;
@@ -143,6 +157,41 @@ impl Writer {
         }
         self.events.send_done().await;
         Ok(())
+    }
+
+    /// More of an answer that is a call.
+    async fn send_call(&mut self, index: usize, text: &str, tokens: &[ScoredToken]) {
+        let mut logprobs = self.view.logprobs(tokens);
+        for piece in self.calls[index].push(text) {
+            let logprobs = logprobs.take();
+            let delta = Delta::call(piece.into());
+            self.send_choice(ChunkChoice { logprobs, ..ChunkChoice::of(index, delta) }).await;
+        }
+        // It is open yet what is called, but the tokens are certain.
+        if logprobs.is_some() {
+            self.send_choice(ChunkChoice { logprobs, ..ChunkChoice::of(index, Delta::default()) }).await;
+        }
+    }
+
+    async fn send_end(&mut self, index: usize, ending: &Ending) {
+        let mut calls = false;
+        if let Some(reader) = self.calls.get_mut(index) {
+            calls = reader.has_begun();
+            if let Some(piece) = reader.finish(ending.reason == StopReason::EndOfSequence) {
+                self.send_choice(ChunkChoice::of(index, Delta::call(piece.into()))).await;
+            }
+        }
+        let last = ChunkChoice {
+            logprobs: self.view.logprobs(&ending.tokens),
+            finish_reason: Some(finish_reason_of(ending.reason, calls)),
+            answer: self.view.answer_scores(&ending.answer),
+            ..ChunkChoice::of(index, Delta::default())
+        };
+        self.send_choice(last).await;
+    }
+
+    async fn send_choice(&self, choice: ChunkChoice<'_>) {
+        self.send(&self.chunk(vec![choice])).await;
     }
 
     fn chunk<'a>(&'a self, choices: Vec<ChunkChoice<'a>>) -> Chunk<'a> {

@@ -53,6 +53,9 @@ pub struct ChatRequest {
     /// The same as `max_tokens`.
     #[schema(minimum = 1)]
     pub max_completion_tokens: Option<u64>,
+    /// Neither an end token nor a stop string ends the reply before it has so many tokens; at most
+    /// `max_tokens`. A guided answer ends with its grammar all the same.
+    pub min_tokens: Option<u64>,
     #[schema(schema_with = parts::stop, required = false)]
     pub stop: Option<TextOr<Vec<String>>>,
     pub stop_token_ids: Option<Vec<u64>>,
@@ -74,6 +77,13 @@ pub struct ChatRequest {
     /// The same as `structured_outputs.grammar`.
     #[schema(value_type = Option<String>)]
     pub guided_grammar: Option<Value>,
+    /// Functions, as OpenAI's. The answer can be made to call one of them; the model is not shown
+    /// them, and cannot choose whether to call any.
+    #[schema(value_type = Option<Vec<Object>>)]
+    pub tools: Option<Value>,
+    /// none; required, for a call of one of the functions; or an object with the name of the
+    /// function to call. Needed with `tools`, for auto is refused.
+    pub tool_choice: Option<Value>,
     /// After so many tokens of thinking the model is made to answer.
     pub thinking_token_budget: Option<u64>,
     /// The same as `thinking_token_budget`.
@@ -161,7 +171,7 @@ pub struct Message {
 }
 
 /// One part of a message's content; `type` says which one of the fields up to `image_url` must be there.
-#[derive(Debug, Deserialize, ToSchema)]
+#[derive(Debug, Default, Deserialize, ToSchema)]
 pub struct ContentPart {
     #[serde(rename = "type")]
     #[schema(schema_with = parts::part_type)]

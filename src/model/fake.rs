@@ -91,15 +91,17 @@ impl FakeModel {
         FakeModel::new("ASSISTANT:", Arc::new(move |_| reply.clone()))
     }
 
-    fn next_token(&self, sequence: &[u32]) -> u32 {
+    /// The token after `sequence`; none where that is amid a prompt.
+    fn next_token(&self, sequence: &[u32]) -> Option<u32> {
         if self.reads_all {
-            return sequence.iter().fold(7, |hash, token| (hash * 31 + token) % u32::from(b'z'));
+            let next = sequence.iter().fold(7, |hash, token| (hash * 31 + token) % u32::from(b'z'));
+            return Some(next);
         }
         let windows = sequence.windows(self.prompt_end.len());
         let ends = windows.enumerate().filter(|(_, window)| *window == self.prompt_end);
         let starts: Vec<usize> = ends.map(|(start, _)| start + self.prompt_end.len()).collect();
-        let start = *starts.last().expect("the prompt does not end as the fake model was told");
-        (self.reply)(&sequence[..start]).get(sequence.len() - start).copied().unwrap_or(END)
+        let start = *starts.last()?;
+        Some((self.reply)(&sequence[..start]).get(sequence.len() - start).copied().unwrap_or(END))
     }
 }
 
@@ -174,7 +176,7 @@ impl VideoLanguageModel for FakeModel {
             let sequence = input.sequences.iter().find(|sequence| sequence.rows.contains(&row));
             let sequence = sequence.expect("a row without sequence");
             let table = &input.block_tables[sequence.blocks.clone()];
-            let tokens: Vec<u32> = (0..sequence.context_len)
+            let tokens: Vec<u32> = (0..=input.positions[row] as usize)
                 .map(|position| {
                     let slot = table[position / block_size] as usize * block_size + position % block_size;
                     let (token, at) = self.slots[slot].expect("a slot was never written");
@@ -182,7 +184,10 @@ impl VideoLanguageModel for FakeModel {
                     token
                 })
                 .collect();
+            let is_scored_only = tokens.len() < sequence.context_len;
             let next = self.next_token(&tokens);
+            assert!(next.is_some() || is_scored_only, "the prompt does not end as the fake model was told");
+            let next = next.unwrap_or(END);
             logits
                 .extend((0..self.shape.vocab_size).map(|id| if id == next as usize { 10.0f32 } else { 0.0 }));
         }

@@ -5,6 +5,7 @@
 use crate::scheduler::{StopReason, TokenId, TokenLogprobs};
 
 mod answer;
+mod content_stops;
 mod detokenizer;
 mod options;
 mod reply;

@@ -33,7 +33,8 @@ const TAGS: [(&str, Tag); 4] = [
 ];
 
 impl Tag {
-    fn text(self) -> &'static str {
+    /// Returns the tag as the model writes it.
+    pub(super) fn text(self) -> &'static str {
         TAGS.iter().find(|(_, tag)| *tag == self).map_or("", |(text, _)| text)
     }
 }

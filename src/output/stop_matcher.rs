@@ -10,6 +10,8 @@ pub(super) struct StopMatcher {
     /// Text that may be the beginning of a stop string.
     held: String,
     matched: bool,
+    /// Stop strings count now. One that is complete earlier does not; one that only begins earlier does.
+    is_armed: bool,
 }
 
 #[derive(Debug)]
@@ -51,7 +53,34 @@ impl StopMatcher {
     pub(super) fn new(stop_strings: &[String]) -> Self {
         let needles =
             stop_strings.iter().filter(|stop| !stop.is_empty()).map(|stop| Needle::new(stop)).collect();
-        StopMatcher { needles, held: String::new(), matched: false }
+        StopMatcher { needles, held: String::new(), matched: false, is_armed: true }
+    }
+
+    /// Sets whether stop strings count from now on.
+    pub(super) fn arm(&mut self, is_armed: bool) {
+        self.is_armed = is_armed;
+    }
+
+    /// Returns the text that may be the beginning of a stop string.
+    pub(super) fn held(&self) -> &str {
+        &self.held
+    }
+
+    /// Returns whether `text` as a whole is a stop string that counts now.
+    pub(super) fn stops_at(&self, text: &str) -> bool {
+        self.is_armed && self.needles.iter().any(|needle| &*needle.bytes == text.as_bytes())
+    }
+
+    /// Treats the end of the text so far as a stop string.
+    pub(super) fn stop(&mut self) {
+        self.held.clear();
+        self.matched = true;
+    }
+
+    /// Forgets the text so far: no stop string begins in it.
+    pub(super) fn restart(&mut self) {
+        self.held.clear();
+        self.needles.iter_mut().for_each(|needle| needle.state = 0);
     }
 
     /// Whether a stop string has appeared.
@@ -68,15 +97,17 @@ impl StopMatcher {
         let start = self.held.len();
         self.held.push_str(text);
         for (i, byte) in text.bytes().enumerate() {
-            let complete = self
-                .needles
-                .iter_mut()
-                .filter_map(|needle| needle.advance(byte).then_some(needle.bytes.len()));
-            // Every automaton has to see the byte: `max` runs through all of them.
-            if let Some(len) = complete.max() {
+            let mut longest = None;
+            // Every automaton has to see the byte.
+            for needle in &mut self.needles {
+                if needle.advance(byte) {
+                    longest = longest.max(Some(needle.bytes.len()));
+                    needle.state = needle.border[needle.bytes.len() - 1];
+                }
+            }
+            if let Some(len) = longest.filter(|_| self.is_armed) {
                 passed.push_str(&self.held[..start + i + 1 - len]);
-                self.held.clear();
-                self.matched = true;
+                self.stop();
                 return;
             }
         }

@@ -50,6 +50,22 @@ pub enum Constraint {
     Json(Value),
     /// A text of the Lark grammar.
     Grammar(String),
+    /// The arguments of a function, or, of several functions, a call of one of them:
+    /// [`call_prefix`], its arguments and `}`.
+    Calls(Vec<Function>),
+}
+
+/// A function that an answer may call.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Function {
+    pub name: String,
+    /// JSON schema of its arguments.
+    pub parameters: Value,
+}
+
+/// Returns the text of a call of one of several functions up to its arguments.
+pub fn call_prefix(name: &str) -> String {
+    format!("{{\"name\": {}, \"arguments\": ", Value::from(name))
 }
 
 /// Why there is no grammar for a constraint; one sentence, after the name of the field.
@@ -125,20 +141,32 @@ impl GrammarCompiler {
     /// # Errors
     /// When the constraint is malformed, is not supported, or is too much.
     pub fn compile(&self, constraint: &Constraint, thinking: bool) -> Result<Grammar, GrammarError> {
-        let (terminal, nested) = match constraint {
+        let json = |schema| Ok::<_, GrammarError>(GrammarWithLexer::from_json_schema(with_space(schema)?));
+        // Grammars that the rule of an answer names, or a terminal that is all of it.
+        let (mut terminal, mut nested, mut rule) = (None, vec![], "@answer0".to_owned());
+        match constraint {
             Constraint::Choice(choices) => {
-                (Some(choices.iter().map(|choice| literal(choice)).collect::<Vec<_>>().join(" | ")), None)
+                let choices = choices.iter().map(|choice| literal(choice));
+                terminal = Some(choices.collect::<Vec<_>>().join(" | "));
             }
             Constraint::Regex(regex) => {
                 self.check_regex(regex)?;
-                (Some(format!("/{}/", regex_to_lark(regex, ""))), None)
+                terminal = Some(format!("/{}/", regex_to_lark(regex, "")));
             }
-            Constraint::Json(schema) => (None, Some(GrammarWithLexer::from_json_schema(with_space(schema)?))),
+            Constraint::Json(schema) => nested.push(json(schema)?),
             Constraint::Grammar(grammar) if grammar.contains(END) => {
                 return Err(GrammarError(format!("{END} has no place in an answer")));
             }
-            Constraint::Grammar(grammar) => (None, Some(GrammarWithLexer::from_lark(grammar.clone()))),
-        };
+            Constraint::Grammar(grammar) => nested.push(GrammarWithLexer::from_lark(grammar.clone())),
+            Constraint::Calls(functions) => {
+                for function in functions {
+                    nested.push(json(&function.parameters)?);
+                }
+                if functions.len() > 1 {
+                    rule = format!("({})", calls(functions));
+                }
+            }
+        }
         let (before, after, head) =
             if thinking { ("HEAD", r#""</answer>""#, HEAD) } else { ("\" \"", "", "") };
         // A terminal and the tags are one: else its longest match would take the tag in.
@@ -146,10 +174,11 @@ impl GrammarCompiler {
             Some(terminal) => {
                 format!("start: REPLY {END}\nANSWER: {terminal}\nREPLY: {before} ANSWER {after}\n{head}")
             }
-            None => format!("start: {before} @answer {after} {END}\n{head}"),
+            None => format!("start: {before} {rule} {after} {END}\n{head}"),
         };
         let mut grammars = vec![GrammarWithLexer::from_lark(reply)];
-        grammars.extend(nested.map(|nested| GrammarWithLexer { name: Some("answer".into()), ..nested }));
+        let named = |(index, grammar)| GrammarWithLexer { name: Some(format!("answer{index}")), ..grammar };
+        grammars.extend(nested.into_iter().enumerate().map(named));
         let limits = self.factory.limits().clone();
         let parser = self.parser(grammars.clone(), limits.clone())?;
         let lexer = parser.parser.grammar().lexer_spec();
@@ -205,6 +234,14 @@ impl std::fmt::Debug for GrammarCompiler {
 /// A text in Lark's syntax: JSON's, but for one character.
 fn literal(text: &str) -> String {
     Value::from(text).to_string().replace('\x7f', "\\u007f")
+}
+
+/// Alternatives of a rule: a call of each function.
+fn calls(functions: &[Function]) -> String {
+    let call = |(index, function): (usize, &Function)| {
+        format!("{} @answer{index} {}", literal(&call_prefix(&function.name)), literal("}"))
+    };
+    functions.iter().enumerate().map(call).collect::<Vec<_>>().join(" | ")
 }
 
 /// The schema with our white space.
@@ -299,6 +336,30 @@ mod tests {
         assert!(accepts(&grammar, true, "<think>1</think><answer>two words</answer>"));
         assert!(accepts(&grammar, false, " word"));
         assert!(!accepts(&grammar, false, " 1"));
+    }
+
+    #[test]
+    fn a_call_is_the_arguments_of_one_function_or_names_one_of_several() {
+        let function = |name: &str, property: &str| Function {
+            name: name.into(),
+            // References of each schema are its own.
+            parameters: json!({"type": "object", "properties": {property: {"$ref": "#/$defs/N"}}, "required": [property],
+                "additionalProperties": false, "$defs": {"N": {"type": "integer"}}}),
+        };
+        let one = Constraint::Calls(vec![function("turn", "a")]);
+        assert!(accepts(&one, true, "<think></think> <answer>{\"a\":1}</answer>"));
+        assert!(accepts(&one, false, " {\"a\": 1}"));
+        assert!(!accepts(&one, false, " {\"name\": \"turn\", \"arguments\": {\"a\": 1}}"));
+        let two = Constraint::Calls(vec![function("turn", "a"), function("turn \"left\"", "b")]);
+        for reply in [
+            "{\"name\": \"turn\", \"arguments\": {\"a\": 1}}",
+            "{\"name\": \"turn \\\"left\\\"\", \"arguments\": {\"b\":\n2}}",
+        ] {
+            assert!(accepts(&two, true, &format!("<think></think> <answer>{reply}</answer>")), "{reply}");
+            assert!(accepts(&two, false, &format!(" {reply}")), "{reply}");
+        }
+        assert!(!accepts(&two, false, " {\"name\": \"turn\", \"arguments\": {\"b\": 1}}"));
+        assert!(!accepts(&two, false, " {\"a\": 1}"));
     }
 
     #[test]

@@ -9,7 +9,7 @@ pub mod template;
 pub mod tokenizer;
 mod tokenizer_files;
 
-pub use grammar::{Constraint, Grammar, GrammarCompiler, GrammarError};
+pub use grammar::{Constraint, Function, Grammar, GrammarCompiler, GrammarError, call_prefix};
 pub use template::{Instruction, with_instruction};
 pub use tokenizer::Tokenizer;
 

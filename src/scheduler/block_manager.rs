@@ -147,7 +147,7 @@ impl BlockManager {
     fn lookup(&self, sequence: &Sequence) -> (Vec<BlockId>, BlockName) {
         let (mut shared, mut parent) = (Vec::new(), ROOT);
         let num_full = (sequence.num_prompt_tokens() - 1) / self.block_size;
-        if self.sharing {
+        if self.sharing && !sequence.scores_prompt() {
             for index in 0..num_full {
                 let Some(&id) = self.index.get(&self.key(sequence, index, parent)) else { break };
                 parent = self.name(id);

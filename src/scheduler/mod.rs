@@ -67,6 +67,8 @@ pub struct SchedulerLimits {
     pub max_running_sequences: usize,
     /// Prompt tokens computed in one step.
     pub max_prefill_tokens: usize,
+    /// Prompt tokens in one step whose logits are all wanted; each takes a row of the vocabulary's size.
+    pub max_scored_tokens: usize,
     /// Frames encoded in one step.
     pub max_encode_frames: usize,
     /// Videos whose encoded tokens are kept (those in use included).
@@ -113,6 +115,7 @@ impl Scheduler {
             limits.num_blocks,
             limits.max_running_sequences,
             limits.max_prefill_tokens,
+            limits.max_scored_tokens,
             limits.max_encode_frames,
             limits.max_cached_videos,
         ];
@@ -153,7 +156,7 @@ impl Scheduler {
         // The last prompt token is left to each of them: its logits are wanted.
         let block_size = self.limits.block_size;
         let num_shared = (spec.token_ids.len().saturating_sub(1)) / block_size * block_size;
-        let shares = specs.len() > 1 && num_shared > 0;
+        let shares = specs.len() > 1 && num_shared > 0 && !spec.scores_prompt;
         let first = shares.then_some(SequenceId(self.next_id));
         if let Some(first) = first {
             self.families.found(first, specs.len(), num_shared);
@@ -232,6 +235,11 @@ impl Scheduler {
         failed.iter().for_each(|&id| self.remove(id));
         plan.encode.iter().for_each(|work| self.encoder.restart(&work.digest));
         failed
+    }
+
+    /// Tokens that end a sequence.
+    pub fn end_token_ids(&self) -> &[TokenId] {
+        &self.limits.end_token_ids
     }
 
     /// Sequences that are admitted.

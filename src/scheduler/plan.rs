@@ -45,6 +45,7 @@ impl Scheduler {
     /// Prompt chunks in order of admission, up to the step's budget; a chunk never enters a span not yet encoded.
     pub(super) fn plan_prefill(&self) -> Vec<ComputeWork> {
         let mut budget = self.limits.max_prefill_tokens;
+        let mut scored_budget = self.limits.max_scored_tokens;
         let mut works = Vec::new();
         // Families whose shared part somebody computes already.
         let mut led = Vec::new();
@@ -65,7 +66,11 @@ impl Scheduler {
             };
             let limit =
                 sequence.spans().iter().find(missing).map_or(sequence.num_tokens(), |span| span.range.start);
-            let num_tokens = limit.saturating_sub(sequence.num_computed()).min(budget);
+            let mut num_tokens = limit.saturating_sub(sequence.num_computed()).min(budget);
+            if sequence.scores_prompt() {
+                num_tokens = num_tokens.min(scored_budget);
+                scored_budget -= num_tokens;
+            }
             if num_tokens > 0 {
                 budget -= num_tokens;
                 works.push(sequence.work(id, num_tokens));

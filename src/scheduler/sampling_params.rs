@@ -25,12 +25,19 @@ pub struct SamplingParams {
     pub seed: u64,
     /// Most tokens of the completion.
     pub max_tokens: usize,
+    /// Fewest tokens of the completion: before, no id of `ending_ids` is sampled, unless a grammar
+    /// allows nothing else.
+    pub min_tokens: usize,
     /// Go on after an end token (benchmarks).
     pub ignore_eos: bool,
     /// Further ids that end the sequence.
     pub stop_token_ids: Vec<TokenId>,
+    /// All ids that end the sequence. The engine sets them, and only where there are `min_tokens`.
+    pub ending_ids: Vec<TokenId>,
     /// How many of the most probable tokens are reported beside each chosen one; `None`: nothing is reported.
     pub top_logprobs: Option<usize>,
+    /// The prompt's tokens are reported too, and the token that ends the sequence. Needs `top_logprobs`.
+    pub scores_prompt: bool,
     /// Ids whose log probabilities are reported at each step, chosen or not.
     pub watched: Vec<TokenId>,
 }
@@ -60,9 +67,12 @@ impl SamplingParams {
             logit_bias: Vec::new(),
             seed: 0,
             max_tokens,
+            min_tokens: 0,
             ignore_eos: false,
             stop_token_ids: Vec::new(),
+            ending_ids: Vec::new(),
             top_logprobs: None,
+            scores_prompt: false,
             watched: Vec::new(),
         }
     }

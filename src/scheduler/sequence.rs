@@ -38,6 +38,9 @@ pub struct SequenceSpec {
     pub ignore_eos: bool,
     /// Further ids that end the sequence.
     pub stop_token_ids: Vec<TokenId>,
+    /// The logits of all prompt tokens are wanted: no block of the prompt is taken from the cache or
+    /// from a sibling.
+    pub scores_prompt: bool,
 }
 
 /// A sequence that waits or runs.
@@ -95,6 +98,10 @@ impl Sequence {
 
     pub fn spans(&self) -> &[VisualSpan] {
         &self.spec.spans
+    }
+
+    pub fn scores_prompt(&self) -> bool {
+        self.spec.scores_prompt
     }
 
     pub(super) fn cache_salt(&self) -> Option<&Arc<str>> {

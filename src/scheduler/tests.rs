@@ -17,6 +17,7 @@ fn limits(num_blocks: usize) -> SchedulerLimits {
         num_blocks,
         max_running_sequences: 5,
         max_prefill_tokens: 7,
+        max_scored_tokens: 3,
         max_encode_frames: 3,
         max_cached_videos: 2,
         prefix_cache: true,
@@ -32,6 +33,7 @@ fn spec(token_ids: Vec<TokenId>, max_tokens: usize) -> SequenceSpec {
         max_tokens,
         ignore_eos: false,
         stop_token_ids: vec![],
+        scores_prompt: false,
     }
 }
 

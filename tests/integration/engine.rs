@@ -63,7 +63,10 @@ async fn reply(handle: &EngineHandle, sequence: NewSequence) -> (String, Result<
     let mut bytes = vec![];
     while let Some(event) = stream.next().await {
         match event {
-            TokenEvent::Started { .. } | TokenEvent::PromptComputed(_) => {}
+            TokenEvent::Started { .. }
+            | TokenEvent::PromptComputed(_)
+            | TokenEvent::PromptScored(_)
+            | TokenEvent::EndToken { .. } => {}
             TokenEvent::Token { id, .. } => bytes.push(id as u8),
             TokenEvent::Finished(reason) => return (String::from_utf8(bytes).unwrap(), Ok(reason)),
             TokenEvent::Failed(error) => return (String::from_utf8(bytes).unwrap(), Err(error)),

@@ -9,7 +9,10 @@ use std::{
 use candle_core::{DType, Device, Tensor};
 use tinyllava::{
     config::EngineConfig,
-    engine::{EngineHandle, EngineOptions, NewSequence, StepObserver, StepReport, TokenEvent, VideoInput},
+    engine::{
+        EngineHandle, EngineOptions, NewSequence, PromptToken, StepObserver, StepReport, TokenEvent,
+        VideoInput,
+    },
     model::{
         FrameBatch, Tap, VISUAL_TOKEN, VideoLanguageModel,
         config::ModelConfig,
@@ -142,11 +145,65 @@ async fn run(handle: &EngineHandle, sequence: NewSequence) -> Vec<u32> {
     let mut ids = vec![];
     loop {
         match stream.next().await.expect("the engine lives") {
-            TokenEvent::Started { .. } | TokenEvent::PromptComputed(_) => {}
+            TokenEvent::Started { .. }
+            | TokenEvent::PromptComputed(_)
+            | TokenEvent::PromptScored(_)
+            | TokenEvent::EndToken { .. } => {}
             TokenEvent::Token { id, .. } => ids.push(id),
             TokenEvent::Finished(_) => return ids,
             TokenEvent::Failed(error) => panic!("{error}"),
         }
+    }
+}
+
+/// Scores of the tokens of a prompt.
+async fn scores(handle: &EngineHandle, sequence: NewSequence) -> Vec<PromptToken> {
+    let mut stream = handle.reserve().unwrap().submit(sequence).unwrap();
+    let mut prompt = vec![];
+    loop {
+        match stream.next().await.expect("the engine lives") {
+            TokenEvent::PromptScored(tokens) => prompt = tokens,
+            TokenEvent::Finished(_) => return prompt,
+            TokenEvent::Failed(error) => panic!("{error}"),
+            _ => {}
+        }
+    }
+}
+
+/// Scores are of the original's distribution: here of the tokens it chose itself, which follow the
+/// prompt.
+#[tokio::test]
+async fn scores_of_a_prompt_are_those_of_the_original_in_any_chunks() {
+    let checkpoint = checkpoint("tiny");
+    let logits = checkpoint.golden["greedy_scores"].to_dtype(DType::F64).unwrap().to_vec2::<f64>().unwrap();
+    let ids = checkpoint.greedy_ids();
+    let mut first: Option<Vec<PromptToken>> = None;
+    for max_prefill_tokens in [1, 7, 4096] {
+        let config = EngineConfig { max_prefill_tokens, max_encode_frames: 64, ..EngineConfig::default() };
+        let (engine, _, observer) = checkpoint.start(config, WeightFormat::Float(StoredDType::F32));
+        let mut sequence = checkpoint.request();
+        sequence.token_ids.extend(&ids);
+        sequence.sampling =
+            SamplingParams { top_logprobs: Some(3), scores_prompt: true, ..SamplingParams::greedy(1) };
+        for _ in 0..2 {
+            let prompt = scores(&engine, sequence.clone()).await;
+            assert_eq!(prompt.iter().map(|token| token.id).collect::<Vec<_>>(), sequence.token_ids);
+            assert!(prompt[0].logprobs.is_none() && prompt[1..].iter().all(|token| token.logprobs.is_some()));
+            for (row, token) in logits.iter().zip(&prompt[prompt.len() - ids.len()..]) {
+                let (id, got) = (token.id as usize, token.logprobs.as_ref().unwrap());
+                let largest = row.iter().copied().fold(f64::MIN, f64::max);
+                let log_sum = largest + row.iter().map(|logit| (logit - largest).exp()).sum::<f64>().ln();
+                assert!((f64::from(got.chosen) - (row[id] - log_sum)).abs() < 1e-4, "{id}: {got:?}");
+                assert_eq!(
+                    (got.top.len(), got.top[0]),
+                    (3, (token.id, got.chosen)),
+                    "the original is greedy"
+                );
+            }
+            // Kernels are batch-invariant, so the bits are the same however the prompt is cut.
+            assert_eq!(first.get_or_insert_with(|| prompt.clone()), &prompt, "{max_prefill_tokens}");
+        }
+        assert_eq!(observer.0.lock().unwrap().0, 0, "what the cache holds has no logits");
     }
 }
 

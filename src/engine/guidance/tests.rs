@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::prompt::{
-    Constraint, Grammar, GrammarCompiler, Tokenizer,
+    Constraint, Function, Grammar, GrammarCompiler, Tokenizer, call_prefix,
     template::{TAG_END, THINK_CLOSING, THINK_OPENING},
 };
 
@@ -175,6 +175,12 @@ fn satisfies(constraint: &Constraint, answer: &str) -> bool {
             regex.is_match(answer)
         }
         Constraint::Json(_) => serde_json::from_str::<Value>(answer).is_ok(),
+        Constraint::Calls(functions) if functions.len() == 1 => serde_json::from_str::<Value>(answer).is_ok(),
+        Constraint::Calls(functions) => functions.iter().any(|function| {
+            let arguments = answer.strip_prefix(&call_prefix(&function.name));
+            let arguments = arguments.and_then(|rest| rest.strip_suffix('}'));
+            arguments.is_some_and(|arguments| serde_json::from_str::<Value>(arguments).is_ok())
+        }),
         Constraint::Grammar(_) => answer.split(' ').all(|word| word.bytes().all(|b| b.is_ascii_lowercase())),
     }
 }
@@ -194,6 +200,10 @@ fn constraints() -> impl Strategy<Value = Constraint> {
         ])
         .prop_map(|regex| Constraint::Regex(regex.into())),
         proptest::sample::select(schemas()).prop_map(Constraint::Json),
+        proptest::collection::vec(proptest::sample::select(schemas()), 1..4).prop_map(|schemas| {
+            let function = |(i, parameters)| Function { name: format!("call \"{i}\""), parameters };
+            Constraint::Calls(schemas.into_iter().enumerate().map(function).collect())
+        }),
         Just(Constraint::Grammar("start: word (\" \" word)*\nword: /[a-z]{2,9}/".into())),
     ]
 }

@@ -49,7 +49,20 @@ pub(super) fn finish(document: &mut OpenApi) {
             object.properties.entry(field.into()).or_insert_with(|| any.build().into());
         }
     }
+    if let Some(RefOr::T(Schema::Object(message))) = components.schemas.get_mut("Message") {
+        for (field, text) in CALLS {
+            let any = Object::builder().schema_type(SchemaType::AnyValue).description(Some(text)).build();
+            message.properties.insert(field.into(), any.into());
+        }
+    }
 }
+
+/// Fields of messages for function calls and their results.
+const CALLS: [(&str, &str); 3] = [
+    ("tool_calls", "Calls of an assistant's message: their arguments become its text."),
+    ("tool_call_id", "The call that a message of the role tool is the result of; without effect."),
+    ("function_call", "A call in OpenAI's older form."),
+];
 
 /// One of these texts.
 fn one_of(texts: &[&str]) -> Schema {
@@ -58,7 +71,7 @@ fn one_of(texts: &[&str]) -> Schema {
 
 /// `messages[].role`
 pub fn role() -> Schema {
-    one_of(&["system", "developer", "user", "assistant"])
+    one_of(&["system", "developer", "user", "assistant", "tool"])
 }
 
 /// `messages[].content[].type`

@@ -5,12 +5,16 @@
 use serde_json::{Map, Value};
 
 use super::request::TextOptions;
-use crate::http::validate::{InvalidRequest, refuse_unknown};
+use crate::http::{
+    types::Extra,
+    validate::{InvalidRequest, refuse_unknown},
+};
 
 const MAX_USER_BYTES: usize = 512;
 const MAX_METADATA: usize = 16;
 const MAX_METADATA_KEY_CHARS: usize = 64;
 const MAX_METADATA_VALUE_CHARS: usize = 512;
+const MAX_TOOLS_BYTES: usize = 64 << 10;
 const MAX_FORMAT_NAME_CHARS: usize = 64;
 const MAX_FORMAT_DESCRIPTION_CHARS: usize = 1024;
 const VERBOSITIES: [&str; 3] = ["low", "medium", "high"];
@@ -61,6 +65,21 @@ pub fn check_text(text: &TextOptions) -> Result<(), InvalidRequest> {
             let path = format!("text.format.{name}");
             let message = format!("{path} must have at most {max_chars} characters; send a shorter one");
             return Err(InvalidRequest::field(path, message));
+        }
+    }
+    Ok(())
+}
+
+/// # Errors
+/// When `tools` and `tool_choice` are too long.
+pub fn check_tools(extra: &Extra) -> Result<(), InvalidRequest> {
+    for name in ["tools", "tool_choice"] {
+        let num_bytes = extra.get(name).map_or(0, |value| value.to_string().len());
+        if num_bytes > MAX_TOOLS_BYTES {
+            let message = format!(
+                "{name} has {num_bytes} bytes, but at most {MAX_TOOLS_BYTES} are allowed; send fewer or shorter ones"
+            );
+            return Err(InvalidRequest::field(name, message));
         }
     }
     Ok(())

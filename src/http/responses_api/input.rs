@@ -20,7 +20,8 @@ const KNOBS: [&str; 6] = ["num_frames", "fps", "max_frames", "start", "end", "uu
 /// One item of the input: a message, or the thinking of an earlier response.
 #[derive(Debug, Deserialize, ToSchema)]
 pub struct InputItem {
-    /// message (or none), or reasoning, which the model is not shown again.
+    /// message (or none), function_call, function_call_output, or reasoning, which the model is not
+    /// shown again.
     #[serde(rename = "type")]
     kind: Option<String>,
     /// user, assistant, system or developer.
@@ -95,13 +96,17 @@ fn message(path: &str, item: InputItem) -> Result<Option<Value>, InvalidRequest>
     match item.kind.as_deref() {
         None | Some("message") => {}
         Some("reasoning") => return Ok(None),
+        Some("function_call") => return call(path, &item.extra).map(Some),
+        Some("function_call_output") => return call_output(path, item.extra).map(Some),
         Some("item_reference") => {
             let message = "items are not kept by themselves; send the item itself, or previous_response_id";
             return Err(InvalidRequest::field(format!("{path}.type"), message));
         }
         Some(kind) => {
             let kind = shorten(kind);
-            let message = format!("items of type \"{kind}\" are not supported; use message or reasoning");
+            let message = format!(
+                "items of type \"{kind}\" are not supported; use message, function_call, function_call_output or reasoning"
+            );
             return Err(InvalidRequest::field(format!("{path}.type"), message));
         }
     }
@@ -122,6 +127,39 @@ fn message(path: &str, item: InputItem) -> Result<Option<Value>, InvalidRequest>
     message.insert("role".into(), role.into());
     message.insert("content".into(), content);
     Ok(Some(message.into()))
+}
+
+/// A call of an earlier response, which belongs to the assistant's message.
+fn call(path: &str, item: &Extra) -> Result<Value, InvalidRequest> {
+    let Some(arguments) = item.get("arguments").and_then(Value::as_str) else {
+        let message = "a function_call needs its arguments, a text of JSON";
+        return Err(InvalidRequest::field(format!("{path}.arguments"), message));
+    };
+    let call = json!({"function": {"name": item.get("name"), "arguments": arguments}});
+    Ok(json!({"role": "assistant", "tool_calls": [call]}))
+}
+
+/// The result of a call: a text, or content parts.
+fn call_output(path: &str, mut item: Extra) -> Result<Value, InvalidRequest> {
+    let content = match item.shift_remove("output") {
+        Some(Value::String(text)) => Value::String(text),
+        Some(Value::Array(parts)) => {
+            let mut content = Vec::new();
+            for (i, part) in parts.into_iter().enumerate() {
+                let path = format!("{path}.output[{i}]");
+                let Value::Object(part) = part else {
+                    return Err(InvalidRequest::field(path, "a part of an output must be an object"));
+                };
+                content.push(content_part(&path, part)?);
+            }
+            content.into()
+        }
+        _ => {
+            let message = "a function_call_output needs its output, a text or a list of parts";
+            return Err(InvalidRequest::field(format!("{path}.output"), message));
+        }
+    };
+    Ok(json!({"role": "tool", "content": content}))
 }
 
 /// A content part in the form of a chat message. What has no meaning stays, and is refused with its name there.
@@ -297,7 +335,9 @@ mod tests {
     #[test]
     fn what_cannot_be_a_message_is_refused_with_its_place() {
         for (item, param) in [
-            (json!({"type": "function_call_output"}), "input[0].type"),
+            (json!({"type": "function_call_output"}), "input[0].output"),
+            (json!({"type": "function_call_output", "output": [1]}), "input[0].output[0]"),
+            (json!({"type": "function_call", "name": "f", "arguments": {}}), "input[0].arguments"),
             (json!({"type": "item_reference", "id": "msg_1"}), "input[0].type"),
             (json!({"content": "Hi"}), "input[0].role"),
             (

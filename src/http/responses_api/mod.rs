@@ -3,6 +3,7 @@
 //! Handlers of the router. A request is translated to a chat request and goes the same way (`http/pipeline.rs`); here
 //! its output is told in items and events, and kept for a while.
 
+mod call;
 mod echo;
 mod input;
 mod names;
@@ -56,7 +57,7 @@ use crate::scheduler::StopReason;
     request_body = ResponsesRequest,
     responses(
         (status = 200, description = "The response: an item of `reasoning` (the thinking, as summary and as content) and an item \
-            of `message` (the answer). With `\"stream\": true` server-sent events from `response.created` to \
+            of `message` (the answer) or of `function_call`, if `tool_choice` asks for one. With `\"stream\": true` server-sent events from `response.created` to \
             `response.completed`, `response.incomplete` or `response.failed`.",
             content((ResponseObject = "application/json"), (StreamEvent = "text/event-stream"))),
         Refused))]
@@ -75,7 +76,8 @@ pub async fn create(
     let created = SystemTime::now().duration_since(UNIX_EPOCH);
     shape.object.created_at = created.map_or(0, |since| since.as_secs());
     let view = ChoiceView { wanted: shape.choices.clone(), tokenizer: loaded.tokenizer.clone() };
-    let (store, output) = (state.responses().clone(), Output::new(view));
+    let output = Output::new(view, std::mem::take(&mut shape.functions));
+    let store = state.responses().clone();
     if !shape.stream {
         return Ok(Json(fold(preparing.await?, output, shape, &store).await?).into_response());
     }

@@ -37,7 +37,9 @@ pub struct ResponseObject {
     pub temperature: f32,
     /// As it was sent.
     pub text: Value,
-    pub tool_choice: &'static str,
+    /// The request's `tool_choice`, unchanged.
+    pub tool_choice: Value,
+    /// The request's `tools`, unchanged.
     pub tools: Vec<Value>,
     pub top_logprobs: usize,
     pub top_p: f32,
@@ -111,7 +113,7 @@ impl From<TokenCounts> for ResponseUsage {
     }
 }
 
-/// A part of the output: thinking, or the answer.
+/// A part of the output: thinking, the answer, or the call that it is.
 #[derive(Debug, Clone, Serialize, ToSchema)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum Item {
@@ -128,6 +130,14 @@ pub enum Item {
         status: Status,
         role: &'static str,
         content: Vec<Part>,
+    },
+    FunctionCall {
+        id: String,
+        status: Status,
+        call_id: String,
+        name: String,
+        /// JSON
+        arguments: String,
     },
 }
 
@@ -183,6 +193,12 @@ pub enum Payload {
         delta: String,
         #[serde(skip_serializing_if = "Option::is_none")]
         logprobs: Option<Vec<TokenLogprob>>,
+    },
+    Arguments {
+        #[serde(flatten)]
+        at: At,
+        name: String,
+        arguments: String,
     },
     Text {
         #[serde(flatten)]

@@ -2,9 +2,15 @@
 //!
 //! Used by `mod.rs` for streams and unary responses alike: both have the same items.
 
-use super::objects::{At, Item, Part, Payload, Status};
+use super::{
+    call::OpenCall,
+    objects::{At, Item, Part, Payload, Status},
+};
 use crate::{
-    http::choices::{ChoiceView, TokenLogprob},
+    http::{
+        choices::{ChoiceView, TokenLogprob},
+        tool_calls::{CallPiece, CallReader},
+    },
     output::{OutputEvent, ScoredToken, Segment},
     scheduler::StopReason,
 };
@@ -19,6 +25,9 @@ pub struct Output {
     /// Items that are whole.
     items: Vec<Item>,
     open: Option<OpenItem>,
+    /// If the answer is a call.
+    reader: Option<CallReader>,
+    open_call: Option<OpenCall>,
     /// Why it ended; aborted as long as it has not.
     reason: StopReason,
 }
@@ -34,14 +43,22 @@ struct OpenItem {
 }
 
 impl Output {
-    /// `view` knows whether log probabilities are wanted.
-    pub fn new(view: ChoiceView) -> Self {
-        Output { view, items: vec![], open: None, reason: StopReason::Aborted }
+    /// `view` knows whether log probabilities are wanted; the answer calls one of `functions`, if
+    /// there are any.
+    pub fn new(view: ChoiceView, functions: Vec<String>) -> Self {
+        let reader = (!functions.is_empty()).then(|| CallReader::new(functions));
+        Output { view, items: vec![], open: None, reader, open_call: None, reason: StopReason::Aborted }
     }
 
     /// Takes the next event; gives what there is to tell of it.
     pub fn take(&mut self, event: OutputEvent) -> Vec<Told> {
         match event {
+            OutputEvent::Delta { segment, text, .. }
+                if segment != Segment::Think && self.reader.is_some() =>
+            {
+                let pieces = self.reader.as_mut().map(|reader| reader.push(&text)).unwrap_or_default();
+                pieces.into_iter().flat_map(|piece| self.push_call(piece)).collect()
+            }
             OutputEvent::Delta { segment, text, tokens } => self.push(segment, text, &tokens),
             OutputEvent::Finished(ending) => {
                 self.reason = ending.reason;
@@ -50,7 +67,11 @@ impl Output {
                     open.logprobs.extend(logprobs);
                 }
                 let is_cut = ending.reason == StopReason::Length;
-                self.close(if is_cut { Status::Incomplete } else { Status::Completed })
+                let is_whole = ending.reason == StopReason::EndOfSequence;
+                let rest = self.reader.as_mut().and_then(|reader| reader.finish(is_whole));
+                let mut told = rest.map(|piece| self.push_call(piece)).unwrap_or_default();
+                told.extend(self.close(if is_cut { Status::Incomplete } else { Status::Completed }));
+                told
             }
         }
     }
@@ -60,18 +81,37 @@ impl Output {
         self.reason
     }
 
-    /// All items that are whole, and the text of the answer.
+    /// All items that are whole, and the text of the answer: of a call its arguments.
     pub fn into_items(self) -> (Vec<Item>, String) {
-        let texts = self.items.iter().filter_map(|item| match item {
-            Item::Message { content, .. } => Some(content),
-            Item::Reasoning { .. } => None,
-        });
-        let texts = texts.flatten().filter_map(|part| match part {
-            Part::OutputText { text, .. } => Some(text.as_str()),
-            Part::SummaryText { .. } | Part::ReasoningText { .. } => None,
-        });
-        let answer = texts.collect();
+        let mut answer = String::new();
+        for item in &self.items {
+            match item {
+                Item::Message { content, .. } => {
+                    for part in content {
+                        if let Part::OutputText { text, .. } = part {
+                            answer.push_str(text);
+                        }
+                    }
+                }
+                Item::FunctionCall { arguments, .. } => answer.push_str(arguments),
+                Item::Reasoning { .. } => {}
+            }
+        }
         (self.items, answer)
+    }
+
+    fn push_call(&mut self, piece: CallPiece) -> Vec<Told> {
+        match (piece, &mut self.open_call) {
+            (CallPiece::Begin { id, name }, _) => {
+                let mut told = self.close(Status::Completed);
+                let call = OpenCall::new(id, name);
+                told.push(call.begin(self.items.len()));
+                self.open_call = Some(call);
+                told
+            }
+            (CallPiece::Arguments(more), Some(call)) => vec![call.push(self.items.len(), more)],
+            (CallPiece::Arguments(_), None) => vec![],
+        }
     }
 
     fn push(&mut self, segment: Segment, text: String, tokens: &[ScoredToken]) -> Vec<Told> {
@@ -107,6 +147,11 @@ impl Output {
 
     /// The end of an item, which is as whole as `status` says.
     fn close(&mut self, status: Status) -> Vec<Told> {
+        if let Some(call) = self.open_call.take() {
+            let (told, item) = call.end(self.items.len(), status);
+            self.items.push(item);
+            return told.into();
+        }
         let Some(open) = self.open.take() else { return vec![] };
         let (told, item) = open.end(self.items.len(), status);
         self.items.push(item);
@@ -185,7 +230,7 @@ mod tests {
 
     fn output() -> Output {
         let wanted = ValidChoices { count: 1, ..ValidChoices::default() };
-        Output::new(ChoiceView { wanted, tokenizer: Arc::new(Tokenizer::bytes()) })
+        Output::new(ChoiceView { wanted, tokenizer: Arc::new(Tokenizer::bytes()) }, vec![])
     }
 
     fn kinds(told: &[Told]) -> Vec<&str> {

@@ -25,7 +25,7 @@ use crate::http::{
 };
 
 /// Fields of chat requests that mean the same here.
-const AS_IN_CHAT: [&str; 23] = [
+const AS_IN_CHAT: [&str; 26] = [
     "cache_salt",
     "chat_template_kwargs",
     "frequency_penalty",
@@ -39,6 +39,7 @@ const AS_IN_CHAT: [&str; 23] = [
     "max_thinking_tokens",
     "media_io_kwargs",
     "min_p",
+    "min_tokens",
     "presence_penalty",
     "repetition_penalty",
     "seed",
@@ -47,6 +48,8 @@ const AS_IN_CHAT: [&str; 23] = [
     "structured_outputs",
     "thinking_token_budget",
     "timeout",
+    "tool_choice",
+    "tools",
     "top_k",
     "top_logprobs",
 ];
@@ -139,6 +142,8 @@ pub struct Shape {
     pub object: ResponseObject,
     /// What is wanted of the one choice.
     pub choices: ValidChoices,
+    /// Functions one of which the answer calls; empty: the answer is text.
+    pub functions: Vec<String>,
     /// What to keep with it; `None`: it is not to be kept.
     pub kept: Option<KeptConversation>,
 }
@@ -171,6 +176,10 @@ pub fn check(
     }
     let Messages { list, origins } = messages;
     let origins = Origins(origins);
+    let tools = ToolsEcho {
+        tools: request.extra.get("tools").and_then(Value::as_array).cloned().unwrap_or_default(),
+        tool_choice: request.extra.get("tool_choice").filter(|choice| !choice.is_null()).cloned(),
+    };
     let chat = Value::Object(request.chat_with(list));
     let chat: ChatRequest = serde_path_to_error::deserialize(chat).map_err(|error| {
         let path = error.path().to_string();
@@ -185,9 +194,23 @@ pub fn check(
     if let Some(guided) = &mut valid.guided {
         guided.param = origins.path(&guided.param);
     }
-    let object = request.into_object(&valid, limits.model_id, is_kept);
-    let shape = Shape { stream: valid.stream, object, choices: valid.choices.clone(), kept };
+    let object = tools.put_into(request.into_object(&valid, limits.model_id, is_kept));
+    let (choices, functions) = (valid.choices.clone(), valid.functions());
+    let shape = Shape { stream: valid.stream, object, choices, functions, kept };
     Ok((valid, shape))
+}
+
+/// The request's tools, which the response repeats.
+struct ToolsEcho {
+    tools: Vec<Value>,
+    tool_choice: Option<Value>,
+}
+
+impl ToolsEcho {
+    fn put_into(self, object: ResponseObject) -> ResponseObject {
+        let tool_choice = self.tool_choice.unwrap_or(object.tool_choice);
+        ResponseObject { tools: self.tools, tool_choice, ..object }
+    }
 }
 
 /// What is kept of a conversation: its messages, unless they are too large.
@@ -270,6 +293,7 @@ impl ResponsesRequest {
         if let Some(text) = &self.text {
             echo::check_text(text)?;
         }
+        echo::check_tools(&self.extra)?;
         let include = self
             .include
             .iter()
@@ -340,7 +364,7 @@ impl ResponsesRequest {
             store,
             temperature: valid.sampling.params.temperature,
             text: text.unwrap_or_else(|| json!({"format": {"type": "text"}, "verbosity": "medium"})),
-            tool_choice: "auto",
+            tool_choice: "auto".into(),
             tools: vec![],
             top_logprobs: valid.sampling.params.top_logprobs.unwrap_or(0),
             top_p: valid.sampling.params.top_p,
@@ -356,8 +380,6 @@ impl ResponsesRequest {
 fn asks_for_nothing(name: &str, value: &Value) -> bool {
     match name {
         "background" => *value == false,
-        "tools" => value.as_array().is_some_and(Vec::is_empty),
-        "tool_choice" => *value == "auto" || *value == "none",
         "truncation" => *value == "disabled",
         _ => false,
     }

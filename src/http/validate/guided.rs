@@ -5,7 +5,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::{InvalidRequest, shorten};
+use super::{InvalidRequest, shorten, tools};
 use crate::{config::Config, http::types::ChatRequest, prompt::Constraint};
 
 /// A constraint, and the field it came from.
@@ -13,6 +13,16 @@ use crate::{config::Config, http::types::ChatRequest, prompt::Constraint};
 pub struct Guided {
     pub constraint: Constraint,
     pub param: String,
+}
+
+impl Guided {
+    /// Returns the names of the functions one of which the answer calls.
+    pub fn functions(&self) -> Vec<String> {
+        match &self.constraint {
+            Constraint::Calls(functions) => functions.iter().map(|function| function.name.clone()).collect(),
+            _ => Vec::new(),
+        }
+    }
 }
 
 /// The one constraint of a request, if there is any.
@@ -38,6 +48,14 @@ pub fn validate(request: &ChatRequest, config: &Config) -> Result<Option<Guided>
             return Err(InvalidRequest::field(&second.param, message));
         }
         found = found.or(guided);
+    }
+    if let Some(calls) = tools::forced(request)? {
+        if let Some(first) = &found {
+            let message =
+                format!("{} and tool_choice both say what the answer must be; send one", first.param);
+            return Err(InvalidRequest::field("tool_choice", message));
+        }
+        found = Some(calls);
     }
     if let Some(guided) = &found {
         check_size(guided, config)?;
@@ -190,9 +208,17 @@ fn check_size(guided: &Guided, config: &Config) -> Result<(), InvalidRequest> {
             let message = format!("there are {num} choices, but at most {max} are allowed");
             return Err(InvalidRequest::field(&guided.param, message));
         }
+        Constraint::Calls(functions) if functions.len() > config.max_guide_choices => {
+            let (num, max) = (functions.len(), config.max_guide_choices);
+            let message = format!("there are {num} functions to choose from, but at most {max} are allowed");
+            return Err(InvalidRequest::field(&guided.param, message));
+        }
         Constraint::Choice(choices) => choices.iter().map(String::len).sum(),
         Constraint::Regex(text) | Constraint::Grammar(text) => text.len(),
         Constraint::Json(schema) => schema.to_string().len(),
+        Constraint::Calls(functions) => {
+            functions.iter().map(|function| function.name.len() + function.parameters.to_string().len()).sum()
+        }
     };
     if num_bytes > config.max_guide_bytes {
         return Err(InvalidRequest::field(&guided.param, too_large(&guided.param, num_bytes, config)));

@@ -8,6 +8,7 @@ use super::{
     InvalidRequest,
     parts::{self, Part, VideoPart},
     shorten,
+    tools::{self, Origin},
 };
 use crate::{
     config::Config,
@@ -42,16 +43,20 @@ struct Builder {
     conversation: Conversation,
     videos: Vec<VideoPart>,
     text_bytes: usize,
+    /// The last message was the result of a call.
+    after_result: bool,
 }
 
 impl Builder {
-    fn push(&mut self, path: &str, message: Message, config: &Config) -> Result<(), InvalidRequest> {
+    fn push(&mut self, path: &str, mut message: Message, config: &Config) -> Result<(), InvalidRequest> {
+        let origin = tools::as_text(path, &mut message)?;
         check_message_fields(path, &message.extra)?;
         let before = self.videos.len();
         let text = self.content(path, message.content, config)?;
         let num_videos = self.videos.len() - before;
-        let turns = &mut self.conversation.turns;
         let role = message.role.as_str();
+        let after_result = std::mem::replace(&mut self.after_result, origin == Origin::Result);
+        let turns = &mut self.conversation.turns;
         if num_videos > 0 && role != "user" {
             return Err(InvalidRequest::field(
                 format!("{path}.content"),
@@ -67,6 +72,16 @@ impl Builder {
             ("system" | "developer", Some(_)) => {
                 return out_of_order("the system message must be the first one");
             }
+            // Results of calls, and what the user says to them, are one turn.
+            ("user", Some(turn)) if turn.assistant.is_none() && after_result => {
+                join(&mut turn.user, &text);
+                turn.num_videos += num_videos;
+            }
+            ("user", None | Some(Turn { assistant: None, .. })) if origin == Origin::Result => {
+                return out_of_order(
+                    "the result of a call must follow the assistant's message with the call",
+                );
+            }
             ("user", Some(Turn { assistant: None, .. })) => {
                 return out_of_order("two user messages follow each other; join them");
             }
@@ -74,11 +89,15 @@ impl Builder {
                 turns.push(Turn { user: text, num_videos, assistant: None });
             }
             ("assistant", Some(turn)) if turn.assistant.is_none() => turn.assistant = Some(text),
+            ("assistant", Some(Turn { assistant: Some(said), .. })) if origin == Origin::Call => {
+                join(said, &text)
+            }
             ("assistant", _) => return out_of_order("an assistant message must follow a user message"),
-            ("tool" | "function", _) => return out_of_order("tools are not supported yet"),
             _ => {
-                let message =
-                    format!("unknown role \"{}\"; use system, developer, user or assistant", shorten(role));
+                let message = format!(
+                    "unknown role \"{}\"; use system, developer, user, assistant or tool",
+                    shorten(role)
+                );
                 return Err(InvalidRequest::field(format!("{path}.role"), message));
             }
         }
@@ -176,6 +195,14 @@ impl Builder {
     }
 }
 
+/// Appends a text on a new line.
+fn join(text: &mut String, more: &str) {
+    if !text.is_empty() && !more.is_empty() {
+        text.push('\n');
+    }
+    text.push_str(more);
+}
+
 fn too_many_videos(config: &Config) -> String {
     format!(
         "this server accepts at most {} videos and pictures in a request (--max-videos-per-request), of all \
@@ -192,7 +219,9 @@ fn check_message_fields(path: &str, extra: &Extra) -> Result<(), InvalidRequest>
         }
         let name = shorten(name);
         let message = match name.as_str() {
-            "tool_calls" | "tool_call_id" | "function_call" => "tools are not supported yet".into(),
+            "tool_calls" | "tool_call_id" | "function_call" => {
+                format!("{name} is for messages of the roles assistant and tool; remove it")
+            }
             "audio" => "audio is not supported".into(),
             _ => format!("unknown field \"{name}\" in a message; known are role, content, name"),
         };

@@ -8,6 +8,7 @@ mod guided;
 mod messages;
 mod parts;
 mod sampling;
+mod tools;
 mod video;
 
 pub use choices::ValidChoices;
@@ -35,8 +36,10 @@ use crate::{
 /// A request that can be served, but for what only later stages can know (the video, the prompt's length).
 #[derive(Debug)]
 pub struct ValidRequest {
-    /// What is to be continued in place of a conversation, which is then empty.
-    pub raw_prompt: Option<RawPrompt>,
+    /// Prompts without template, in place of a conversation, which is then empty. Each has `n` choices.
+    pub raw_prompts: Vec<RawPrompt>,
+    /// The reply ends as soon as the prompt is computed.
+    pub prompt_only: bool,
     /// Each video's place is in the turn that counts it.
     pub conversation: Conversation,
     /// In the order of their places.
@@ -68,6 +71,16 @@ pub enum RawPrompt {
 }
 
 impl ValidRequest {
+    /// Returns how many replies there are in all.
+    pub fn num_sequences(&self) -> usize {
+        self.choices.count * self.raw_prompts.len().max(1)
+    }
+
+    /// Returns the names of the functions one of which the answer calls; empty when it calls none.
+    pub fn functions(&self) -> Vec<String> {
+        self.guided.as_ref().map(Guided::functions).unwrap_or_default()
+    }
+
     /// Whether the model is asked to think before it answers.
     pub fn thinks(&self) -> bool {
         self.instruction == Instruction::Think
@@ -166,6 +179,11 @@ pub fn validate(
     let thinking_budget = guided::thinking_budget(&request)?;
     let guided = guided::validate(&request, limits.config)?;
     let reasoning = reasoning(&request)?;
+    if reasoning == Reasoning::Raw && guided.as_ref().is_some_and(|guided| !guided.functions().is_empty()) {
+        let message =
+            "a call of a function is told apart from the thinking; leave out reasoning_format \"none\"";
+        return Err(InvalidRequest::field("reasoning_format", message));
+    }
     let stop_strings = sampling::stop_strings(&request, limits.config)?;
     let sampling = sampling::validate(&request, limits)?;
     let cache_salt = cache_salt(request.cache_salt.take())?;
@@ -175,7 +193,8 @@ pub fn validate(
     let choices = choices::validate(&request, &conversation, sampling.params.temperature, limits)?;
     let videos = video::validate(parts, upload, request.media_io_kwargs, &limits.config.media)?;
     Ok(ValidRequest {
-        raw_prompt: None,
+        raw_prompts: vec![],
+        prompt_only: false,
         conversation,
         videos,
         cache_salt,
@@ -192,20 +211,22 @@ pub fn validate(
     })
 }
 
-/// As [`validate`], for a request that brings its prompt as it is: without messages, and nothing is made of tags.
+/// Checks a request that brings its prompts as they are, as [`validate`] does: without messages, and
+/// tags stay text.
 ///
 /// # Errors
 /// The first fault found, with the field it is in.
 pub fn validate_raw(
     mut request: ChatRequest,
-    prompt: RawPrompt,
+    prompts: Vec<RawPrompt>,
     limits: Limits<'_>,
 ) -> Result<ValidRequest, InvalidRequest> {
     check_model(request.model.as_deref(), limits.model_id)?;
     check_top_level(&request.extra)?;
     let (conversation, sampling) = (Conversation::default(), sampling::validate(&request, limits)?);
     Ok(ValidRequest {
-        raw_prompt: Some(prompt),
+        raw_prompts: prompts,
+        prompt_only: false,
         videos: vec![],
         cache_salt: cache_salt(request.cache_salt.take())?,
         timeout: timeout(request.timeout, limits.config.request_timeout)?,

@@ -14,6 +14,7 @@ use crate::{
 /// Sampling of `request` over the model's defaults.
 pub fn validate(request: &ChatRequest, limits: Limits<'_>) -> Result<ValidSampling, InvalidRequest> {
     let default = limits.default_sampling;
+    let max_tokens = max_tokens(request)?;
     let params = SamplingParams {
         temperature: range("temperature", request.temperature, 0.0..=2.0, default.temperature)?,
         top_k: top_k(request.top_k, default.top_k)?,
@@ -40,16 +41,15 @@ pub fn validate(request: &ChatRequest, limits: Limits<'_>) -> Result<ValidSampli
         logit_bias: logit_bias(request, limits)?,
         seed: 0,
         max_tokens: 0,
+        min_tokens: min_tokens(request.min_tokens, max_tokens)?,
         ignore_eos: request.ignore_eos.unwrap_or(default.ignore_eos),
         stop_token_ids: stop_token_ids(request, limits)?,
+        ending_ids: Vec::new(),
         top_logprobs: choices::top_logprobs(request, limits)?,
+        scores_prompt: false,
         watched: Vec::new(),
     };
-    Ok(ValidSampling {
-        params,
-        seed: request.seed.as_ref().map(seed).transpose()?,
-        max_tokens: max_tokens(request)?,
-    })
+    Ok(ValidSampling { params, seed: request.seed.as_ref().map(seed).transpose()?, max_tokens })
 }
 
 fn range(
@@ -110,6 +110,22 @@ fn max_tokens(request: &ChatRequest) -> Result<Option<usize>, InvalidRequest> {
             name,
             format!("{name} is {value}, but must be at least 1 and fit the context"),
         )),
+    }
+}
+
+fn min_tokens(asked: Option<u64>, max_tokens: Option<usize>) -> Result<usize, InvalidRequest> {
+    let min = asked.unwrap_or(0);
+    match (usize::try_from(min), max_tokens) {
+        (Ok(tokens), max) if tokens <= max.unwrap_or(u32::MAX as usize) => Ok(tokens),
+        (_, Some(max)) => {
+            let message =
+                format!("min_tokens is {min}, but must be at most {max}, the most tokens asked for");
+            Err(InvalidRequest::field("min_tokens", message))
+        }
+        (_, None) => {
+            let message = format!("min_tokens is {min}, but must fit the context");
+            Err(InvalidRequest::field("min_tokens", message))
+        }
     }
 }
 

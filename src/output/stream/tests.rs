@@ -1,5 +1,7 @@
 //! Replies of every shape, cut everywhere.
 
+mod stops;
+
 use proptest::prelude::*;
 
 use super::*;
@@ -139,27 +141,6 @@ fn deltas_come_as_early_as_they_are_certain() {
     assert_eq!(shown("</"), []);
     assert_eq!(shown("think>\n<answer>B"), [(Segment::Answer, "B".into())]);
     assert_eq!(shown("x</answer><think>y"), [(Segment::Answer, "x".into()), (Segment::Think, "\ny".into())]);
-}
-
-#[test]
-fn a_stop_string_ends_the_reply_before_itself() {
-    let reply = |stops: &[&str], raw, text: &str| {
-        let reply =
-            collect(events(assembler(stops, raw), text.as_bytes().chunks(1), StopReason::EndOfSequence));
-        (reply.think, reply.content, reply.reason, reply.completion_tokens)
-    };
-    let text = "<think>one two</think><answer>B. three</answer>";
-    let stop = StopReason::StopString;
-    assert_eq!(reply(&["three", "wo<"], false, text), ("one t".into(), String::new(), stop, 15));
-    assert_eq!(reply(&["</answer>"], false, text), ("one two".into(), "B. three".into(), stop, text.len()));
-    assert_eq!(
-        reply(&["</answer>"], true, text),
-        (String::new(), text.replace("</answer>", ""), stop, text.len())
-    );
-    assert_eq!(
-        reply(&["never"], true, text),
-        (String::new(), text.into(), StopReason::EndOfSequence, text.len())
-    );
 }
 
 #[test]
@@ -358,13 +339,6 @@ proptest! {
         prop_assert_eq!(&reply.content, &text[..end.unwrap_or(text.len())]);
         prop_assert_eq!(reply.reason == StopReason::StopString, end.is_some());
         prop_assert!(reply.think.is_empty());
-    }
-
-    #[test]
-    fn a_stop_string_is_as_if_the_text_ended_there(text in reply_text(), lengths in proptest::collection::vec(1usize..9, 1..6)) {
-        let end = text.find("a").unwrap_or(text.len());
-        let stopped = collect(events(assembler(&["a"], false), cut(text.as_bytes(), &lengths), StopReason::EndOfSequence));
-        prop_assert_eq!((stopped.think, stopped.content), expected(&text[..end]));
     }
 
     #[test]
