@@ -142,6 +142,8 @@ pub struct MediaConfig {
     pub max_frame_pixels: usize,
     /// Most packets of a video stream that are looked at.
     pub max_video_packets: usize,
+    /// Most frames of an animated picture.
+    pub max_animation_frames: usize,
     /// Wall clock for probing and decoding one video.
     pub decode_timeout: Duration,
     /// Wall clock for downloading one video.
@@ -349,6 +351,7 @@ impl Default for MediaConfig {
             max_frame_side: 8192,
             max_frame_pixels: 8192 * 4320,
             max_video_packets: 2_000_000,
+            max_animation_frames: 10_000,
             decode_timeout: Duration::from_secs(60),
             fetch_timeout: Duration::from_secs(60),
             max_concurrent_fetches: 8,
