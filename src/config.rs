@@ -67,8 +67,12 @@ pub struct Config {
     pub max_guide_choices: usize,
     /// Grammars that are compiled at the same time; further ones wait.
     pub max_concurrent_grammars: usize,
-    /// Most videos a request.
+    /// Most videos a message: chat clients send earlier messages again.
     pub max_videos_per_request: usize,
+    /// Most videos a request, all messages together.
+    pub max_videos_per_conversation: usize,
+    /// Whether pictures in a row are stills of their own, unless a request says otherwise.
+    pub images_as_stills: bool,
     /// Whether the log tells what was asked and answered, and how much of each.
     pub log_content: bool,
     pub max_logged_text_bytes: usize,
@@ -286,13 +290,15 @@ impl Default for Config {
             max_choices: 8,
             max_top_logprobs: 20,
             max_messages: 128,
-            max_content_parts: 64,
+            max_content_parts: 256,
             max_text_bytes: 128 << 10,
             max_token_list: 1024,
             max_guide_bytes: 64 << 10,
             max_guide_choices: 256,
             max_concurrent_grammars: 2,
             max_videos_per_request: 1,
+            max_videos_per_conversation: 16,
+            images_as_stills: false,
             log_content: false,
             max_logged_text_bytes: 64 << 10,
             traces: TracesConfig::default(),
