@@ -74,8 +74,12 @@ pub struct Config {
     pub max_guide_choices: usize,
     /// Grammars that are compiled at the same time; further ones wait.
     pub max_concurrent_grammars: usize,
-    /// Most videos a request.
+    /// Most videos a message: chat clients send earlier messages again.
     pub max_videos_per_request: usize,
+    /// Most videos a request, all messages together.
+    pub max_videos_per_conversation: usize,
+    /// Whether pictures in a row are stills of their own, unless a request says otherwise.
+    pub images_as_stills: bool,
     /// Whether the log tells what was asked and answered, and how much of each.
     pub log_content: bool,
     pub max_logged_text_bytes: usize,
@@ -149,6 +153,8 @@ pub struct MediaConfig {
     pub max_frame_pixels: usize,
     /// Most packets of a video stream that are looked at.
     pub max_video_packets: usize,
+    /// Most frames of an animated picture.
+    pub max_animation_frames: usize,
     /// Wall clock for probing and decoding one video.
     pub decode_timeout: Duration,
     /// Wall clock for downloading one video.
@@ -291,13 +297,15 @@ impl Default for Config {
             max_choices: 8,
             max_top_logprobs: 20,
             max_messages: 128,
-            max_content_parts: 64,
+            max_content_parts: 256,
             max_text_bytes: 128 << 10,
             max_token_list: 1024,
             max_guide_bytes: 64 << 10,
             max_guide_choices: 256,
             max_concurrent_grammars: 2,
             max_videos_per_request: 1,
+            max_videos_per_conversation: 16,
+            images_as_stills: false,
             log_content: false,
             max_logged_text_bytes: 64 << 10,
             traces: TracesConfig::default(),
@@ -356,6 +364,7 @@ impl Default for MediaConfig {
             max_frame_side: 8192,
             max_frame_pixels: 8192 * 4320,
             max_video_packets: 2_000_000,
+            max_animation_frames: 10_000,
             decode_timeout: Duration::from_secs(60),
             fetch_timeout: Duration::from_secs(60),
             max_concurrent_fetches: 8,

@@ -67,9 +67,15 @@ pub struct ServeArgs {
     /// Longest video, seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 10_800.0)]
     pub max_video_seconds: f64,
-    /// Videos and pictures in one request, all messages together.
+    /// Videos in one message; pictures in a row are one video.
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub max_videos_per_request: usize,
+    /// Videos in one request, all messages of the conversation together (at least those of one message).
+    #[arg(long, value_name = "N", default_value_t = 16)]
+    pub max_videos_per_conversation: usize,
+    /// Take pictures in a row as separate stills, not as one video of these frames.
+    #[arg(long)]
+    pub images_as_stills: bool,
     /// Most frames a video.
     #[arg(long, value_name = "N", default_value_t = 64)]
     pub max_frames: usize,
@@ -137,6 +143,11 @@ impl ServeArgs {
         self.served_model_name.clone().unwrap_or_else(|| self.model.model.to_string())
     }
 
+    /// Most videos of one request.
+    fn max_videos(&self) -> usize {
+        self.max_videos_per_conversation.max(self.max_videos_per_request)
+    }
+
     /// The model on each device.
     ///
     /// # Errors
@@ -177,7 +188,7 @@ impl ServeArgs {
         let defaults = EngineConfig::default();
         let engine = EngineConfig {
             // One request must find room for all of its videos.
-            max_cached_videos: defaults.max_cached_videos.max(self.max_videos_per_request),
+            max_cached_videos: defaults.max_cached_videos.max(self.max_videos()),
             max_running_sequences: self.max_running.max(1),
             max_waiting_sequences: self.max_waiting,
             max_prefill_tokens: self
@@ -200,6 +211,8 @@ impl ServeArgs {
             log_content: self.observing.log_content,
             traces: self.observing.traces(),
             max_videos_per_request: self.max_videos_per_request,
+            max_videos_per_conversation: self.max_videos(),
+            images_as_stills: self.images_as_stills,
             listen: SocketAddr::new(self.host, self.port),
             metrics_listen: self.metrics_port.map(|port| SocketAddr::new(self.host, port)),
             cors_origins: self.access.cors_origins.clone(),

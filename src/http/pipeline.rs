@@ -31,7 +31,7 @@ use super::{
 };
 use crate::{
     config::Config,
-    engine::{EndThinking, Guide, NewSequence, Permit, VideoInput},
+    engine::{EndThinking, EngineLimits, Guide, NewSequence, Permit, SubmitError, VideoInput},
     media::{MediaError, Salt, VideoFrames},
     model::FrameBatch,
     output::{OutputAssembler, WatchedLetters},
@@ -146,6 +146,7 @@ async fn prepare(
     let min_tokens = sampling.params.min_tokens;
     let deadline = progress.deadline();
     let stages = async {
+        check_visual_tokens(videos.len(), loaded.engine.limits())?;
         let frames = load_videos(&loaded, videos, &cache_salt, budget, &mut progress).await?;
         let engine_limits = loaded.engine.limits();
         let started = Instant::now();
@@ -192,6 +193,15 @@ async fn prepare(
             Err(error)
         }
     }
+}
+
+/// Refuses more videos than the context can hold, before any of them is fetched.
+fn check_visual_tokens(num_videos: usize, limits: EngineLimits) -> Result<(), ApiError> {
+    let (prompt_tokens, context) = (num_videos * limits.visual_tokens, limits.context);
+    if prompt_tokens < context {
+        return Ok(());
+    }
+    Err(SubmitError::ContextLengthExceeded { prompt_tokens, max_tokens: 1, context }.into())
 }
 
 /// All videos of a request at the same time; the first fault ends the others. The body's budget goes with the last of

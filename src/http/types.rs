@@ -154,6 +154,22 @@ pub struct ChatTemplateKwargs {
 #[derive(Debug, Deserialize, ToSchema)]
 pub struct MediaIoKwargs {
     pub video: Option<SamplingKnobs>,
+    pub image: Option<ImageKnobs>,
+    #[serde(flatten)]
+    #[schema(ignore)]
+    pub extra: Extra,
+}
+
+/// How the pictures of a message are taken. Two and more in a row are one video of these frames.
+#[derive(Debug, Default, Deserialize, ToSchema)]
+pub struct ImageKnobs {
+    /// false: each picture is a still of its own.
+    pub as_video: Option<bool>,
+    /// The rate that the pictures were sampled at, frames a second.
+    #[schema(exclusive_minimum = 0)]
+    pub fps: Option<f64>,
+    /// When each of the pictures is shown, seconds, ascending; in place of `fps`.
+    pub timestamps: Option<Vec<f64>>,
     #[serde(flatten)]
     #[schema(ignore)]
     pub extra: Extra,
@@ -163,11 +179,30 @@ pub struct MediaIoKwargs {
 pub struct Message {
     #[schema(schema_with = parts::role)]
     pub role: String,
+    #[serde(default, deserialize_with = "text_or_parts")]
     #[schema(schema_with = parts::content, required = false)]
     pub content: Option<TextOr<Vec<ContentPart>>>,
     #[serde(flatten)]
     #[schema(ignore)]
     pub extra: Extra,
+}
+
+/// A message's content. A part that is a bare string is one of text, as OpenAI's own examples send it.
+fn text_or_parts<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Option<TextOr<Vec<ContentPart>>>, D::Error> {
+    let content: Option<TextOr<Vec<TextOr<ContentPart>>>> = Option::deserialize(deserializer)?;
+    let part = |part| match part {
+        TextOr::Text(text) => {
+            ContentPart { kind: "text".into(), text: Some(text), ..ContentPart::default() }
+        }
+        TextOr::Other(part) => part,
+    };
+    Ok(match content {
+        None => None,
+        Some(TextOr::Text(text)) => Some(TextOr::Text(text)),
+        Some(TextOr::Other(parts)) => Some(TextOr::Other(parts.into_iter().map(part).collect())),
+    })
 }
 
 /// One part of a message's content; `type` says which one of the fields up to `image_url` must be there.
@@ -183,10 +218,10 @@ pub struct ContentPart {
     pub input_video: Option<InputVideo>,
     /// Qwen's: a URL, or the URLs of frames.
     #[schema(schema_with = parts::url_or_frames, required = false)]
-    pub video: Option<TextOr<Vec<String>>>,
+    pub video: Option<TextOr<Vec<TextOr<ListedFrame>>>>,
     /// OpenAI's.
     pub file: Option<FilePart>,
-    /// A still: a video of one frame.
+    /// A picture. Several in a row are one video of these frames (see `media_io_kwargs.image`), one alone is a still.
     #[schema(schema_with = parts::image_url, required = false)]
     pub image_url: Option<TextOr<ImageUrl>>,
     pub uuid: Option<String>,
@@ -196,6 +231,21 @@ pub struct ContentPart {
     pub max_frames: Option<i64>,
     pub start: Option<f64>,
     pub end: Option<f64>,
+    /// Of a list of frames: when each is shown, seconds, ascending; in place of `fps`, the rate of a list.
+    pub timestamps: Option<Vec<f64>>,
+    #[serde(flatten)]
+    #[schema(ignore)]
+    pub extra: Extra,
+}
+
+/// A frame of a list, as an object in place of its URL.
+#[derive(Debug, Deserialize, ToSchema)]
+pub struct ListedFrame {
+    /// image_url, or none.
+    #[serde(rename = "type")]
+    pub kind: Option<String>,
+    #[schema(schema_with = parts::image_url)]
+    pub image_url: Option<TextOr<ImageUrl>>,
     #[serde(flatten)]
     #[schema(ignore)]
     pub extra: Extra,
@@ -213,6 +263,8 @@ pub struct VideoUrl {
     pub max_frames: Option<i64>,
     pub start: Option<f64>,
     pub end: Option<f64>,
+    /// Of a list of frames: when each is shown, seconds, ascending; in place of `fps`, the rate of a list.
+    pub timestamps: Option<Vec<f64>>,
     #[serde(flatten)]
     #[schema(ignore)]
     pub extra: Extra,

@@ -3,30 +3,43 @@
 //! Called by `mod.rs` with the video's timeline. Must give the original implementation's exact indices: another
 //! rounding shows the model other frames than the ones its published scores were made with.
 //!
-//! The model was trained on a fixed number of frames, so a video with fewer frames than the model's own number
-//! repeats some, as the original does. A number that the client itself asks for (or a rate) gives each frame at
+//! The model was trained on a fixed number of frames (or a number for each second), so a video with fewer frames than
+//! that repeats some, as the original does. A number that the client itself asks for (or a rate) gives each frame at
 //! most once: a short video then gives fewer frames, not an error.
+//!
+//! Numbers of frames are spread by index, as in the original. A rate that a client asks for is a rate of time: the
+//! frames that are on screen every `1 / fps` seconds.
 
 use super::{FrameSampling, MediaError};
 use crate::config::MediaConfig;
 
 /// Container time bases round durations (Matroska to 1 ms): this much may be missing from a whole second.
 const DURATION_TOLERANCE_SECONDS: f64 = 1e-3;
+/// The same for the time of one frame: half of 1 ms, and a little.
+const TIME_TOLERANCE_SECONDS: f64 = 6e-4;
 
 /// When the frames of a video are shown, in display order.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Timeline {
-    /// Seconds since the first frame, increasing.
+    /// Seconds from the file's start, as players count; not decreasing. The first one is greater than 0 where sound
+    /// begins before the picture.
     pub times: Vec<f64>,
-    /// Seconds, the last frame's own time included.
+    /// Seconds from the file's start to the end of the last frame.
     pub duration: f64,
+}
+
+impl Timeline {
+    /// When the first frame is shown.
+    fn first(&self) -> f64 {
+        self.times.first().copied().unwrap_or(0.0)
+    }
 }
 
 /// A checked [`FrameSampling`]: what will be done, with the server's own settings filled in.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Sampling {
     pub count: FrameCount,
-    /// Seconds since the first frame.
+    /// Seconds from the file's start.
     pub start: Option<f64>,
     pub end: Option<f64>,
 }
@@ -36,9 +49,11 @@ pub struct Sampling {
 pub enum FrameCount {
     /// Exactly this many, repeating frames of a short video: the model's own number.
     Trained(usize),
+    /// This many for each second of the video, spread by index and repeated as above: the model's own rate.
+    TrainedRate { fps: f64, max_frames: usize },
     /// This many, or all frames if there are fewer.
     AtMost(usize),
-    /// So many a second.
+    /// The frames on screen every `1 / fps` seconds, each at most once.
     PerSecond { fps: f64, max_frames: usize },
 }
 
@@ -55,7 +70,9 @@ impl Sampling {
     /// The knobs that take effect.
     pub fn applied(&self) -> Applied {
         let (fps, max_frames) = match self.count {
-            FrameCount::PerSecond { fps, max_frames } => (Some(fps), Some(max_frames)),
+            FrameCount::PerSecond { fps, max_frames } | FrameCount::TrainedRate { fps, max_frames } => {
+                (Some(fps), Some(max_frames))
+            }
             FrameCount::Trained(_) | FrameCount::AtMost(_) => (None, None),
         };
         Applied { fps, max_frames, start: self.start, end: self.end }
@@ -75,7 +92,7 @@ impl Sampling {
             }
             (None, None) => match config.default_fps {
                 None => FrameCount::Trained(config.num_frames),
-                Some(fps) => FrameCount::PerSecond { fps, max_frames: config.max_frames },
+                Some(fps) => FrameCount::TrainedRate { fps, max_frames: config.max_frames },
             },
             (Some(n), None) => {
                 check_count("num_frames", n, config.max_frames)?;
@@ -104,20 +121,67 @@ impl Sampling {
         Ok(Sampling { count, start: request.start, end: request.end })
     }
 
-    /// Display indices of the sampled frames, ascending. Fails if the window lies behind the video's end.
+    /// The same sampling with at most `max_frames` frames.
+    pub fn bounded(self, max_frames: usize) -> Self {
+        let count = match self.count {
+            FrameCount::Trained(n) if n <= max_frames => FrameCount::Trained(n),
+            FrameCount::Trained(n) | FrameCount::AtMost(n) => FrameCount::AtMost(n.min(max_frames)),
+            FrameCount::TrainedRate { fps, max_frames: own } => {
+                FrameCount::TrainedRate { fps, max_frames: own.min(max_frames) }
+            }
+            FrameCount::PerSecond { fps, max_frames: own } => {
+                FrameCount::PerSecond { fps, max_frames: own.min(max_frames) }
+            }
+        };
+        Sampling { count, ..self }
+    }
+
+    /// Display indices of the sampled frames, ascending. Fails if no frame is shown between `start` and `end`.
     pub fn indices(&self, timeline: &Timeline) -> Result<Vec<usize>, MediaError> {
         let (first, total) = self.window(timeline)?;
         let n = match self.count {
             FrameCount::Trained(n) => n,
             FrameCount::AtMost(n) => n.min(total),
-            FrameCount::PerSecond { fps, max_frames } => {
-                let start = self.start.unwrap_or(0.0);
+            FrameCount::TrainedRate { fps, max_frames } => {
+                let start = self.start.unwrap_or(0.0).max(timeline.first());
                 let seconds = self.end.unwrap_or(f64::INFINITY).min(timeline.duration) - start;
                 let wanted = ((seconds + DURATION_TOLERANCE_SECONDS) * fps) as usize;
-                wanted.max(1).min(max_frames).min(total)
+                wanted.max(1).min(max_frames)
             }
+            FrameCount::PerSecond { fps, max_frames } => return Ok(self.by_time(timeline, fps, max_frames)),
         };
         Ok(spread(total, n).into_iter().map(|index| first + index).collect())
+    }
+
+    /// The frames on screen at `start + k / fps` for `k` = 0, 1, …; if these are more than `max_frames`, those at
+    /// `max_frames` of these times, spread evenly. Takes a time of `max_frames`, however long the video is.
+    fn by_time(&self, timeline: &Timeline, fps: f64, max_frames: usize) -> Vec<usize> {
+        let times = &timeline.times;
+        let start = self.start.unwrap_or(0.0);
+        let end = self.end.unwrap_or(f64::INFINITY).min(timeline.duration);
+        let on_screen = |tick: f64| {
+            let time = start + tick / fps + TIME_TOLERANCE_SECONDS;
+            times.partition_point(|&shown| shown <= time).saturating_sub(1)
+        };
+        // The first tick at or after `time`.
+        let tick_at = |time: f64| ((time - TIME_TOLERANCE_SECONDS - start) * fps).ceil().max(0.0);
+        let num_ticks = tick_at(end).max(1.0);
+        let (mut indices, mut tick) = (Vec::new(), 0.0);
+        while tick < num_ticks && indices.len() <= max_frames {
+            let index = on_screen(tick);
+            if indices.last() != Some(&index) {
+                indices.push(index);
+            }
+            // Ticks on which this frame is still on screen are skipped.
+            let Some(&next_shown) = times.get(index + 1) else { break };
+            tick = tick_at(next_shown).max(tick + 1.0);
+        }
+        if indices.len() > max_frames {
+            let ticks = spread(num_ticks as usize, max_frames);
+            indices = ticks.into_iter().map(|tick| on_screen(tick as f64)).collect();
+            indices.dedup();
+        }
+        indices
     }
 
     /// First frame of the window `[start, end)`, and how many it has (at least 1).
@@ -128,6 +192,15 @@ impl Sampling {
             return Err(refused(
                 "start",
                 format!("`start` is {start} s, but the video lasts {:.3} s", timeline.duration),
+            ));
+        }
+        let first_shown = timeline.first();
+        if let Some(end) = self.end.filter(|&end| end <= first_shown) {
+            return Err(refused(
+                "end",
+                format!(
+                    "`end` is {end} s, but the first frame is shown at {first_shown:.3} s; ask for a later part"
+                ),
             ));
         }
         let first = times.partition_point(|&t| t < start);
@@ -145,6 +218,7 @@ impl Sampling {
             FrameCount::Trained(n) => (0u8, n as u64, 0),
             FrameCount::AtMost(n) => (1, n as u64, 0),
             FrameCount::PerSecond { fps, max_frames } => (2, fps.to_bits(), max_frames as u64),
+            FrameCount::TrainedRate { fps, max_frames } => (3, fps.to_bits(), max_frames as u64),
         };
         let mut bytes = vec![kind];
         for number in [a, b] {
@@ -223,15 +297,77 @@ mod tests {
         assert_eq!(asked.indices(&short).unwrap(), [0, 1, 2, 3, 4]);
     }
 
+    fn at_rate(fps: f64, max_frames: Option<usize>) -> Sampling {
+        resolve(FrameSampling { fps: Some(fps), max_frames, ..Default::default() }).unwrap()
+    }
+
+    /// A model that was trained at one frame a second.
+    fn trained_at_one_fps() -> Sampling {
+        let config = MediaConfig { default_fps: Some(1.0), ..MediaConfig::default() };
+        Sampling::resolve(FrameSampling::default(), &config).unwrap()
+    }
+
     #[test]
-    fn one_frame_a_second_counts_whole_seconds() {
-        let sampling = resolve(FrameSampling { fps: Some(1.0), ..Default::default() }).unwrap();
-        assert_eq!(sampling.indices(&constant_rate(250, 25.0)).unwrap().len(), 10);
-        assert_eq!(sampling.indices(&constant_rate(249, 25.0)).unwrap().len(), 9);
+    fn the_models_own_rate_counts_whole_seconds_and_spreads_by_index() {
+        let sampling = trained_at_one_fps();
+        for (total, n) in [(250, 10), (249, 9), (3, 1), (25 * 64, 64), (25 * 600, 64)] {
+            assert_eq!(sampling.indices(&constant_rate(total, 25.0)).unwrap(), spread(total, n), "{total}");
+        }
+        // Pictures 4 s apart: the original repeats them.
+        assert_eq!(sampling.indices(&constant_rate(2, 0.25)).unwrap(), [0, 0, 0, 0, 0, 0, 0, 1]);
+        // What counts is the time that pictures are shown, not the sound before.
+        let mut late = constant_rate(100, 25.0);
+        late.times.iter_mut().for_each(|time| *time += 3.0);
+        late.duration += 3.0;
+        assert_eq!(sampling.indices(&late).unwrap(), spread(100, 4));
+    }
+
+    #[test]
+    fn an_asked_rate_takes_the_frames_on_screen_at_each_tick() {
+        let sampling = at_rate(1.0, None);
+        let every_second: Vec<usize> = (0..10).map(|second| second * 25).collect();
+        assert_eq!(sampling.indices(&constant_rate(250, 25.0)).unwrap(), every_second);
+        assert_eq!(sampling.indices(&constant_rate(249, 25.0)).unwrap(), every_second);
         assert_eq!(sampling.indices(&constant_rate(3, 25.0)).unwrap(), [0]);
-        let bounded =
-            resolve(FrameSampling { fps: Some(2.0), max_frames: Some(8), ..Default::default() }).unwrap();
-        assert_eq!(bounded.indices(&constant_rate(2500, 25.0)).unwrap().len(), 8);
+        // At 29.97 frames a second, frame 30 comes 1 ms after the first second.
+        let ntsc = sampling.indices(&constant_rate(300, 30000.0 / 1001.0)).unwrap();
+        assert_eq!(ntsc, [0, 29, 59, 89, 119, 149, 179, 209, 239, 269, 299]);
+        // More than the video has: each frame once.
+        assert_eq!(at_rate(50.0, None).indices(&constant_rate(5, 25.0)).unwrap(), [0, 1, 2, 3, 4]);
+        let bounded = at_rate(2.0, Some(8)).indices(&constant_rate(2500, 25.0)).unwrap();
+        let ticks = spread(200, 8);
+        assert_eq!(bounded, ticks.into_iter().map(|tick| tick * 25 / 2).collect::<Vec<_>>());
+        assert_eq!(at_rate(1000.0, Some(1)).indices(&constant_rate(2500, 25.0)).unwrap(), [0]);
+    }
+
+    #[test]
+    fn an_asked_rate_is_one_of_time_where_frames_come_in_bursts() {
+        // 200 frames in 2 s, then one every 2 s until 40 s.
+        let mut times: Vec<f64> = (0..200).map(|i| f64::from(i) / 100.0).collect();
+        times.extend((1..=19).map(|i| 2.0 * f64::from(i)));
+        let burst = Timeline { times, duration: 40.0 };
+        let expected: Vec<usize> = [0, 100].into_iter().chain(200..219).collect();
+        assert_eq!(at_rate(1.0, None).indices(&burst).unwrap(), expected);
+        // Bounded: spread over time, and not over the burst.
+        let few = at_rate(100.0, Some(8)).indices(&burst).unwrap();
+        assert_eq!(few[0], 0);
+        assert!(few.len() == 8 && few[1] > 200 && few[7] == 218, "{few:?}");
+    }
+
+    #[test]
+    fn times_count_from_the_files_start() {
+        let mut late = constant_rate(100, 25.0);
+        late.times.iter_mut().for_each(|time| *time += 3.0);
+        late.duration += 3.0;
+        let window = |start, end| FrameSampling { start, end, num_frames: Some(4), ..Default::default() };
+        let indices = |request| resolve(request).unwrap().indices(&late);
+        assert_eq!(indices(window(Some(6.5), None)).unwrap(), [88, 91, 95, 99]);
+        assert_eq!(indices(window(None, Some(4.0))).unwrap(), spread(25, 4));
+        let before = indices(window(Some(1.0), Some(2.0))).unwrap_err();
+        assert!(matches!(before, MediaError::Refused { param: "end", .. }), "{before}");
+        assert_eq!(at_rate(1.0, None).indices(&late).unwrap(), [0, 25, 50, 75]);
+        let from = FrameSampling { fps: Some(2.0), start: Some(6.25), ..Default::default() };
+        assert_eq!(indices(from).unwrap(), [81, 93]);
     }
 
     #[test]

@@ -4,6 +4,7 @@
 
 mod address;
 mod caller;
+mod content;
 mod decode;
 mod error;
 mod fetch;
@@ -19,6 +20,7 @@ pub mod pixels;
 mod places;
 mod probe;
 mod sandbox;
+mod selection;
 mod source;
 mod tools;
 
@@ -35,10 +37,12 @@ use self::{
     ffmpeg::Tools,
     frame_cache::FrameCache,
     frame_sampling::{Applied, Sampling},
-    pictures::{CancelOnDrop, Pictures, Selection},
+    content::Content,
+    pictures::{Album, CancelOnDrop, PictureDecoder, Pictures},
     pixels::Resizer,
     places::DecoderPlaces,
     probe::Probe,
+    selection::{PictureList, Selection},
     source::{LocalFile, SourceReader, is_picture_list},
 };
 use crate::{
@@ -56,7 +60,7 @@ pub use self::{
 };
 
 /// Goes into every digest: changes whenever the same video would give other pixels.
-const PREPROCESSING_VERSION: u32 = 1;
+const PREPROCESSING_VERSION: u32 = 2;
 
 /// Where a video comes from. `http` has checked the form, this module checks the policy.
 #[derive(Debug)]
@@ -65,7 +69,9 @@ pub enum VideoSource {
     Url(String),
     /// Frames that the client sampled itself, in order, by URL. `fps` of their sampling is their own rate.
     Frames(Vec<String>),
-    /// A still, by URL: a video of one frame.
+    /// A list of frames and when each is shown: seconds, ascending, as many as frames.
+    Timed(Box<VideoSource>, Vec<f64>),
+    /// A picture, by URL: a video of one frame, unless it is animated.
     Image(String),
     /// The bytes in base64.
     Base64(String),
@@ -83,7 +89,7 @@ impl VideoSource {
     /// Whether its frames were sampled by the client.
     pub fn is_frame_list(&self) -> bool {
         match self {
-            VideoSource::Frames(_) => true,
+            VideoSource::Frames(_) | VideoSource::Timed(..) => true,
             VideoSource::Url(url) => is_picture_list(url),
             _ => false,
         }
@@ -98,7 +104,7 @@ pub struct FrameSampling {
     pub fps: Option<f64>,
     /// Upper bound with `fps`.
     pub max_frames: Option<usize>,
-    /// Start and end of the part looked at, seconds.
+    /// Start and end of the part looked at, seconds from the file's start.
     pub start: Option<f64>,
     pub end: Option<f64>,
 }
@@ -106,14 +112,14 @@ pub struct FrameSampling {
 /// What was sampled, for the reply's `video` object.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, ToSchema)]
 pub struct VideoInfo {
-    /// Frames of the source's video stream.
+    /// Frames of the source's video stream; of a list: its pictures.
     pub source_frames: usize,
-    /// Seconds; unknown of a list of frames whose rate was not said.
+    /// Seconds from the file's start to its last frame's end; unknown of a list of frames whose times were not said.
     pub duration: Option<f64>,
-    /// Displayed size (after rotation), pixels; of a list: its first frame's.
+    /// Displayed size (after rotation), pixels; of a list: its first sampled frame's.
     pub width: usize,
     pub height: usize,
-    /// "image" of a still, "frames" of a list.
+    /// "image" of a still, "frames" of a list, "webp" or "apng" of an animated picture.
     pub container: String,
     pub codec: String,
     /// How many frames the model saw.
@@ -122,12 +128,12 @@ pub struct VideoInfo {
     pub fps: Option<f64>,
     /// What bounded the frames that `fps` gave.
     pub max_frames: Option<usize>,
-    /// The part looked at, seconds; `None`: from the start, to the end.
+    /// The part looked at, seconds from the file's start; `None`: from the start, to the end.
     pub start: Option<f64>,
     pub end: Option<f64>,
-    /// Sampled frames, in display order; short videos repeat indices.
+    /// Sampled frames, in display order; short videos and lists repeat indices.
     pub sampled_indices: Vec<usize>,
-    /// Their presentation times from the video's start, seconds; empty where they are unknown.
+    /// Their presentation times from the file's start, as players count, seconds; empty where they are unknown.
     pub sampled_timestamps: Vec<f64>,
 }
 
@@ -196,20 +202,65 @@ impl MediaLoader {
         sampling: FrameSampling,
         caller: &Caller,
     ) -> Result<Arc<VideoFrames>, MediaError> {
-        let (is_list, is_still) = (source.is_frame_list(), self.sources.is_still(&source).await?);
-        if is_list || is_still {
-            let still = is_still.then(|| Selection::of_still(sampling, &self.config)).transpose()?;
-            let files = self.fetched(source, caller).await?;
-            let selection = still.map_or_else(|| Selection::of_list(sampling, files.len()), Ok)?;
-            let digest = self.digest(&files, &selection.digest_bytes, &caller.salt);
-            let load = self.decode_pictures(files, selection, is_list, digest, &caller.trail);
-            return self.cached(digest, load, &caller.trail).await;
+        if source.is_frame_list() {
+            return self.load_list(source, sampling, caller).await;
         }
         let sampling = Sampling::resolve(sampling, &self.config)?;
+        let is_picture = matches!(source, VideoSource::Image(_));
+        let may_be_still = is_picture || matches!(source, VideoSource::FileId(_));
         let files = self.fetched(source, caller).await?;
-        let digest = self.digest(&files, &sampling.digest_bytes(), &caller.salt);
-        let load = self.decode(&files[0], &sampling, digest, &caller.trail);
+        let file = files[0].clone();
+        match self.content(&file).await? {
+            Content::Animation(animation) => {
+                let selection = Selection::of_animation(&sampling, &animation.timeline)?;
+                self.load_pictures(Album::Animation(file, animation), selection, caller).await
+            }
+            Content::Still if may_be_still => {
+                let selection = Selection::of_still(&sampling)?;
+                self.load_pictures(Album::Still(file), selection, caller).await
+            }
+            Content::Unknown if is_picture => Err(pictures::unsupported()),
+            Content::Still | Content::Video | Content::Unknown => {
+                let digest = self.digest(&files, &sampling.digest_bytes(), &caller.salt);
+                let load = self.decode(&file, &sampling, digest, &caller.trail);
+                self.cached(digest, load, &caller.trail).await
+            }
+        }
+    }
+
+    /// Frames of a list that the client sampled itself.
+    async fn load_list(
+        &self,
+        source: VideoSource,
+        sampling: FrameSampling,
+        caller: &Caller,
+    ) -> Result<Arc<VideoFrames>, MediaError> {
+        let (source, timestamps) = match source {
+            VideoSource::Timed(source, timestamps) => (*source, Some(timestamps)),
+            source => (source, None),
+        };
+        let files = self.fetched(source, caller).await?;
+        let list = PictureList { num_pictures: files.len(), timestamps: timestamps.as_deref() };
+        let selection = Selection::of_list(sampling, list, &self.config)?;
+        self.load_pictures(Album::List(files), selection, caller).await
+    }
+
+    async fn load_pictures(
+        &self,
+        album: Album,
+        selection: Selection,
+        caller: &Caller,
+    ) -> Result<Arc<VideoFrames>, MediaError> {
+        let digest = self.digest(album.files(), &selection.digest_bytes, &caller.salt);
+        let load = self.decode_pictures(album, selection, digest, &caller.trail);
         self.cached(digest, load, &caller.trail).await
+    }
+
+    /// What a file is, whatever its sender calls it.
+    async fn content(&self, file: &LocalFile) -> Result<Content, MediaError> {
+        let (file, config) = (file.clone(), self.config.clone());
+        let look = tokio::task::spawn_blocking(move || content::of(&file, &config));
+        look.await.expect("looking into a file does not panic: this is a bug")
     }
 
     /// Who works and who waits in this stage, now.
@@ -236,19 +287,25 @@ impl MediaLoader {
     /// Decodes and resizes pictures on the blocking pool, among the decoders of videos and within their time.
     async fn decode_pictures(
         &self,
-        files: Vec<LocalFile>,
+        album: Album,
         selection: Selection,
-        is_list: bool,
         digest: [u8; 32],
         trail: &Trail,
     ) -> Result<VideoFrames, MediaError> {
         let place = self.place(trail).await?;
         let guard = CancelOnDrop::default();
-        let (cancelled, config, size) = (guard.0.clone(), self.config.clone(), self.image_size);
+        let decoder = PictureDecoder {
+            image_size: self.image_size,
+            config: self.config.clone(),
+            cancelled: guard.0.clone(),
+        };
+        let container = album.container();
+        let mut wanted = selection.indices.clone();
+        wanted.dedup();
         let work = tokio::task::spawn_blocking(move || {
             // Given back when the work has really ended, whoever still waits for it.
             let _place = place;
-            pictures::decode(&files, size, &config, &cancelled)
+            decoder.decode(&album, &wanted)
         });
         let timeout = self.config.decode_timeout;
         let decode = async {
@@ -264,17 +321,17 @@ impl MediaLoader {
         trail.decoded_frames(frames.len());
         resizing.run(Stage::Resize).into_iter().for_each(|run| trail.push(run));
         let info = VideoInfo {
-            source_frames: frames.len(),
+            source_frames: selection.source_frames,
             duration: selection.duration,
             width,
             height,
-            container: if is_list { "frames" } else { "image" }.into(),
+            container: container.into(),
             codec: codec.into(),
             sampled_timestamps: selection.times,
             ..applied(selection.applied, selection.indices)
         };
         let rgb = repeated(&frames, &info.sampled_indices);
-        Ok(VideoFrames { rgb, size, info, digest })
+        Ok(VideoFrames { rgb, size: self.image_size, info, digest })
     }
 
     /// Probe, decode and resize: everything that a cached video skips.

@@ -41,6 +41,8 @@ pub struct PacketTable {
     display: Option<Vec<(i64, usize)>>,
     /// Usable starting points: positions of shown keyframes, ascending.
     keys: Vec<usize>,
+    /// The time of the container's clock that players call 0, seconds; none: that of the first frame.
+    zero: Option<f64>,
 }
 
 /// One run of the decoder: from a keyframe to the last frame wanted of it.
@@ -84,7 +86,14 @@ impl PacketTable {
         let display = display_order(&packets);
         let usable = |packet: &Packet| packet.key && !packet.discard && packet.pts.is_some();
         let keys = (0..packets.len()).filter(|&position| usable(&packets[position])).collect();
-        PacketTable { packets, time_base, nominal_rate, display, keys }
+        PacketTable { packets, time_base, nominal_rate, display, keys, zero: None }
+    }
+
+    /// `container_start`: when the first of all streams begins, seconds. Players count from there. Where that is before
+    /// zero, it is the lead-in of an encoder for sound, which players cut off.
+    pub fn starting_at(mut self, container_start: Option<f64>) -> Self {
+        self.zero = container_start.map(|start| start.max(0.0));
+        self
     }
 
     /// Frames that will be shown.
@@ -115,15 +124,22 @@ impl PacketTable {
         };
         let stored = self.packets.iter().find(|packet| packet.pts == Some(last)).map_or(0, |p| p.duration);
         let last_seconds = if stored > 0 { self.seconds(stored as f64) } else { 1.0 / self.nominal_rate };
+        let offset = self.offset(first);
         let times: Vec<f64> =
-            pts.iter().map(|&pts| self.seconds((pts as i128 - first as i128) as f64)).collect();
+            pts.iter().map(|&pts| offset + self.seconds((pts as i128 - first as i128) as f64)).collect();
         let duration = times[times.len() - 1] + last_seconds;
         Timeline { times, duration }
     }
 
     fn nominal_timeline(&self, frames: usize) -> Timeline {
-        let times = (0..frames).map(|index| index as f64 / self.nominal_rate).collect();
-        Timeline { times, duration: frames as f64 / self.nominal_rate }
+        let offset = self.packets.iter().find_map(|packet| packet.pts).map_or(0.0, |first| self.offset(first));
+        let times = (0..frames).map(|index| offset + index as f64 / self.nominal_rate).collect();
+        Timeline { times, duration: offset + frames as f64 / self.nominal_rate }
+    }
+
+    /// Seconds from the file's start, as players count, to its first frame.
+    fn offset(&self, first_pts: i64) -> f64 {
+        self.zero.map_or(0.0, |zero| (self.seconds(first_pts as f64) - zero).max(0.0))
     }
 
     fn seconds(&self, units: f64) -> f64 {

@@ -1,10 +1,10 @@
-//! Stills, and frames that the client sampled itself: pictures in place of a video.
+//! Stills, animations, and frames that the client sampled itself: pictures in place of a video.
 //!
 //! Called by `mod.rs`, on the blocking pool. The `image` crate decodes them in-process: safe code, three formats, chosen
-//! by the first bytes alone, and sizes are checked before anything of that size is allocated.
+//! by the first bytes alone, and sizes are checked before anything of that size is allocated. Of an animation, no more
+//! than one frame is held at its own size. What is transparent is shown on white.
 //!
-//! A list was sampled by its sender: it is used as it is, never sampled again. A still is a video of one frame, so by
-//! default it is repeated to the model's own number of frames, as the original repeats those of a short video.
+//! What is sampled of them is for `selection.rs` to say.
 
 use std::{
     fs,
@@ -16,11 +16,16 @@ use std::{
     time::Instant,
 };
 
-use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits, RgbImage, metadata::Orientation};
+use image::{
+    AnimationDecoder, ColorType, DynamicImage, Frames, ImageDecoder, ImageFormat, ImageReader, Limits, RgbImage,
+    Rgba,
+    codecs::{png::PngDecoder, webp::WebPDecoder},
+    metadata::Orientation,
+};
 
 use super::{
-    FrameSampling, MediaError,
-    frame_sampling::{Applied, Sampling, Timeline},
+    MediaError,
+    content::{self, Animation, Content},
     pixels::Resizer,
     source::LocalFile,
 };
@@ -29,66 +34,8 @@ use crate::{config::MediaConfig, telemetry::PieceTimer};
 /// Most bytes of a pixel in a decoder (16 bits in four channels).
 const MAX_PIXEL_BYTES: usize = 8;
 
-/// A checked wish for frames out of pictures.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Selection {
-    /// Of the pictures, ascending.
-    pub indices: Vec<usize>,
-    pub applied: Applied,
-    /// Seconds; `None`: a list whose rate nobody said.
-    pub duration: Option<f64>,
-    /// When each of `indices` is shown, seconds; empty as `duration` is unknown.
-    pub times: Vec<f64>,
-    /// Every effective parameter, for the digest.
-    pub digest_bytes: Vec<u8>,
-}
-
-impl Selection {
-    /// A still is sampled as a video of one frame.
-    pub fn of_still(request: FrameSampling, config: &MediaConfig) -> Result<Self, MediaError> {
-        let sampling = Sampling::resolve(request, config)?;
-        let indices = sampling.indices(&Timeline { times: vec![0.0], duration: 0.0 })?;
-        let times = vec![0.0; indices.len()];
-        let digest_bytes = [&b"still"[..], &sampling.digest_bytes()].concat();
-        Ok(Selection { indices, applied: sampling.applied(), duration: Some(0.0), times, digest_bytes })
-    }
-
-    /// A list is taken whole. `fps` is the rate it was sampled at; bounds that the list keeps anyway are fine.
-    pub fn of_list(request: FrameSampling, num_pictures: usize) -> Result<Self, MediaError> {
-        let refused = |param, message| Err(MediaError::Refused { param, message });
-        let FrameSampling { num_frames, fps, max_frames, start, end } = request;
-        for (param, bound) in [("num_frames", num_frames), ("max_frames", max_frames)] {
-            if bound.is_some_and(|bound| bound < num_pictures) {
-                return refused(
-                    param,
-                    format!(
-                        "`{param}` is less than the {num_pictures} frames of the list, which is not sampled again; \
-                         send fewer frames or leave it out"
-                    ),
-                );
-            }
-        }
-        for (param, time) in [("start", start), ("end", end)] {
-            if time.is_some() {
-                return refused(
-                    param,
-                    format!(
-                        "a list of frames is not cut; leave `{param}` out and send the frames that count"
-                    ),
-                );
-            }
-        }
-        // What is not known is no rate.
-        let rate = fps.unwrap_or(-1.0).to_bits().to_le_bytes();
-        Ok(Selection {
-            digest_bytes: [&b"list"[..], &rate].concat(),
-            indices: (0..num_pictures).collect(),
-            applied: Applied { fps, ..Applied::default() },
-            duration: fps.map(|fps| num_pictures as f64 / fps),
-            times: fps.map_or(Vec::new(), |fps| (0..num_pictures).map(|i| i as f64 / fps).collect()),
-        })
-    }
-}
+/// Behind what is transparent.
+const WHITE: Rgba<u8> = Rgba([255; 4]);
 
 /// Pictures at the model's input size.
 #[derive(Debug)]
@@ -113,37 +60,239 @@ impl Drop for CancelOnDrop {
     }
 }
 
-/// Decodes and resizes one after the other, until `cancelled`.
-pub fn decode(
-    files: &[LocalFile],
-    image_size: usize,
-    config: &MediaConfig,
-    cancelled: &AtomicBool,
-) -> Result<Pictures, MediaError> {
-    let mut pictures =
-        Pictures { frames: vec![], width: 0, height: 0, codec: "", resizing: PieceTimer::default() };
-    let mut resizer: Option<(u32, u32, Resizer)> = None;
-    for (number, file) in files.iter().enumerate() {
-        if cancelled.load(Ordering::Relaxed) {
+/// Where the pictures come from.
+#[derive(Debug)]
+pub enum Album {
+    Still(LocalFile),
+    /// Frames that the client sampled itself.
+    List(Vec<LocalFile>),
+    Animation(LocalFile, Animation),
+}
+
+impl Album {
+    pub fn files(&self) -> &[LocalFile] {
+        match self {
+            Album::Still(file) | Album::Animation(file, _) => std::slice::from_ref(file),
+            Album::List(files) => files,
+        }
+    }
+
+    /// As the reply calls it.
+    pub fn container(&self) -> &'static str {
+        match self {
+            Album::Still(_) => "image",
+            Album::List(_) => "frames",
+            Album::Animation(_, animation) => animation.name(),
+        }
+    }
+}
+
+/// Decodes and resizes pictures one after the other.
+#[derive(Debug)]
+pub struct PictureDecoder {
+    pub image_size: usize,
+    pub config: Arc<MediaConfig>,
+    /// Ends the work between two pictures.
+    pub cancelled: Arc<AtomicBool>,
+}
+
+impl PictureDecoder {
+    /// The pictures `wanted` (ascending, distinct) of `album`.
+    ///
+    /// # Errors
+    /// Pictures that are damaged, too large or of another format, and animations in a list.
+    pub fn decode(&self, album: &Album, wanted: &[usize]) -> Result<Pictures, MediaError> {
+        let mut shelf = Shelf::new(self.image_size);
+        if let Album::Animation(file, animation) = album {
+            self.read_frames(file, animation, wanted, &mut shelf)?;
+            return Ok(shelf.pictures);
+        }
+        let files = album.files();
+        for &number in wanted {
+            self.check_cancelled()?;
+            let read = self.read(&files[number]);
+            let (picture, codec) = read.map_err(|error| named(error, number, files.len()))?;
+            shelf.push(&picture, codec);
+        }
+        Ok(shelf.pictures)
+    }
+
+    /// A still as a viewer would see it: turned as its metadata says, on white.
+    fn read(&self, file: &LocalFile) -> Result<(RgbImage, &'static str), MediaError> {
+        let bytes = read_file(file)?;
+        let Some((format, codec)) = format(&bytes) else { return Err(unsupported()) };
+        if let Content::Animation(animation) = content::of(file, &self.config)? {
+            return Err(MediaError::Unsupported(format!(
+                "this is an animated {}, not a picture; send it by itself, as a video_url part, or send its frames \
+                 as pictures",
+                animation.name()
+            )));
+        }
+        let mut reader = ImageReader::with_format(Cursor::new(&bytes), format);
+        reader.limits(self.limits());
+        let mut decoder = reader.into_decoder().map_err(|error| damaged(&error, &self.config))?;
+        self.check_size(decoder.dimensions())?;
+        let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
+        let picture = DynamicImage::from_decoder(decoder).map_err(|error| damaged(&error, &self.config))?;
+        let mut picture = on_white(picture);
+        picture.apply_orientation(orientation);
+        Ok((picture.into_rgb8(), codec))
+    }
+
+    /// Decodes an animation up to the last frame wanted, for each frame may be a patch on the one before.
+    fn read_frames(
+        &self,
+        file: &LocalFile,
+        animation: &Animation,
+        wanted: &[usize],
+        shelf: &mut Shelf,
+    ) -> Result<(), MediaError> {
+        let bytes = read_file(file)?;
+        let (frames, orientation) = match animation.format {
+            ImageFormat::Png => self.png_frames(&bytes),
+            _ => self.webp_frames(&bytes),
+        }?;
+        let mut rest = wanted.iter().peekable();
+        for (number, frame) in frames.enumerate() {
+            self.check_cancelled()?;
+            let frame = frame.map_err(|error| damaged(&error, &self.config))?;
+            if rest.next_if_eq(&&number).is_some() {
+                let mut picture = on_white(DynamicImage::ImageRgba8(frame.into_buffer()));
+                picture.apply_orientation(orientation);
+                shelf.push(&picture.into_rgb8(), animation.name());
+            }
+            if rest.peek().is_none() {
+                return Ok(());
+            }
+        }
+        Err(MediaError::Undecodable(
+            "the animated picture has fewer frames than it says; send it as mp4 or webm".into(),
+        ))
+    }
+
+    fn png_frames<'a>(&self, bytes: &'a [u8]) -> Result<(Frames<'a>, Orientation), MediaError> {
+        let decoder = PngDecoder::with_limits(Cursor::new(bytes), self.limits());
+        let mut decoder = decoder.map_err(|error| damaged(&error, &self.config))?;
+        self.check_size(decoder.dimensions())?;
+        if !matches!(decoder.color_type(), ColorType::L8 | ColorType::La8 | ColorType::Rgb8 | ColorType::Rgba8) {
+            return Err(MediaError::Unsupported(
+                "animated png of 16 bits is not accepted; send it with 8 bits, or as mp4 or webm".into(),
+            ));
+        }
+        let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
+        let decoder = decoder.apng().map_err(|error| damaged(&error, &self.config))?;
+        Ok((decoder.into_frames(), orientation))
+    }
+
+    fn webp_frames<'a>(&self, bytes: &'a [u8]) -> Result<(Frames<'a>, Orientation), MediaError> {
+        let decoder = WebPDecoder::new(Cursor::new(bytes));
+        let mut decoder = decoder.map_err(|error| damaged(&error, &self.config))?;
+        self.check_size(decoder.dimensions())?;
+        let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
+        // Without one, frames that are taken away would stay.
+        decoder.set_background_color(WHITE).map_err(|error| damaged(&error, &self.config))?;
+        Ok((decoder.into_frames(), orientation))
+    }
+
+    fn check_cancelled(&self) -> Result<(), MediaError> {
+        if self.cancelled.load(Ordering::Relaxed) {
             // Nobody waits for it.
             return Err(MediaError::Internal("decoding pictures was cancelled".into()));
         }
-        let (picture, codec) = read(file, config).map_err(|error| named(error, number, files.len()))?;
+        Ok(())
+    }
+
+    fn check_size(&self, (width, height): (u32, u32)) -> Result<(), MediaError> {
+        let (width, height) = (width as usize, height as usize);
+        let too_long = width.max(height) > self.config.max_frame_side;
+        if width == 0 || height == 0 || too_long || width * height > self.config.max_frame_pixels {
+            return Err(too_large(&self.config));
+        }
+        Ok(())
+    }
+
+    fn limits(&self) -> Limits {
+        let mut limits = Limits::no_limits();
+        let max_side = u32::try_from(self.config.max_frame_side).unwrap_or(u32::MAX);
+        (limits.max_image_width, limits.max_image_height) = (Some(max_side), Some(max_side));
+        limits.max_alloc = Some((self.config.max_frame_pixels * MAX_PIXEL_BYTES) as u64);
+        limits
+    }
+}
+
+/// Takes pictures of any size and keeps them at the model's.
+struct Shelf {
+    pictures: Pictures,
+    image_size: usize,
+    /// For pictures of the size of the last one.
+    resizer: Option<(u32, u32, Resizer)>,
+}
+
+impl Shelf {
+    fn new(image_size: usize) -> Self {
+        let pictures =
+            Pictures { frames: vec![], width: 0, height: 0, codec: "", resizing: PieceTimer::default() };
+        Shelf { pictures, image_size, resizer: None }
+    }
+
+    fn push(&mut self, picture: &RgbImage, codec: &'static str) {
         let started = Instant::now();
         let (width, height) = picture.dimensions();
-        if number == 0 {
+        let pictures = &mut self.pictures;
+        if pictures.frames.is_empty() {
             (pictures.width, pictures.height, pictures.codec) = (width as usize, height as usize, codec);
         }
-        let resizer = match &resizer {
+        let resizer = match &self.resizer {
             Some((w, h, resizer)) if (*w, *h) == (width, height) => resizer,
             _ => {
-                &resizer.insert((width, height, Resizer::new(width as usize, height as usize, image_size))).2
+                let resizer = Resizer::new(width as usize, height as usize, self.image_size);
+                &self.resizer.insert((width, height, resizer)).2
             }
         };
         pictures.frames.push(resizer.resize(picture.as_raw()));
         pictures.resizing.piece(started);
     }
-    Ok(pictures)
+}
+
+/// `picture` without transparency, as seen on white.
+fn on_white(picture: DynamicImage) -> DynamicImage {
+    let color = picture.color();
+    if !color.has_alpha() {
+        return picture;
+    }
+    if color.bytes_per_pixel() == color.channel_count() {
+        let mut picture = picture.into_rgba8();
+        picture.pixels_mut().for_each(|Rgba([red, green, blue, alpha])| {
+            let (part, rest) = (u32::from(*alpha), 255 - u32::from(*alpha));
+            for level in [red, green, blue] {
+                *level = ((u32::from(*level) * part + 255 * rest + 127) / 255) as u8;
+            }
+            *alpha = 255;
+        });
+        return picture.into();
+    }
+    let mut picture = picture.into_rgba16();
+    picture.pixels_mut().for_each(|Rgba([red, green, blue, alpha])| {
+        let (part, rest) = (u64::from(*alpha), 65_535 - u64::from(*alpha));
+        for level in [red, green, blue] {
+            *level = ((u64::from(*level) * part + 65_535 * rest + 32_767) / 65_535) as u16;
+        }
+        *alpha = u16::MAX;
+    });
+    picture.into()
+}
+
+/// The picture's file, whole.
+fn read_file(file: &LocalFile) -> Result<Vec<u8>, MediaError> {
+    fs::read(file.path()).map_err(|error| {
+        tracing::error!(%error, "a picture's file vanished");
+        MediaError::Internal("the picture could not be read; try again".into())
+    })
+}
+
+/// Refuses what is neither a picture nor a video.
+pub fn unsupported() -> MediaError {
+    MediaError::Unsupported("this is not a picture that is accepted; send jpeg, png or webp".into())
 }
 
 /// The format that the first bytes of a file tell, if it is one that is accepted, and its name.
@@ -154,34 +303,6 @@ pub fn format(bytes: &[u8]) -> Option<(ImageFormat, &'static str)> {
         ImageFormat::WebP => Some((ImageFormat::WebP, "webp")),
         _ => None,
     }
-}
-
-/// As a viewer would see it: turned as its metadata says, without transparency.
-fn read(file: &LocalFile, config: &MediaConfig) -> Result<(RgbImage, &'static str), MediaError> {
-    let bytes = fs::read(file.path()).map_err(|error| {
-        tracing::error!(%error, "a picture's file vanished");
-        MediaError::Internal("the picture could not be read; try again".into())
-    })?;
-    let Some((format, codec)) = format(&bytes) else {
-        return Err(MediaError::Unsupported(
-            "this is not a picture that is accepted; send jpeg, png or webp".into(),
-        ));
-    };
-    let mut limits = Limits::no_limits();
-    let max_side = u32::try_from(config.max_frame_side).unwrap_or(u32::MAX);
-    (limits.max_image_width, limits.max_image_height) = (Some(max_side), Some(max_side));
-    limits.max_alloc = Some((config.max_frame_pixels * MAX_PIXEL_BYTES) as u64);
-    let mut reader = ImageReader::with_format(Cursor::new(&bytes), format);
-    reader.limits(limits);
-    let mut decoder = reader.into_decoder().map_err(|error| damaged(&error, config))?;
-    let (width, height) = decoder.dimensions();
-    if width == 0 || height == 0 || width as usize * height as usize > config.max_frame_pixels {
-        return Err(too_large(config));
-    }
-    let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
-    let mut picture = DynamicImage::from_decoder(decoder).map_err(|error| damaged(&error, config))?;
-    picture.apply_orientation(orientation);
-    Ok((picture.into_rgb8(), codec))
 }
 
 fn damaged(error: &image::ImageError, config: &MediaConfig) -> MediaError {
@@ -208,43 +329,5 @@ fn named(error: MediaError, number: usize, num_pictures: usize) -> MediaError {
         MediaError::Unsupported(message) if num_pictures > 1 => MediaError::Unsupported(text(message)),
         MediaError::Undecodable(message) if num_pictures > 1 => MediaError::Undecodable(text(message)),
         error => error,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn none() -> FrameSampling {
-        FrameSampling::default()
-    }
-
-    #[test]
-    fn a_still_is_repeated_to_the_models_number_unless_told_otherwise() {
-        let config = MediaConfig::default();
-        let still = |request| Selection::of_still(request, &config).unwrap().indices;
-        assert_eq!(still(none()), [0; 16]);
-        assert_eq!(still(FrameSampling { num_frames: Some(5), ..none() }), [0]);
-        assert_eq!(still(FrameSampling { fps: Some(2.0), ..none() }), [0]);
-        let late = Selection::of_still(FrameSampling { start: Some(1.0), ..none() }, &config);
-        assert!(matches!(late, Err(MediaError::Refused { param: "start", .. })));
-    }
-
-    #[test]
-    fn a_list_is_taken_whole_or_refused() {
-        let list = |request| Selection::of_list(request, 4);
-        let plain = list(none()).unwrap();
-        assert_eq!((plain.indices, plain.duration, plain.times), (vec![0, 1, 2, 3], None, vec![]));
-        let timed = list(FrameSampling { fps: Some(2.0), num_frames: Some(4), ..none() }).unwrap();
-        assert_eq!((timed.duration, timed.times), (Some(2.0), vec![0.0, 0.5, 1.0, 1.5]));
-        for (request, fault) in [
-            (FrameSampling { num_frames: Some(3), ..none() }, "num_frames"),
-            (FrameSampling { max_frames: Some(3), ..none() }, "max_frames"),
-            (FrameSampling { start: Some(0.0), ..none() }, "start"),
-            (FrameSampling { end: Some(1.0), ..none() }, "end"),
-        ] {
-            let error = list(request).unwrap_err();
-            assert!(matches!(error, MediaError::Refused { param, .. } if param == fault), "{error:?}");
-        }
     }
 }

@@ -18,7 +18,7 @@ use crate::config::MediaConfig;
 /// What ffprobe is asked for. Packets come first, then the stream, then the container.
 const ENTRIES: &str = "packet=pts,dts,duration,size,pos,flags\
     :stream=codec_name,pix_fmt,width,height,time_base,avg_frame_rate,r_frame_rate,has_b_frames\
-    :stream_side_data=displaymatrix:format=duration";
+    :stream_side_data=displaymatrix:format=duration,start_time";
 
 /// Containers by their first bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,7 +34,7 @@ pub enum Container {
 
 impl Container {
     /// From the first bytes of a file (64 are enough).
-    fn sniff(head: &[u8]) -> Option<Self> {
+    pub fn sniff(head: &[u8]) -> Option<Self> {
         let at = |offset: usize, bytes: &[u8]| head[offset.min(head.len())..].starts_with(bytes);
         if at(4, b"ftypqt  ") {
             Some(Container::Mov)
@@ -267,6 +267,8 @@ struct Report {
     matrix: Vec<i64>,
     /// Seconds, as the container claims.
     duration: Option<f64>,
+    /// When the first of all streams begins, seconds.
+    start: Option<f64>,
 }
 
 impl Report {
@@ -287,8 +289,8 @@ impl Report {
                 self.take_matrix_row(row);
             }
         } else if let Some(fields) = line.strip_prefix("format|") {
-            self.duration =
-                pairs(fields).find(|(key, _)| *key == "duration").and_then(|(_, v)| v.parse().ok());
+            let seconds = |name| pairs(fields).find(|(key, _)| *key == name).and_then(|(_, v)| v.parse().ok());
+            (self.duration, self.start) = (seconds("duration"), seconds("start_time"));
         } else if line.starts_with("0000000") {
             self.take_matrix_row(line);
         }
@@ -339,7 +341,8 @@ impl Report {
         }
         // The average is what players count by; files without one have a base rate at least.
         let rate = self.frame_rates.iter().copied().find(|rate| (0.01..1000.0).contains(rate));
-        let packets = PacketTable::new(self.packets, time_base, rate.unwrap_or(25.0), self.has_b_frames);
+        let packets = PacketTable::new(self.packets, time_base, rate.unwrap_or(25.0), self.has_b_frames)
+            .starting_at(self.start);
         let timeline = packets.timeline();
         let seconds = timeline.duration.max(self.duration.unwrap_or(0.0));
         if seconds > config.max_video_seconds {

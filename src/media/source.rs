@@ -23,7 +23,6 @@ use url::Url;
 
 use super::{
     Caller, FileStore, FileStoreError, Hold, MediaError, Salt, VideoSource, fetch::Fetcher, flights::Flights,
-    pictures,
 };
 use crate::config::MediaConfig;
 
@@ -32,8 +31,6 @@ const BASE64: GeneralPurpose = GeneralPurpose::new(
     &alphabet::STANDARD,
     GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent),
 );
-/// How much of a file tells whether it is a picture.
-const MAGIC_BYTES: u64 = 64;
 const HASH_CHUNK_BYTES: usize = 1 << 20;
 
 /// A video or a picture on disk; a temporary one is removed with its last clone.
@@ -102,6 +99,7 @@ impl SourceReader {
                 self.check_num_pictures(urls.len())?;
                 self.read_urls(urls, caller).await
             }
+            VideoSource::Timed(list, _) => Box::pin(self.read(*list, caller)).await,
             VideoSource::Base64(text) => one(hold, move || this.store(&this.decode_base64(&text)?)).await,
             VideoSource::Bytes(bytes) => one(hold, move || this.store(&bytes)).await,
             VideoSource::TempFile(file) => one(hold, move || this.temporary(file.into_temp_path())).await,
@@ -242,21 +240,6 @@ impl SourceReader {
             return Err(refused(format!("{} is not a file; name a video file", path.display())));
         }
         self.hashed(canonical, None)
-    }
-
-    /// Whether `source` is one picture. What a stored file is, its first bytes say.
-    pub async fn is_still(&self, source: &VideoSource) -> Result<bool, MediaError> {
-        let VideoSource::FileId(id) = source else {
-            return Ok(matches!(source, VideoSource::Image(_)));
-        };
-        let (files, id) = (self.files.clone(), id.clone());
-        blocking(move || {
-            let (_, file) = files.read(&id).map_err(unreadable)?;
-            let mut start = Vec::new();
-            file.take(MAGIC_BYTES).read_to_end(&mut start).map_err(|error| disk_failed(&error))?;
-            Ok(pictures::format(&start).is_some())
-        })
-        .await
     }
 
     /// A file of the store: neither copied nor hashed again.

@@ -16,6 +16,9 @@ pub const THINK_INSTRUCTION: &str =
 /// Asks for the option alone, as the family's models before reinforcement learning were asked.
 pub const OPTION_ONLY_INSTRUCTION: &str = "Answer with the option's letter from the given choices directly.";
 
+/// Stands for a video in the original's texts, and here in rendered prompts only.
+const PLACEHOLDER: &str = "<image>";
+
 /// How a reply that thinks begins.
 pub const THINK_OPENING: &str = " <think>";
 
@@ -91,7 +94,7 @@ pub fn render(conversation: &Conversation) -> Result<String, PromptError> {
         .iter()
         .map(|piece| match piece {
             Piece::Text(text) => text.as_str(),
-            Piece::Video => "<image>",
+            Piece::Video => PLACEHOLDER,
             Piece::EndOfText => "<|endoftext|>",
         })
         .collect())
@@ -121,8 +124,9 @@ pub(super) fn pieces(conversation: &Conversation) -> Result<Vec<Piece>, PromptEr
     Ok(pieces)
 }
 
-/// "USER: … ASSISTANT:". A video comes first in its turn, whatever the client's order; the question is then stripped,
-/// and follows on the next line. The original leaves a question without a video as it is.
+/// "USER: … ASSISTANT:". A video comes first in its turn, whatever the client's order; the question is then rid of typed
+/// placeholders, as in the original, and stripped, and follows on the next line. A question without a video stays as it
+/// is: there the original would take a typed placeholder for a video.
 fn push_user(turn: &Turn, text: &mut String, pieces: &mut Vec<Piece>) {
     text.push_str("USER: ");
     if turn.num_videos == 0 {
@@ -130,7 +134,8 @@ fn push_user(turn: &Turn, text: &mut String, pieces: &mut Vec<Piece>) {
     } else {
         pieces.push(Piece::Text(std::mem::take(text)));
         pieces.extend(std::iter::repeat_n(Piece::Video, turn.num_videos));
-        let question = trim(&turn.user);
+        let question = turn.user.replace(PLACEHOLDER, "");
+        let question = trim(&question);
         if !question.is_empty() {
             text.push('\n');
             text.push_str(question);
@@ -175,15 +180,25 @@ mod tests {
     }
 
     #[test]
-    fn a_typed_placeholder_is_text() {
-        let typed = "What <image> is <|endoftext|> it?";
-        let conversation = Conversation { system: Some(String::new()), turns: vec![user(typed, 1)] };
-        let expected = [
-            Piece::Text("USER: ".into()),
-            Piece::Video,
-            Piece::Text("\nWhat <image> is <|endoftext|> it? ASSISTANT:".into()),
-        ];
-        assert_eq!(pieces(&conversation).unwrap(), expected);
+    fn a_typed_placeholder_is_removed_beside_a_video_and_never_becomes_one() {
+        for (typed, num_videos, left) in [
+            ("What <image> is <|endoftext|> it?", 1, "\nWhat  is <|endoftext|> it?"),
+            ("<image>\nWhat?", 1, "\nWhat?"),
+            ("What?\n<image> <image>", 2, "\nWhat?"),
+            ("<image>", 1, ""),
+            // Removed once, as in the original: what comes together then is text.
+            ("<im<image>age> it", 1, "\n<image> it"),
+            ("What <image> is it?", 0, "What <image> is it?"),
+        ] {
+            let conversation = Conversation { system: Some(String::new()), turns: vec![user(typed, num_videos)] };
+            let mut expected = vec![Piece::Text("USER: ".into())];
+            expected.extend(vec![Piece::Video; num_videos]);
+            expected.push(Piece::Text(format!("{left} ASSISTANT:")));
+            if num_videos == 0 {
+                expected = vec![Piece::Text(format!("USER: {left} ASSISTANT:"))];
+            }
+            assert_eq!(pieces(&conversation).unwrap(), expected, "{typed}");
+        }
     }
 
     #[test]

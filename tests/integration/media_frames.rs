@@ -239,8 +239,10 @@ async fn windows_and_rates_choose_the_frames_in_them() {
     let none = FrameSampling::default();
     let window = FrameSampling { num_frames: Some(5), start: Some(1.0), end: Some(2.0), ..none };
     assert_eq!(read(window).await, [25, 31, 37, 43, 49]);
-    assert_eq!(read(FrameSampling { fps: Some(1.0), ..none }).await, [0, 48, 96]);
-    assert_eq!(read(FrameSampling { fps: Some(4.0), max_frames: Some(2), ..none }).await, [0, 96]);
+    assert_eq!(read(FrameSampling { fps: Some(1.0), ..none }).await, [0, 25, 50, 75]);
+    let from = FrameSampling { fps: Some(2.0), start: Some(1.01), end: Some(2.6), ..none };
+    assert_eq!(read(from).await, [25, 37, 50, 62]);
+    assert_eq!(read(FrameSampling { fps: Some(4.0), max_frames: Some(2), ..none }).await, [0, 93]);
 }
 
 #[tokio::test]

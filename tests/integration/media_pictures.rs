@@ -87,7 +87,7 @@ async fn frames_sampled_by_the_client_are_the_frames_of_the_video() {
     ];
     let mut digests = std::collections::HashSet::new();
     for list in lists {
-        let frames = loader.load(list, FrameSampling::default()).await.unwrap();
+        let frames = loader.load(list, sampling(7)).await.unwrap();
         assert!(frames.rgb == video.rgb, "other pixels");
         assert_eq!(numbers(&frames), video.info.sampled_indices);
         assert_eq!((frames.info.container.as_str(), frames.info.codec.as_str()), ("frames", "png"));
@@ -96,7 +96,7 @@ async fn frames_sampled_by_the_client_are_the_frames_of_the_video() {
     }
     assert_eq!(digests.len(), 1, "the same frames are the same video");
     let reversed: Vec<String> = pictures.iter().rev().map(|bytes| data_url(bytes)).collect();
-    let timed = FrameSampling { fps: Some(2.0), ..FrameSampling::default() };
+    let timed = FrameSampling { fps: Some(2.0), ..sampling(7) };
     let reversed = loader.load(VideoSource::Frames(reversed), timed).await.unwrap();
     assert!(!digests.contains(&reversed.digest), "the order counts");
     assert_eq!((reversed.info.duration, reversed.info.fps), (Some(3.5), Some(2.0)));
@@ -155,9 +155,14 @@ async fn what_is_no_picture_or_too_large_is_refused() {
         let error = still(&picture(60, 60, format)[..40]).await.unwrap_err();
         assert!(matches!(error, MediaError::Undecodable(_)), "{format:?}: {error}");
     }
-    for bytes in [&b"GIF89a\x10\0\x10\0"[..], b"BM", b"", b"\0\0\0\x20ftypisom", b"<svg/>"] {
+    for bytes in [&b"BM"[..], b"", b"<svg/>", b"\0\0\0\x20ftypheic", b"\0\0\0\x20ftypavif"] {
         let error = still(bytes).await.unwrap_err();
-        assert!(matches!(error, MediaError::Unsupported(_)), "{error}");
+        assert!(matches!(&error, MediaError::Unsupported(m) if m.contains("send jpeg, png or webp")), "{error}");
+    }
+    // A video that is sent as a picture is judged as one.
+    for bytes in [&b"GIF89a\x10\0\x10\0"[..], b"\0\0\0\x20ftypisom"] {
+        let error = still(bytes).await.unwrap_err();
+        assert!(matches!(error, MediaError::Undecodable(_)), "{error}");
     }
     let large = vec![0; 60_000];
     assert!(matches!(still(&large).await, Err(MediaError::TooManyBytes { .. })));

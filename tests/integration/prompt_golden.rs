@@ -144,6 +144,39 @@ fn template_cases_have_the_original_text_and_ids() {
     assert!(cases.len() >= 6);
 }
 
+/// The original is given texts with its placeholder typed in; here that is a client's text, beside a video of its own.
+#[test]
+fn a_typed_placeholder_beside_a_video_gives_the_original_ids() {
+    let cases: Vec<TemplateCase> = read("template_cases.json");
+    let mut num_typed = 0;
+    for case in &cases {
+        let turns = case.turns.clone().unwrap_or_else(|| vec![(case.question.clone().unwrap(), None)]);
+        let typed = |(text, assistant): (String, Option<String>)| {
+            let num_videos = usize::from(text.contains("<image>"));
+            Turn { user: text, num_videos, assistant }
+        };
+        let conversation = Conversation { system: None, turns: turns.into_iter().map(typed).collect() };
+        num_typed += conversation.turns.iter().filter(|turn| turn.num_videos > 0).count();
+        for tokenizer in both() {
+            let prompt = build(&conversation, &tokenizer, 1).unwrap();
+            let ids = prompt.token_ids.iter().map(|&id| if id == VISUAL_TOKEN { -200 } else { i64::from(id) });
+            assert_eq!(ids.collect::<Vec<_>>(), case.input_ids, "{}", case.prompt);
+        }
+    }
+    assert!(num_typed >= 4, "{num_typed}");
+}
+
+#[test]
+fn a_typed_placeholder_without_a_video_is_the_ids_of_its_text() {
+    for tokenizer in both() {
+        let turns = vec![Turn { user: "What is <image>?".into(), num_videos: 0, assistant: None }];
+        let system = Some(String::new());
+        let prompt = build(&Conversation { system, turns }, &tokenizer, 1).unwrap();
+        assert_eq!(prompt.token_ids, tokenizer.encode("USER: What is <image>? ASSISTANT:").unwrap());
+        assert!(prompt.video_spans.is_empty());
+    }
+}
+
 #[test]
 fn the_checkpoint_prompt_is_the_instruction_around_the_question() {
     let prompt = fs::read_to_string(golden("tiny/prompt.txt")).unwrap();

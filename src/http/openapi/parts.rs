@@ -13,7 +13,7 @@ use crate::{
 };
 
 /// Requests and what is in them: an unknown field is refused.
-const CLOSED: [&str; 16] = [
+const CLOSED: [&str; 18] = [
     "ResponsesStreamOptions",
     "ReasoningOptions",
     "TextOptions",
@@ -23,6 +23,8 @@ const CLOSED: [&str; 16] = [
     "StreamOptions",
     "ChatTemplateKwargs",
     "MediaIoKwargs",
+    "ImageKnobs",
+    "ListedFrame",
     "Message",
     "ContentPart",
     "VideoUrl",
@@ -102,16 +104,13 @@ fn null() -> ObjectBuilder {
     ObjectBuilder::new().schema_type(Type::Null)
 }
 
-/// Text, or a list of so many of `name`.
-fn text_or_list(name: &str, max_items: usize) -> OneOfBuilder {
-    let list: Array =
-        ArrayBuilder::new().items(Ref::from_schema_name(name)).max_items(Some(max_items)).build();
-    OneOfBuilder::new().item(string()).item(list)
-}
-
 /// `messages[].content`
 pub fn content() -> Schema {
-    text_or_list("ContentPart", Config::default().max_content_parts).build().into()
+    let text = string().description(Some("The same as a part of type text."));
+    let part = OneOfBuilder::new().item(text).item(Ref::from_schema_name("ContentPart"));
+    let max_parts = Config::default().max_content_parts;
+    let list: Array = ArrayBuilder::new().items(part).max_items(Some(max_parts)).build();
+    OneOfBuilder::new().item(string()).item(list).build().into()
 }
 
 fn url() -> ObjectBuilder {
@@ -131,7 +130,8 @@ pub fn image_url() -> Schema {
 /// A URL, or those of the frames that the client sampled itself.
 pub fn url_or_frames() -> Schema {
     let max_frames = Config::default().media.max_frames;
-    let frames = ArrayBuilder::new().items(url()).min_items(Some(1)).max_items(Some(max_frames));
+    let frame = OneOfBuilder::new().item(url()).item(Ref::from_schema_name("ListedFrame"));
+    let frames = ArrayBuilder::new().items(frame).min_items(Some(1)).max_items(Some(max_frames));
     OneOfBuilder::new().item(url()).item(frames).build().into()
 }
 

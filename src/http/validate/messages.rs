@@ -5,7 +5,7 @@
 //! finished turns hold the answer alone.
 
 use super::{
-    InvalidRequest,
+    InvalidRequest, clips,
     parts::{self, Part, VideoPart},
     shorten,
     tools::{self, Origin},
@@ -20,10 +20,12 @@ use crate::{
 pub const HARMLESS: [&str; 7] =
     ["annotations", "name", "reasoning", "reasoning_content", "refusal", "segment", "reasoning_details"];
 
-/// Checks roles, parts and sizes. With `upload`, a request without a video part gets it in its last turn.
+/// Checks roles, parts and sizes. With `upload`, a request without a video part gets it in its last turn. `as_stills`:
+/// pictures in a row are not one video.
 pub fn validate(
     messages: Vec<Message>,
     upload: bool,
+    as_stills: bool,
     config: &Config,
 ) -> Result<(Conversation, Vec<VideoPart>), InvalidRequest> {
     if messages.is_empty() || messages.len() > config.max_messages {
@@ -31,7 +33,7 @@ pub fn validate(
             format!("messages has {} entries, but must have 1 to {}", messages.len(), config.max_messages);
         return Err(InvalidRequest::field("messages", message));
     }
-    let mut builder = Builder::default();
+    let mut builder = Builder { as_stills, ..Builder::default() };
     for (i, message) in messages.into_iter().enumerate() {
         builder.push(&format!("messages[{i}]"), message, config)?;
     }
@@ -45,6 +47,7 @@ struct Builder {
     text_bytes: usize,
     /// The last message was the result of a call.
     after_result: bool,
+    as_stills: bool,
 }
 
 impl Builder {
@@ -127,15 +130,26 @@ impl Builder {
                 return Err(InvalidRequest::field(path, message));
             }
             Some(TextOr::Other(parts)) => {
-                let mut texts = Vec::new();
+                let mut read = Vec::with_capacity(parts.len());
                 for (i, part) in parts.into_iter().enumerate() {
-                    let text = self.part(format!("{path}[{i}]"), part, config)?;
-                    // One more for the newline.
-                    self.count(
-                        text.as_ref().map_or(0, |text| text.len() + usize::from(!texts.is_empty())),
-                        config,
-                    )?;
-                    texts.extend(text);
+                    let path = format!("{path}[{i}]");
+                    let part = parts::read(&path, part)?;
+                    read.push((path, part));
+                }
+                if !self.as_stills {
+                    read = clips::join(read, config.media.max_frames)?;
+                }
+                let mut texts = Vec::new();
+                let before = self.videos.len();
+                for (path, part) in read {
+                    match part {
+                        Part::Text(text) => {
+                            // One more for the newline.
+                            self.count(text.len() + usize::from(!texts.is_empty()), config)?;
+                            texts.push(text);
+                        }
+                        Part::Video(video) => self.video(path, video, before, config)?,
+                    }
                 }
                 texts.join("\n")
             }
@@ -153,21 +167,27 @@ impl Builder {
         Ok(())
     }
 
-    /// The text of a part, if it is one of text.
-    fn part(
+    /// Keeps the video of the part at `path`. `before`: how many earlier messages have.
+    fn video(
         &mut self,
         path: String,
-        part: ContentPart,
+        video: VideoPart,
+        before: usize,
         config: &Config,
-    ) -> Result<Option<String>, InvalidRequest> {
-        match parts::read(&path, part)? {
-            Part::Text(text) => Ok(Some(text)),
-            Part::Video(video) if self.videos.len() < config.max_videos_per_request => {
-                self.videos.push(video);
-                Ok(None)
-            }
-            Part::Video(_) => Err(InvalidRequest::field(path, too_many_videos(config))),
+    ) -> Result<(), InvalidRequest> {
+        if self.videos.len() - before >= config.max_videos_per_request {
+            return Err(InvalidRequest::field(path, too_many_videos(config)));
         }
+        if self.videos.len() >= config.max_videos_per_conversation {
+            let message = format!(
+                "this server accepts at most {} videos in a conversation (--max-videos-per-conversation); leave out \
+                 earlier ones",
+                config.max_videos_per_conversation
+            );
+            return Err(InvalidRequest::field(path, message));
+        }
+        self.videos.push(video);
+        Ok(())
     }
 
     fn finish(
@@ -205,8 +225,8 @@ fn join(text: &mut String, more: &str) {
 
 fn too_many_videos(config: &Config) -> String {
     format!(
-        "this server accepts at most {} videos and pictures in a request (--max-videos-per-request), of all \
-         messages together; send fewer",
+        "this server accepts at most {} videos in a message (--max-videos-per-request), where pictures in a row are one \
+         video and a picture alone is one too; send fewer",
         config.max_videos_per_request
     )
 }

@@ -3,6 +3,7 @@
 //! Called by the handlers. Pure: no clock, no randomness, no input but its arguments.
 
 mod choices;
+mod clips;
 mod fields;
 mod guided;
 mod messages;
@@ -188,8 +189,9 @@ pub fn validate(
     let sampling = sampling::validate(&request, limits)?;
     let cache_salt = cache_salt(request.cache_salt.take())?;
     let timeout = timeout(request.timeout, limits.config.request_timeout)?;
-    let (conversation, parts) =
-        messages::validate(std::mem::take(&mut request.messages), upload.is_some(), limits.config)?;
+    let messages = std::mem::take(&mut request.messages);
+    let as_stills = video::as_stills(request.media_io_kwargs.as_ref(), limits.config);
+    let (conversation, parts) = messages::validate(messages, upload.is_some(), as_stills, limits.config)?;
     let choices = choices::validate(&request, &conversation, sampling.params.temperature, limits)?;
     let videos = video::validate(parts, upload, request.media_io_kwargs, &limits.config.media)?;
     Ok(ValidRequest {

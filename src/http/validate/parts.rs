@@ -4,7 +4,9 @@
 
 use super::{InvalidRequest, refuse_unknown, shorten};
 use crate::{
-    http::types::{ContentPart, FilePart, ImageUrl, InputVideo, SamplingKnobs, TextOr, VideoUrl},
+    http::types::{
+        ContentPart, FilePart, ImageUrl, InputVideo, ListedFrame, SamplingKnobs, TextOr, VideoUrl,
+    },
     media::VideoSource,
 };
 
@@ -36,16 +38,21 @@ pub struct VideoPart {
     pub source: Option<VideoSource>,
     /// Knobs and the paths of the objects they are in.
     pub knobs: Vec<(String, SamplingKnobs)>,
+    /// When the frames of a list are shown, and the path of the field that says so.
+    pub timestamps: Option<(String, Vec<f64>)>,
+    /// Whether it is several pictures of a message.
+    pub is_clip: bool,
 }
 
 /// Reads a part of any known form.
 pub fn read(path: &str, mut part: ContentPart) -> Result<Part, InvalidRequest> {
     check_one_source(path, &part)?;
     let beside = part.take_knobs();
+    let mut timestamps = part.timestamps.take().map(|times| (format!("{path}.timestamps"), times));
     let kind = part.kind.as_str();
     if kind == "text" {
         refuse_unknown(&beside.extra, path, &["type", "text"])?;
-        refuse_knobs(path, kind, &beside)?;
+        refuse_knobs(path, kind, &beside, timestamps.is_some())?;
         let missing = || InvalidRequest::field(format!("{path}.text"), "the part has no text");
         return part.text.map(Part::Text).ok_or_else(missing);
     }
@@ -60,6 +67,13 @@ pub fn read(path: &str, mut part: ContentPart) -> Result<Part, InvalidRequest> {
                 Some(TextOr::Other(video)) => video,
             };
             let in_it = video.take_knobs();
+            if let Some(times) = video.timestamps.take() {
+                if timestamps.is_some() {
+                    let message = "timestamps are sent twice; send them once";
+                    return Err(InvalidRequest::field(format!("{path}.timestamps"), message));
+                }
+                timestamps = Some((format!("{own}.timestamps"), times));
+            }
             refuse_unknown(
                 &in_it.extra,
                 &own,
@@ -79,9 +93,10 @@ pub fn read(path: &str, mut part: ContentPart) -> Result<Part, InvalidRequest> {
         "video" => (own.clone(), part.video.map(|video| qwen_video(&own, video)).transpose()?),
         "file" => part.file.map_or_else(|| Ok((own.clone(), None)), |file| self::file(&own, file))?,
         "image_url" => {
-            refuse_knobs(path, kind, &beside)?;
+            refuse_knobs(path, kind, &beside, timestamps.is_some())?;
             let missing = || InvalidRequest::field(format!("{own}.url"), "the picture has no URL");
-            (format!("{own}.url"), Some(image(&own, part.image_url.ok_or_else(missing)?)?))
+            let url = image_url(&own, part.image_url.ok_or_else(missing)?)?;
+            (format!("{own}.url"), Some(VideoSource::Image(url)))
         }
         kind => {
             let kind = shorten(kind);
@@ -98,7 +113,7 @@ pub fn read(path: &str, mut part: ContentPart) -> Result<Part, InvalidRequest> {
         &["type", kind, "uuid", "num_frames", "fps", "max_frames", "start", "end"],
     )?;
     knobs.push((path.to_owned(), beside));
-    Ok(Part::Video(VideoPart { path: own, source_path, source, knobs }))
+    Ok(Part::Video(VideoPart { path: own, source_path, source, knobs, timestamps, is_clip: false }))
 }
 
 /// Only the field of the part's own type may be there.
@@ -122,7 +137,12 @@ fn check_one_source(path: &str, part: &ContentPart) -> Result<(), InvalidRequest
     }
 }
 
-fn refuse_knobs(path: &str, kind: &str, knobs: &SamplingKnobs) -> Result<(), InvalidRequest> {
+fn refuse_knobs(
+    path: &str,
+    kind: &str,
+    knobs: &SamplingKnobs,
+    has_timestamps: bool,
+) -> Result<(), InvalidRequest> {
     let SamplingKnobs { num_frames, fps, max_frames, start, end, .. } = knobs;
     let there = [
         ("num_frames", num_frames.is_some()),
@@ -130,6 +150,7 @@ fn refuse_knobs(path: &str, kind: &str, knobs: &SamplingKnobs) -> Result<(), Inv
         ("max_frames", max_frames.is_some()),
         ("start", start.is_some()),
         ("end", end.is_some()),
+        ("timestamps", has_timestamps),
     ];
     match there.iter().find(|(_, there)| *there) {
         None => Ok(()),
@@ -155,17 +176,34 @@ fn input_video(path: &str, video: InputVideo) -> Result<Sourced, InvalidRequest>
     }
 }
 
-fn qwen_video(path: &str, video: TextOr<Vec<String>>) -> Result<VideoSource, InvalidRequest> {
+fn qwen_video(path: &str, video: TextOr<Vec<TextOr<ListedFrame>>>) -> Result<VideoSource, InvalidRequest> {
     match video {
         TextOr::Text(url) => check_url(path, url).map(VideoSource::Url),
         TextOr::Other(urls) if urls.is_empty() => {
             Err(InvalidRequest::field(path, "the list has no frames; send the URL of each"))
         }
-        TextOr::Other(urls) => {
-            let urls = urls.into_iter().enumerate().map(|(i, url)| check_url(&format!("{path}[{i}]"), url));
+        TextOr::Other(frames) => {
+            let frames = frames.into_iter().enumerate();
+            let urls = frames.map(|(i, frame)| listed_frame(&format!("{path}[{i}]"), frame));
             Ok(VideoSource::Frames(urls.collect::<Result<_, _>>()?))
         }
     }
+}
+
+/// The URL of a frame in a list.
+fn listed_frame(path: &str, frame: TextOr<ListedFrame>) -> Result<String, InvalidRequest> {
+    let frame = match frame {
+        TextOr::Text(url) => return check_url(path, url),
+        TextOr::Other(frame) => frame,
+    };
+    refuse_unknown(&frame.extra, path, &["type", "image_url"])?;
+    if frame.kind.is_some_and(|kind| kind != "image_url") {
+        let message = "a frame of a list must be a URL or a part of type image_url";
+        return Err(InvalidRequest::field(format!("{path}.type"), message));
+    }
+    let own = format!("{path}.image_url");
+    let missing = || InvalidRequest::field(&own, "the frame has no picture; send its URL");
+    image_url(&own, frame.image_url.ok_or_else(missing)?)
 }
 
 fn file(path: &str, file: FilePart) -> Result<Sourced, InvalidRequest> {
@@ -182,7 +220,7 @@ fn file(path: &str, file: FilePart) -> Result<Sourced, InvalidRequest> {
     }
 }
 
-fn image(path: &str, image: TextOr<ImageUrl>) -> Result<VideoSource, InvalidRequest> {
+fn image_url(path: &str, image: TextOr<ImageUrl>) -> Result<String, InvalidRequest> {
     let url_path = format!("{path}.url");
     let url = match image {
         TextOr::Text(url) => url,
@@ -197,7 +235,7 @@ fn image(path: &str, image: TextOr<ImageUrl>) -> Result<VideoSource, InvalidRequ
             image.url.ok_or_else(|| InvalidRequest::field(&url_path, "the picture has no URL"))?
         }
     };
-    check_url(&url_path, url).map(VideoSource::Image)
+    check_url(&url_path, url)
 }
 
 /// Bare base64, or a `data:` URL.

@@ -85,6 +85,16 @@ fn every_form_of_a_part_becomes_its_source() {
     for (part, source) in [
         (json!({"type": "video", "video": URL}), format!("Url({URL:?})")),
         (json!({"type": "video", "video": [URL, data]}), format!("Frames([{URL:?}, {data:?}])")),
+        (
+            json!({"type": "video", "video": [
+                {"type": "image_url", "image_url": {"url": URL, "detail": "low"}}, data, {"image_url": URL},
+            ]}),
+            format!("Frames([{URL:?}, {data:?}, {URL:?}])"),
+        ),
+        (
+            json!({"type": "video", "video": [URL, data], "timestamps": [0.5, 2]}),
+            format!("Timed(Frames([{URL:?}, {data:?}]), [0.5, 2.0])"),
+        ),
         (json!({"type": "input_video", "input_video": {"url": URL}}), format!("Url({URL:?})")),
         (json!({"type": "input_video", "input_video": {"data": "aa"}}), "Base64(\"aa\")".into()),
         (json!({"type": "input_video", "input_video": {"data": data}}), format!("Url({data:?})")),
@@ -138,10 +148,18 @@ fn several_videos_are_taken_in_order_up_to_the_limit() {
     assert_eq!(nums, [1, 2, 3]);
     assert!(valid.videos.iter().all(|video| video.sampling.start == Some(1.0)));
     assert_eq!(valid.conversation.turns.iter().map(|turn| turn.num_videos).collect::<Vec<_>>(), [2, 1]);
-    let refused = with_config(messages([vec![1, 2], vec![3, 4]]), false, &config).unwrap_err();
+    let refused = with_config(messages([vec![1, 2], vec![1, 2, 3, 4]]), false, &config).unwrap_err();
     let InvalidRequest::Field { param: at, message } = refused else { panic!("{refused:?}") };
-    assert_eq!(at, "messages[2].content[1]");
+    assert_eq!(at, "messages[2].content[3]");
     assert!(message.contains("at most 3") && message.contains("--max-videos-per-request"), "{message}");
+    // Earlier messages do not count for the last one's limit, but there is one for all.
+    let history = messages([vec![1, 2, 3], vec![4, 5, 6]]);
+    assert_eq!(with_config(history.clone(), false, &config).unwrap().videos.len(), 6);
+    let bounded = Config { max_videos_per_conversation: 5, ..config.clone() };
+    let refused = with_config(history, false, &bounded).unwrap_err();
+    let InvalidRequest::Field { param: at, message } = refused else { panic!("{refused:?}") };
+    assert_eq!(at, "messages[2].content[2]");
+    assert!(message.contains("at most 5") && message.contains("--max-videos-per-conversation"), "{message}");
 
     // The upload takes the place of the part without a source, and needs one beside other videos.
     let marked = json!([part(1), {"type": "video_url"}]);
@@ -241,7 +259,8 @@ fn each_fault_names_its_field() {
             json!({"reasoning_effort": "none", "chat_template_kwargs": {"enable_thinking": true}}),
             "chat_template_kwargs.enable_thinking",
         ),
-        (json!({"media_io_kwargs": {"image": {}}}), "media_io_kwargs.image"),
+        (json!({"media_io_kwargs": {"audio": {}}}), "media_io_kwargs.audio"),
+        (json!({"media_io_kwargs": {"image": {"size": 1}}}), "media_io_kwargs.image.size"),
         (json!({"media_io_kwargs": {"video": {"backend": "x"}}}), "media_io_kwargs.video.backend"),
         (json!({"model": "other"}), "model"),
         (json!({"temprature": 1}), "temprature"),
@@ -283,6 +302,16 @@ fn each_fault_of_a_part_names_its_path() {
         (json!({"type": "video", "video": []}), "[0].video"),
         (json!({"type": "video", "video": [URL, "x"]}), "[0].video[1]"),
         (json!({"type": "video", "video": "x"}), "[0].video"),
+        (json!({"type": "video", "video": [{"type": "text", "text": "x"}]}), "[0].video[0].text"),
+        (json!({"type": "video", "video": [{"type": "video_url", "image_url": URL}]}), "[0].video[0].type"),
+        (json!({"type": "video", "video": [URL, {"type": "image_url"}]}), "[0].video[1].image_url"),
+        (json!({"type": "video", "video": [{"image_url": {"url": "x"}}]}), "[0].video[0].image_url.url"),
+        (json!({"type": "video", "video": [URL, URL], "timestamps": [1]}), "[0].timestamps"),
+        (json!({"type": "video", "video": [URL, URL], "timestamps": [2, 1]}), "[0].timestamps"),
+        (json!({"type": "video", "video": [URL, URL], "timestamps": [0, 1e9]}), "[0].timestamps"),
+        (json!({"type": "video", "video": [URL, URL], "timestamps": [0, 1], "fps": 1}), "[0].timestamps"),
+        (json!({"type": "video", "video": URL, "timestamps": [0]}), "[0].timestamps"),
+        (json!({"type": "image_url", "image_url": URL, "timestamps": [0]}), "[0].timestamps"),
         (json!({"type": "file", "file": {}}), "[0].file"),
         (json!({"type": "file", "file": {"file_id": ""}}), "[0].file.file_id"),
         (json!({"type": "file", "file": {"file_id": "file-1", "file_data": "aa"}}), "[0].file.file_data"),

@@ -9,13 +9,15 @@ use tempfile::NamedTempFile;
 
 use super::{InvalidRequest, ValidVideo, parts::VideoPart, refuse_unknown};
 use crate::{
-    config::MediaConfig,
-    http::types::{MediaIoKwargs, SamplingKnobs},
+    config::{Config, MediaConfig},
+    http::types::{ImageKnobs, MediaIoKwargs, SamplingKnobs},
     media::{FrameSampling, VideoSource},
 };
 
 /// Where the knobs of the whole request are.
 const TOP_LEVEL: &str = "media_io_kwargs.video";
+/// Where the knobs of pictures are.
+const PICTURES: &str = "media_io_kwargs.image";
 /// The part of a multipart body with the video.
 const UPLOAD: &str = "video";
 /// Most frames a second that can be asked for.
@@ -42,6 +44,12 @@ struct Knobs {
 /// Knobs and the path of the object they are in.
 type Placed = (String, Knobs);
 
+/// Whether pictures in a row are stills of their own.
+pub fn as_stills(top_level: Option<&MediaIoKwargs>, config: &Config) -> bool {
+    let as_video = top_level.and_then(|kwargs| kwargs.image.as_ref()).and_then(|image| image.as_video);
+    as_video.map_or(config.images_as_stills, |as_video| !as_video)
+}
+
 /// Brings together the video parts, the upload and the top-level knobs.
 pub fn validate(
     parts: Vec<VideoPart>,
@@ -50,8 +58,13 @@ pub fn validate(
     media: &MediaConfig,
 ) -> Result<Vec<ValidVideo>, InvalidRequest> {
     let mut for_all: Vec<Placed> = vec![];
+    let mut pictures = ImageKnobs::default();
     if let Some(kwargs) = top_level {
-        refuse_unknown(&kwargs.extra, "media_io_kwargs", &["video"])?;
+        refuse_unknown(&kwargs.extra, "media_io_kwargs", &["video", "image"])?;
+        if let Some(image) = kwargs.image {
+            refuse_unknown(&image.extra, PICTURES, &["as_video", "fps", "timestamps"])?;
+            pictures = image;
+        }
         if let Some(knobs) = kwargs.video {
             refuse_unknown(&knobs.extra, TOP_LEVEL, &["num_frames", "fps", "max_frames", "start", "end"])?;
             for_all.push((TOP_LEVEL.into(), check(TOP_LEVEL, &knobs, media)?));
@@ -75,16 +88,75 @@ pub fn validate(
         .map(|part| {
             let missing =
                 || InvalidRequest::field(&part.source_path, "the video has no source; send its URL");
-            let source = part.source.or_else(|| upload.take()).ok_or_else(missing)?;
+            let mut source = part.source.or_else(|| upload.take()).ok_or_else(missing)?;
             let mut places: Vec<Placed> = vec![];
             for (path, knobs) in part.knobs {
                 let checked = check(&path, &knobs, media)?;
                 places.push((path, checked));
             }
             places.extend(for_all.iter().cloned());
+            let mut timestamps = part.timestamps;
+            if part.is_clip {
+                timestamps = of_clip(&pictures, &mut places, media)?;
+            }
+            if let Some((path, times)) = timestamps {
+                let has_rate = places.iter().any(|(_, knobs)| knobs.fps.is_some());
+                source = timed(&path, times, source, has_rate, media)?;
+            }
             valid(part.path, source, places, media)
         })
         .collect()
+}
+
+/// Puts the rate of pictures among `places`, in place of that of videos; gives their timestamps, and where they are.
+fn of_clip(
+    pictures: &ImageKnobs,
+    places: &mut Vec<Placed>,
+    media: &MediaConfig,
+) -> Result<Option<(String, Vec<f64>)>, InvalidRequest> {
+    let timestamps = pictures.timestamps.clone().map(|times| (format!("{PICTURES}.timestamps"), times));
+    if pictures.fps.is_some() && timestamps.is_some() {
+        let message = "fps and timestamps both say when the pictures are shown; send one of them";
+        return Err(InvalidRequest::field(format!("{PICTURES}.timestamps"), message));
+    }
+    if pictures.fps.is_some() || timestamps.is_some() {
+        places.iter_mut().for_each(|(_, knobs)| knobs.fps = None);
+        let rate = check(PICTURES, &SamplingKnobs { fps: pictures.fps, ..SamplingKnobs::default() }, media)?;
+        places.push((PICTURES.into(), rate));
+    }
+    Ok(timestamps)
+}
+
+/// A list of frames with the times at which they are shown.
+fn timed(
+    path: &str,
+    times: Vec<f64>,
+    source: VideoSource,
+    has_rate: bool,
+    media: &MediaConfig,
+) -> Result<VideoSource, InvalidRequest> {
+    let fault = |message: String| Err(InvalidRequest::field(path, message));
+    if !source.is_frame_list() {
+        return fault("timestamps are those of a list of frames; a video has its own".into());
+    }
+    if has_rate {
+        return fault("fps and timestamps both say when the frames are shown; send one of them".into());
+    }
+    let num_frames = match &source {
+        VideoSource::Frames(urls) => urls.len(),
+        // The server counts the pictures of the URL when it reads them.
+        _ => times.len(),
+    };
+    if times.len() != num_frames {
+        return fault(format!("there are {} timestamps for {num_frames} frames; send one for each", times.len()));
+    }
+    if !times.iter().all(|time| (0.0..=media.max_video_seconds).contains(time)) || !times.is_sorted() {
+        return fault(format!(
+            "timestamps must be ascending seconds from 0 to {}",
+            media.max_video_seconds
+        ));
+    }
+    Ok(VideoSource::Timed(Box::new(source), times))
 }
 
 fn valid(
@@ -141,7 +213,7 @@ fn merge(places: &[Placed], is_list: bool, media: &MediaConfig) -> Result<FrameS
     let num_frames = match same("num_frames", places, |knobs| knobs.num_frames)? {
         Some(NumFrames::Count(count)) => Some(count),
         // All frames, as many as the bounds allow.
-        Some(NumFrames::All) if fps.is_none() => Some(max_frames.take().unwrap_or(media.max_frames)),
+        Some(NumFrames::All) if fps.is_none() || is_list => Some(max_frames.take().unwrap_or(media.max_frames)),
         Some(NumFrames::All) | None => None,
     };
     let start = same("start", places, |knobs| knobs.start)?;
