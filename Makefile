@@ -1,5 +1,5 @@
 # `make demo` and `make test` do everything on a fresh Debian or Ubuntu with Rust.
-.PHONY: demo test test-clients test-deploy test-balancer test-image check check-cuda test-cuda bench-micro build build-cuda gpu-check openapi serve clean
+.PHONY: demo test test-clients test-deploy test-balancer test-gateways test-image check check-cuda test-cuda bench-micro build build-cuda gpu-check openapi serve clean
 
 demo: ## Build, start the server on the embedded model, ask it about real videos
 	@scripts/demo.sh
@@ -8,7 +8,7 @@ test: ## All tests, with real sockets, real ffmpeg and real videos
 	@scripts/need-ffmpeg.sh
 	cargo test --locked
 
-test-clients: ## OpenAI's, LiteLLM's, LangChain's, Vercel's clients and a fuzzer against the binary that `make test` built
+test-clients: ## The clients and agent libraries people use, and a fuzzer, against the binary that `make test` built
 	@scripts/test-clients.sh
 
 test-deploy: ## The files in deploy/, with the tools that read them
@@ -17,6 +17,9 @@ test-deploy: ## The files in deploy/, with the tools that read them
 
 test-balancer: ## Restarts, crashes and streams behind HAProxy and nginx, with the binary that `make test` built
 	@scripts/test-balancer.sh
+
+test-gateways: ## smg, vllm-router and Dynamo's KV indexer before several servers, with the binary that `make test` built
+	@scripts/test-gateways.sh
 
 test-image: ## Build the image as the Dockerfile says, without an engine, and serve from it (root, a quarter of an hour)
 	@scripts/test-image.sh

@@ -3,11 +3,11 @@
 use std::net::SocketAddr;
 
 use anyhow::Context;
-use clap::Args;
+use clap::{Args, ValueEnum};
 
 use crate::{
     http::AppState,
-    telemetry::{Endpoint, KvEventPublisher, KvEventsTarget},
+    telemetry::{Endpoint, KvEventPublisher, KvEventsFormat, KvEventsTarget},
 };
 
 /// Whether and where KV events are published.
@@ -23,6 +23,24 @@ pub struct KvEventsOptions {
     /// Where routers ask for messages they missed, such as tcp://*:5558.
     #[arg(long, value_name = "ENDPOINT", requires = "kv_events_endpoint", value_parser = listening)]
     kv_events_replay_endpoint: Option<SocketAddr>,
+    /// Form of the events: map as vLLM 0.26 and later sends them, array as older versions.
+    #[arg(long, value_name = "FORM", requires = "kv_events_endpoint", default_value = "map")]
+    kv_events_format: Format,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Format {
+    Map,
+    Array,
+}
+
+impl From<Format> for KvEventsFormat {
+    fn from(format: Format) -> Self {
+        match format {
+            Format::Map => KvEventsFormat::Map,
+            Format::Array => KvEventsFormat::Array,
+        }
+    }
 }
 
 fn listening(text: &str) -> Result<SocketAddr, String> {
@@ -56,7 +74,13 @@ impl KvEventsOptions {
             None => format!("kv@{}@{model}", server_name()?),
         };
         tracing::info!(topic, "publishing KV events");
-        let target = KvEventsTarget { endpoint, replay: self.kv_events_replay_endpoint, topic, model };
+        let target = KvEventsTarget {
+            endpoint,
+            replay: self.kv_events_replay_endpoint,
+            topic,
+            format: self.kv_events_format.into(),
+            model,
+        };
         Ok(Some(KvEventPublisher::start(target, &config.kv_events, state.metrics().clone()).await?))
     }
 }

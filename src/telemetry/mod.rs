@@ -13,7 +13,7 @@ mod trail;
 
 pub use engine::EngineMetrics;
 pub use generation::{ContentRecord, GenerationRecord, Outcome, TokenCounts};
-pub use kv_events::{Endpoint, InvalidEndpoint, KvEventPublisher, KvEventsTarget};
+pub use kv_events::{Endpoint, InvalidEndpoint, KvEventPublisher, KvEventsFormat, KvEventsTarget};
 pub use metrics::Metrics;
 pub use traces::{RequestStart, RequestTrace, Traces, TracesError};
 pub use trail::{PieceTimer, Stage, StageRun, Trail};

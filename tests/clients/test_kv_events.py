@@ -15,73 +15,84 @@ from conftest import serving
 BLOCK = 16
 
 
-# The structs as vLLM declares them: what is decoded here is what its subscribers decode.
-class Event(msgspec.Struct, array_like=True, omit_defaults=True, tag=True):
-    pass
+TOPIC = b"kv@pod-1@nano"
 
 
-class BlockStored(Event):
-    block_hashes: list[int]
-    parent_block_hash: int | None
-    token_ids: list[int]
-    block_size: int
-    lora_id: int | None
-    medium: str | None
-    lora_name: str | None
-    extra_keys: list[list[tuple[Any, ...]] | None] | None = None
+# The structs as vLLM declares them: what is decoded here is what its subscribers decode. Fields of the cache group came
+# with the maps.
+def structs(form):
+    positional = {"array_like": form == "array", "omit_defaults": True}
 
+    class Event(msgspec.Struct, tag=True, **positional):
+        pass
 
-class BlockRemoved(Event):
-    block_hashes: list[int]
-    medium: str | None
+    class BlockStored(Event):
+        block_hashes: list[int]
+        parent_block_hash: int | None
+        token_ids: list[int]
+        block_size: int
+        lora_id: int | None
+        medium: str | None
+        lora_name: str | None
+        extra_keys: list[list[tuple[Any, ...]] | None] | None = None
+        group_idx: int | None = None
+        kv_cache_spec_kind: str | None = None
+        kv_cache_spec_sliding_window: int | None = None
 
+    class BlockRemoved(Event):
+        block_hashes: list[int]
+        medium: str | None
+        group_idx: int | None = None
 
-class AllBlocksCleared(Event):
-    pass
+    class AllBlocksCleared(Event):
+        pass
 
+    class Batch(msgspec.Struct, array_like=True, omit_defaults=True):
+        ts: float
+        events: list[BlockStored | BlockRemoved | AllBlocksCleared]
+        data_parallel_rank: int | None = None
 
-class Batch(msgspec.Struct, array_like=True, omit_defaults=True):
-    ts: float
-    events: list[BlockStored | BlockRemoved | AllBlocksCleared]
-    data_parallel_rank: int | None = None
-
-
-decode = msgspec.msgpack.Decoder(Batch).decode
+    return Batch
 
 
 class Router:
     """Knows what the events say."""
 
-    def __init__(self, socket):
-        self.socket, self.numbers, self.known, self.stored, self.removed = socket, [], {}, [], []
+    def __init__(self, socket, form="map"):
+        self.socket, self.form = socket, form
+        self.decode = msgspec.msgpack.Decoder(structs(form)).decode
+        self.numbers, self.known, self.stored, self.removed = [], {}, [], []
 
     def hear(self, wait_ms=5000):
         """One message; False when none comes."""
         if not self.socket.poll(wait_ms):
             return False
         topic, number, payload = self.socket.recv_multipart()
-        assert topic == b"kv@pod-1@nano"
+        assert topic == TOPIC
         self.numbers.append(int.from_bytes(number, "big"))
-        self.take(decode(payload))
+        self.take(self.decode(payload))
         return True
 
     def take(self, batch):
         assert abs(batch.ts - time.time()) < 600 and batch.data_parallel_rank == 0
+        cache = ("GPU", 0) if self.form == "map" else (None, None)
         for event in batch.events:
-            match event:
-                case BlockStored():
+            match type(event).__name__:
+                case "BlockStored":
+                    assert (event.medium, event.group_idx) == cache
                     assert event.block_size == BLOCK
                     assert len(event.token_ids) == BLOCK * len(event.block_hashes)
                     for i, name in enumerate(event.block_hashes):
                         assert name not in self.known, "stored twice"
                         self.known[name] = event.token_ids[i * BLOCK:(i + 1) * BLOCK]
                     self.stored.append(event)
-                case BlockRemoved():
+                case "BlockRemoved":
+                    assert (event.medium, event.group_idx) == cache
                     for name in event.block_hashes:
                         # Who came late has not heard of all blocks.
                         assert self.known.pop(name, None) or self.numbers[0] > 0, "removed, but never stored"
                     self.removed.append(event)
-                case AllBlocksCleared():
+                case "AllBlocksCleared":
                     self.known.clear()
 
     def hear_all(self):
@@ -107,17 +118,18 @@ def complete(server, prompt, max_tokens=1):
 
 
 @pytest.fixture
-def router():
+def subscriber():
     context = zmq.Context()
-    yield Router(context.socket(zmq.SUB))
+    yield context.socket(zmq.SUB)
     context.destroy(linger=0)
 
 
 # Of two engines it hears as of one.
-@pytest.mark.parametrize("devices", ["cpu", "cpu,cpu"])
-def test_a_router_hears_what_is_cached_and_what_is_not_any_more(router, devices):
+@pytest.mark.parametrize(("devices", "form"), [("cpu", "map"), ("cpu,cpu", "map"), ("cpu", "array")])
+def test_a_router_hears_what_is_cached_and_what_is_not_any_more(subscriber, devices, form):
+    router = Router(subscriber, form)
     port, replay = free_port(), free_port()
-    flags = ["--devices", devices]
+    flags = ["--devices", devices, "--kv-events-format", form]
     flags += ["--kv-events-endpoint", f"tcp://*:{port}", "--kv-events-topic", "kv@pod-1@nano"]
     # One MiB of cache: prompts push one another out.
     flags += ["--kv-events-replay-endpoint", f"tcp://*:{replay}", "--kv-cache-mib", "1"]
@@ -154,23 +166,27 @@ def test_a_router_hears_what_is_cached_and_what_is_not_any_more(router, devices)
 
 
 def replayed_from_the_start(router, port):
-    """Who asks for everything from the first batch on knows the same."""
-    late = Router(router.socket.context.socket(zmq.DEALER))
+    """Who asks for everything from the first batch on knows the same; answers name the topic, as live messages do."""
+    late = Router(router.socket.context.socket(zmq.DEALER), router.form)
+    topic = [TOPIC] if router.form == "map" else []
     late.socket.connect(f"tcp://127.0.0.1:{port}")
     late.socket.send_multipart([b"", (0).to_bytes(8, "big")])
     while True:
         assert late.socket.poll(5000)
-        _, number, payload = late.socket.recv_multipart()
+        *before, number, payload = late.socket.recv_multipart()
         if int.from_bytes(number, "big", signed=True) == -1:
+            assert (before, payload) == ([b""] * (1 + len(topic)), b"")
             break
+        assert before == [b"", *topic]
         late.numbers.append(int.from_bytes(number, "big"))
-        late.take(decode(payload))
+        late.take(late.decode(payload))
     late.socket.close(linger=0)
     assert late.numbers == list(range(router.numbers[-1] + 1))
     assert late.removed and late.known.keys() >= router.known.keys()
 
 
-def test_visual_tokens_carry_the_name_of_their_video(router, question):
+def test_visual_tokens_carry_the_name_of_their_video(subscriber, question):
+    router = Router(subscriber)
     port = free_port()
     # This time the router listens, and the server connects.
     router.socket.subscribe(b"kv@")

@@ -21,8 +21,9 @@ use tokio::sync::mpsc;
 use zeromq::{PubSocket, RouterSocket, Socket, SocketEvent, SocketOptions, SocketSend, ZmqError, ZmqMessage};
 
 pub use endpoint::{Endpoint, InvalidEndpoint};
-use replay::Kept;
+use replay::{Kept, Replay};
 use union::Union;
+pub use wire::KvEventsFormat;
 
 use super::metrics::Metrics;
 use crate::{
@@ -41,6 +42,7 @@ pub struct KvEventsTarget {
     pub replay: Option<SocketAddr>,
     /// The first frame of every message; routers read server and model from it.
     pub topic: String,
+    pub format: KvEventsFormat,
     /// The model's name: hashes of different models differ.
     pub model: String,
 }
@@ -99,14 +101,21 @@ impl KvEventPublisher {
             }
         };
         let kept = Kept::new(limits);
+        let topic = Bytes::from(target.topic);
         if let Some(address) = target.replay {
             let mut router = RouterSocket::new();
             listen(&mut router, address, "--kv-events-replay-endpoint").await?;
-            tokio::spawn(replay::answer_all(router, kept.clone(), limits.replay_timeout));
+            let replay = Replay {
+                kept: kept.clone(),
+                topic: topic.clone(),
+                format: target.format,
+                timeout: limits.replay_timeout,
+            };
+            tokio::spawn(replay.answer_all(router));
         }
         let (queue, batches) = mpsc::channel(limits.max_queued_batches.max(1));
-        let sender =
-            Sender { socket, connect_to, topic: target.topic.into(), kept, metrics: metrics.clone() };
+        let format = target.format;
+        let sender = Sender { socket, connect_to, topic, format, kept, metrics: metrics.clone() };
         tokio::spawn(sender.run(batches));
         let outgoing = Arc::new(Mutex::new(Outgoing { held: Union::default(), next_sequence: 1 }));
         Ok(KvEventPublisher { seed: seed_of(&target.model), outgoing, queue, metrics })
@@ -160,6 +169,7 @@ struct Sender {
     /// Whom to connect to, again and again; none: subscribers connect to us.
     connect_to: Option<String>,
     topic: Bytes,
+    format: KvEventsFormat,
     kept: Kept,
     metrics: Metrics,
 }
@@ -171,11 +181,14 @@ impl Sender {
         if !self.connect(&batches).await {
             return;
         }
-        self.send(0, wire::cleared(unix_seconds())).await;
+        self.send(0, self.format.cleared(unix_seconds())).await;
         loop {
             tokio::select! {
                 batch = batches.recv() => match batch {
-                    Some(batch) => self.send(batch.sequence, wire::changed(batch.unix_seconds, &batch.events)).await,
+                    Some(batch) => {
+                        let payload = self.format.changed(batch.unix_seconds, &batch.events);
+                        self.send(batch.sequence, payload).await;
+                    }
                     None => return,
                 },
                 Some(event) = connections.next() => if matches!(event, SocketEvent::Disconnected(_)) && !self.connect(&batches).await {

@@ -1,7 +1,9 @@
-//! Batches a router has missed: kept for a while, and sent again to who asks.
+//! Keeps recent batches and sends them again to a router that has missed some.
 //!
-//! A request is `[empty, first sequence number]`; the answers are `[empty, sequence number, payload]`, the last of them
-//! with number -1 and no payload. Must never hold up the sending of new batches.
+//! Started by [`super`]. A request is `[empty, first sequence number]`; each answer is `[empty, topic, sequence number,
+//! payload]`, and the last one has an empty topic, number -1 and no payload, as in vLLM 0.26 and later. With
+//! [`KvEventsFormat::Array`] answers have no topic frame, as in older versions. Must never hold up the sending of new
+//! batches.
 
 use std::{
     collections::VecDeque,
@@ -12,6 +14,7 @@ use std::{
 use bytes::Bytes;
 use zeromq::{RouterSocket, SocketRecv, SocketSend, ZmqError, ZmqMessage};
 
+use super::KvEventsFormat;
 use crate::config::KvEventsConfig;
 
 /// After a failure, so that it is not met again at once.
@@ -57,36 +60,59 @@ impl Kept {
     }
 }
 
-/// Never completes.
-pub(super) async fn answer_all(mut socket: RouterSocket, kept: Kept, timeout: Duration) {
-    loop {
-        let request = match socket.recv().await {
-            Ok(request) => request.into_vec(),
-            Err(error) => {
-                tracing::debug!(%error, "cannot read a request for KV events");
-                tokio::time::sleep(PAUSE).await;
-                continue;
+/// What the answers are made of.
+pub(super) struct Replay {
+    pub kept: Kept,
+    pub topic: Bytes,
+    pub format: KvEventsFormat,
+    /// For one answer: a router that does not read it must not keep others waiting.
+    pub timeout: Duration,
+}
+
+impl Replay {
+    /// Answers requests one after the other. Never completes.
+    pub(super) async fn answer_all(self, mut socket: RouterSocket) {
+        loop {
+            let request = match socket.recv().await {
+                Ok(request) => request.into_vec(),
+                Err(error) => {
+                    tracing::debug!(%error, "cannot read a request for KV events");
+                    tokio::time::sleep(PAUSE).await;
+                    continue;
+                }
+            };
+            let [router, _, first] = &request[..] else { continue };
+            let Ok(first) = <[u8; 8]>::try_from(&first[..]) else { continue };
+            let answer = self.answer(&mut socket, router, u64::from_be_bytes(first));
+            if let Ok(Err(error)) = tokio::time::timeout(self.timeout, answer).await {
+                tracing::debug!(%error, "cannot answer a request for KV events");
             }
-        };
-        let [who, _, first] = &request[..] else { continue };
-        let Ok(first) = <[u8; 8]>::try_from(&first[..]) else { continue };
-        let batches = kept.since(u64::from_be_bytes(first));
-        // Who does not read its answer must not keep others waiting.
-        let answer = tokio::time::timeout(timeout, answer(&mut socket, who, batches));
-        if let Ok(Err(error)) = answer.await {
-            tracing::debug!(%error, "cannot answer a request for KV events");
+        }
+    }
+
+    async fn answer(&self, socket: &mut RouterSocket, router: &Bytes, first: u64) -> Result<(), ZmqError> {
+        for (sequence, payload) in self.kept.since(first) {
+            let frames = self.frames(&self.topic, sequence.to_be_bytes(), payload);
+            socket.send(message(router, frames)).await?;
+        }
+        let end = self.frames(&Bytes::new(), END, Bytes::new());
+        socket.send(message(router, end)).await
+    }
+
+    /// Returns the frames of one answer after the empty one.
+    fn frames(&self, topic: &Bytes, sequence: [u8; 8], payload: Bytes) -> Vec<Bytes> {
+        let sequence = Bytes::copy_from_slice(&sequence);
+        match self.format {
+            KvEventsFormat::Map => vec![topic.clone(), sequence, payload],
+            KvEventsFormat::Array => vec![sequence, payload],
         }
     }
 }
 
-async fn answer(socket: &mut RouterSocket, who: &Bytes, batches: Vec<(u64, Bytes)>) -> Result<(), ZmqError> {
-    let batches = batches.into_iter().map(|(sequence, payload)| (sequence.to_be_bytes(), payload));
-    for (sequence, payload) in batches.chain([(END, Bytes::new())]) {
-        let frames = vec![who.clone(), Bytes::new(), Bytes::copy_from_slice(&sequence), payload];
-        let message = ZmqMessage::try_from(frames).expect("a message of four frames is empty: this is a bug");
-        socket.send(message).await?;
-    }
-    Ok(())
+fn message(router: &Bytes, frames: Vec<Bytes>) -> ZmqMessage {
+    let mut message = vec![router.clone(), Bytes::new()];
+    message.extend(frames);
+    ZmqMessage::try_from(message).expect("a message of four frames is empty: this is a bug")
 }
 
 #[cfg(test)]
