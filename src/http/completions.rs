@@ -83,9 +83,9 @@ pub struct CompletionRequest {
     top_p: Option<f64>,
     /// Whether the prompt comes before the text.
     echo: Option<bool>,
-    /// Log probabilities of the tokens, and of this many of the most probable ones at each place. With
-    /// `echo` the prompt's tokens come first (null for the very first), and the end token, if the
-    /// model ended the reply, comes last.
+    /// Log probabilities of the tokens, and of this many of the most probable ones at each place.
+    /// With `echo` the prompt's tokens come first (null for the very first), and the end token, if
+    /// the model ended the reply, comes last.
     #[schema(minimum = 0, maximum = 5)]
     logprobs: Option<u64>,
     #[serde(flatten)]

@@ -129,7 +129,8 @@ impl CallReader {
         call
     }
 
-    /// Returns whether the answer names its function: with a single function it holds the arguments only.
+    /// Returns whether the answer names its function: with a single function it holds the arguments
+    /// only.
     fn is_wrapped(&self) -> bool {
         self.functions.len() > 1
     }

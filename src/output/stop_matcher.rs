@@ -10,7 +10,8 @@ pub(super) struct StopMatcher {
     /// Text that may be the beginning of a stop string.
     held: String,
     matched: bool,
-    /// Stop strings count now. One that is complete earlier does not; one that only begins earlier does.
+    /// Stop strings count now. One that is complete earlier does not; one that only begins earlier
+    /// does.
     is_armed: bool,
 }
 

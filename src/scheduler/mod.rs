@@ -67,7 +67,8 @@ pub struct SchedulerLimits {
     pub max_running_sequences: usize,
     /// Prompt tokens computed in one step.
     pub max_prefill_tokens: usize,
-    /// Prompt tokens in one step whose logits are all wanted; each takes a row of the vocabulary's size.
+    /// Prompt tokens in one step whose logits are all wanted; each takes a row of the vocabulary's
+    /// size.
     pub max_scored_tokens: usize,
     /// Frames encoded in one step.
     pub max_encode_frames: usize,

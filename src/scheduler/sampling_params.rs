@@ -36,7 +36,8 @@ pub struct SamplingParams {
     pub ending_ids: Vec<TokenId>,
     /// How many of the most probable tokens are reported beside each chosen one; `None`: nothing is reported.
     pub top_logprobs: Option<usize>,
-    /// The prompt's tokens are reported too, and the token that ends the sequence. Needs `top_logprobs`.
+    /// The prompt's tokens are reported too, and the token that ends the sequence. Needs
+    /// `top_logprobs`.
     pub scores_prompt: bool,
     /// Ids whose log probabilities are reported at each step, chosen or not.
     pub watched: Vec<TokenId>,

@@ -38,8 +38,8 @@ pub struct SequenceSpec {
     pub ignore_eos: bool,
     /// Further ids that end the sequence.
     pub stop_token_ids: Vec<TokenId>,
-    /// The logits of all prompt tokens are wanted: no block of the prompt is taken from the cache or
-    /// from a sibling.
+    /// The logits of all prompt tokens are wanted: no block of the prompt is taken from the cache
+    /// or from a sibling.
     pub scores_prompt: bool,
 }
 

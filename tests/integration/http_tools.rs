@@ -304,7 +304,8 @@ async fn a_response_has_an_item_of_the_call_and_goes_on_after_it() {
         .filter_map(|line| line.strip_prefix("data: "))
         .map(|data| serde_json::from_str(data).unwrap())
         .collect();
-    let of = |kind: &str| events.iter().filter(move |event| event["type"] == format!("response.{kind}"));
+    let of =
+        |kind: &'static str| events.iter().filter(move |event| event["type"] == format!("response.{kind}"));
     let added: Vec<&Value> = of("output_item.added").collect();
     assert_eq!((added.len(), &added[1]["item"]["arguments"]), (2, &json!("")));
     let deltas: Vec<&Value> = of("function_call_arguments.delta").collect();

@@ -66,8 +66,8 @@ impl TextScorer {
         shown
     }
 
-    /// Returns the most probable tokens by their text; of tokens with the same text, such as parts of
-    /// characters, the most probable one counts.
+    /// Returns the most probable tokens by their text; of tokens with the same text, such as parts
+    /// of characters, the most probable one counts.
     fn top(&self, chosen: &str, logprobs: &TokenLogprobs) -> BTreeMap<String, f32> {
         let mut top = BTreeMap::new();
         for &(id, logprob) in &logprobs.top {

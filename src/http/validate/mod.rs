@@ -37,7 +37,8 @@ use crate::{
 /// A request that can be served, but for what only later stages can know (the video, the prompt's length).
 #[derive(Debug)]
 pub struct ValidRequest {
-    /// Prompts without template, in place of a conversation, which is then empty. Each has `n` choices.
+    /// Prompts without template, in place of a conversation, which is then empty. Each has `n`
+    /// choices.
     pub raw_prompts: Vec<RawPrompt>,
     /// The reply ends as soon as the prompt is computed.
     pub prompt_only: bool,
@@ -213,8 +214,8 @@ pub fn validate(
     })
 }
 
-/// Checks a request that brings its prompts as they are, as [`validate`] does: without messages, and
-/// tags stay text.
+/// Checks a request that brings its prompts as they are, as [`validate`] does: without messages,
+/// and tags stay text.
 ///
 /// # Errors
 /// The first fault found, with the field it is in.
