@@ -302,7 +302,7 @@ fn every_damage_has_its_one_clear_error() {
 
 const SECOND_PICKLE: &str = "pytorch_model-00002-of-00002.bin";
 
-/// What is done to the golden checkpoint in PyTorch shards, and what its one error must say.
+/// Damage to the golden checkpoint in PyTorch shards, and parts of the resulting error.
 const PICKLE_DAMAGES: &[(&str, fn(&Path), &[&str])] = &[
     (
         "truncated shard",
