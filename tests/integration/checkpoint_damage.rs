@@ -303,7 +303,9 @@ fn every_damage_has_its_one_clear_error() {
 const SECOND_PICKLE: &str = "pytorch_model-00002-of-00002.bin";
 
 /// Damage to the golden checkpoint in PyTorch shards, and parts of the resulting error.
-const PICKLE_DAMAGES: &[(&str, fn(&Path), &[&str])] = &[
+type PickleDamage = (&'static str, fn(&Path), &'static [&'static str]);
+
+const PICKLE_DAMAGES: &[PickleDamage] = &[
     (
         "truncated shard",
         |dir| truncate(&dir.join(SECOND_PICKLE), 100_000),
