@@ -1,8 +1,8 @@
 //! The checkpoint's `config.json`, with the defaults its authors leave out.
 //!
-//! Read by everything in [`crate::model`]; field names are the checkpoint's own. A value the network does not
-//! implement is refused here, and so is a key that is not known (`config/keys.rs`): nothing after this file asks again.
-//! Never opens a path a config names.
+//! Read by everything in [`crate::model`]; field names are the checkpoint's own. Refuses values
+//! that the network does not implement, and keys that are not known (`config/keys.rs`): nothing
+//! after this file asks again. Never opens a path a config names.
 
 mod keys;
 mod rope;
@@ -133,9 +133,9 @@ impl ModelConfig {
         let connector = connector_config(&root, &vision, &text)?;
         keys::ROOT.check(&root)?;
         let max_length = match root.map.get("tokenizer_model_max_length") {
-            // The original then cuts nothing.
+            // Null: the original does not truncate.
             Some(Value::Null) => usize::MAX,
-            // A tokenizer without a length of its own says 10^30.
+            // A tokenizer without a length limit gives 10^30.
             _ => root.positive("tokenizer_model_max_length", 2048.0)? as usize,
         };
         let config = ModelConfig {

@@ -274,7 +274,7 @@ fn wanted(repo: &Repo, files: Vec<RemoteFile>) -> Result<Vec<RemoteFile>, HubErr
     if let Some(file) = ADAPTER_FILES.into_iter().find(|file| has(file)) {
         return Err(HubError::Adapter { repo: repo.clone(), file: file.into() });
     }
-    // In the order in which a directory is opened: of several layouts the first is read.
+    // The order in which `Weights::open` looks for them.
     let layouts: [(&[&str], Shards); 5] = [
         (&[shards::SINGLE_FILE], None),
         (&[shards::INDEX_FILE], Some(("model-", ".safetensors"))),
@@ -294,7 +294,7 @@ fn wanted(repo: &Repo, files: Vec<RemoteFile>) -> Result<Vec<RemoteFile>, HubErr
     Ok(files.iter().filter(|file| is_small(file) || is_weights(&file.name)).cloned().collect())
 }
 
-/// Start and end of the names of a layout's shards.
+/// The start and the end of a layout's shard names.
 type Shards = Option<(&'static str, &'static str)>;
 
 /// `model-00001-of-00002.safetensors`: the only other names taken from a hub.
@@ -321,7 +321,7 @@ mod tests {
         }
     }
 
-    /// What is taken of a repository with files of these names.
+    /// Returns the files that are downloaded from a repository with files of these names.
     fn names(names: &[&str]) -> Result<Vec<String>, HubError> {
         let file =
             |name: &&str| RemoteFile { name: name.to_string(), size: Some(1), blob_id: None, lfs: None };

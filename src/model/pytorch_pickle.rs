@@ -1,8 +1,8 @@
-//! PyTorch files: one `pytorch_model.bin`, shards of it under a `pytorch_model.bin.index.json`, or the family's three
-//! folders `language_model/`, `vision_tower/`, `connector/` with one each.
+//! PyTorch files: one `pytorch_model.bin`, shards of it under a `pytorch_model.bin.index.json`,
+//! or the family's three folders `language_model/`, `vision_tower/`, `connector/` with one each.
 //!
-//! Used by [`super::weights`] alone. Pickles are read by candle, which runs no code of theirs. Never maps a file: tensors are
-//! members of an archive, and each read copies one.
+//! Used by [`super::weights`] alone. candle parses the pickles and runs no code in them. Never
+//! maps a file: tensors are members of an archive, and each read copies one.
 
 use std::{
     any::Any,
@@ -33,21 +33,22 @@ pub const INDEX_FILE: &str = "pytorch_model.bin.index.json";
 pub const FOLDER_FILES: [&str; 3] =
     ["language_model/pytorch_model.bin", "vision_tower/pytorch_model.bin", "connector/pytorch_model.bin"];
 
-/// The prefix of a file's tensors in the published layout, and what its own keys may leave out of that prefix.
+/// The prefix of a file's tensors in the published layout, and the forms of that prefix in the
+/// file's keys.
 type KeyPrefixes = (&'static str, &'static [&'static str]);
 
-/// Of each of [`FOLDER_FILES`].
+/// Key prefixes of each of [`FOLDER_FILES`].
 const FOLDERS: [KeyPrefixes; 3] = [
     (TEXT_PREFIX, &["", "language_model."]),
     (VISION_PREFIX, &["", "vision_tower._vision_tower.", "vision_tower.", "_vision_tower."]),
     (CONNECTOR_PREFIX, &["", "connector._connector.", "connector.", "_connector."]),
 ];
 
-/// Of a file of the whole model.
+/// Key prefixes of a file that holds the whole model.
 const WHOLE: KeyPrefixes = ("", &[""]);
 
 struct Part {
-    /// Of its tensors, in the published layout.
+    /// The prefix of the tensors in the published layout.
     prefix: &'static str,
     file_name: String,
     pickle: PthTensors,
@@ -58,13 +59,13 @@ struct Part {
 /// The pickles of a checkpoint.
 pub(super) struct Pickles {
     parts: Vec<Part>,
-    /// The index, where there is one.
+    /// The path of the index, if the layout has one.
     index: Option<String>,
 }
 
 impl Pickles {
-    /// Reads the pickles' tables of contents; `None` if `dir` has none of the layouts. The single file wins over an index,
-    /// and both win over folders.
+    /// Reads the tables of contents of the first layout found: the single file, shards, folders.
+    /// Returns `None` if `dir` has none of them.
     pub fn open(dir: &Path, specs: &[TensorSpec]) -> Result<Option<(Self, Vec<Found>)>, WeightsError> {
         let (single, index) = (dir.join(SINGLE_FILE), dir.join(INDEX_FILE));
         let mut pickles = Pickles { parts: Vec::new(), index: None };
@@ -134,7 +135,7 @@ impl Pickles {
         little_endian(&tensor, dtype).map_err(|e| failed(e.to_string()))
     }
 
-    /// Returns whether two tensors are the same bytes of one archive, as tied ones are.
+    /// Returns whether two tensors (name and file number) share the bytes of one archive member.
     pub fn share_storage(&self, (a, in_a): (&str, usize), (b, in_b): (&str, usize)) -> bool {
         let info = |name: &str, file: usize| {
             let part = &self.parts[file];
@@ -153,7 +154,7 @@ impl Pickles {
 }
 
 impl Part {
-    /// The key of a tensor. Embeddings may be stored as the head alone that they are tied to.
+    /// Returns the key of a tensor. Tied embeddings may be stored under the name of the head only.
     fn key(&self, name: &str) -> Option<&String> {
         let tied = || if name == EMBEDDINGS { self.keys.get(HEAD) } else { None };
         self.keys.get(name).or_else(tied)

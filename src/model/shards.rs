@@ -1,7 +1,7 @@
 //! Safetensors files: one `model.safetensors`, or shards under a `model.safetensors.index.json`, memory-mapped.
 //!
-//! Used by [`super::weights`], which compares what is found with the config, and by [`super::pytorch_pickle`], whose
-//! index has the same form. Never trusts a header, an index or a file's length.
+//! Used by [`super::weights`], which compares the tensors with the config, and by
+//! [`super::pytorch_pickle`] for its index. Never trusts a header, an index or a file's length.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
@@ -135,7 +135,10 @@ impl Shards {
     }
 }
 
-/// Reads every file that an index names. Each tensor must be in the file that the index names for it, and nowhere else.
+/// Calls `read` for every file in an index, and returns all tensors.
+///
+/// # Errors
+/// A tensor is in another file than the index says, in two files, or in none.
 pub(super) fn read_shards(
     dir: &Path,
     weight_map: &BTreeMap<String, String>,
@@ -144,7 +147,6 @@ pub(super) fn read_shards(
     let mut all = Vec::new();
     for shard in weight_map.values().collect::<BTreeSet<_>>() {
         for tensor in read(&dir.join(shard))? {
-            // A tensor in two files, or in one the index does not send us to, is nobody's.
             if weight_map.get(&tensor.name) != Some(shard) {
                 return Err(WeightsError::Extra { file: tensor.file_name, tensor: tensor.name });
             }

@@ -1,7 +1,8 @@
-//! Compares the tensors that a checkpoint's files hold with those that its config asks for.
+//! Compares the tensors in a checkpoint's files with the tensors that its config requires.
 //!
-//! Called by [`super::weights`] when a checkpoint is opened. Knows what files in practice hold beside the network's tensors:
-//! buffers of old versions, a head that repeats the embeddings, a LoRA adapter. Never reads a tensor.
+//! Called by [`super::weights`] when it opens a checkpoint. Recognizes additional tensors:
+//! buffers of old versions, a redundant head of a tied model, a LoRA adapter. Never reads the
+//! data of a tensor.
 
 use std::collections::HashMap;
 
@@ -10,7 +11,7 @@ use super::{
     weights::{Encoding, Entry, Found, WeightsError},
 };
 
-/// Last parts of the names of buffers that older versions of transformers saved. All are computed from the config.
+/// Name suffixes of buffers that older versions of transformers saved; all follow from the config.
 const UNUSED_BUFFERS: [&str; 6] = [
     "position_ids",
     "rotary_emb.inv_freq",
@@ -20,24 +21,24 @@ const UNUSED_BUFFERS: [&str; 6] = [
     "masked_bias",
 ];
 
-/// Parts of the names of tensors that peft makes.
+/// Name parts of tensors that peft adds.
 const ADAPTER_PARTS: [&str; 4] = [".lora_", ".base_layer.", ".modules_to_save.", "base_model.model."];
 
-/// The tensors of a checkpoint, of the right shapes and types, and complete.
+/// A complete set of tensors with the right shapes and types.
 pub(super) struct Checked {
     pub tensors: HashMap<String, Entry>,
-    /// A head that is stored although the config ties it to the embeddings.
+    /// A stored head of a model whose config ties the head to the embeddings.
     pub tied_head: Option<TiedHead>,
 }
 
-/// A stored head that must equal the embeddings.
+/// A redundant head, which must equal the embeddings.
 pub(super) struct TiedHead {
     /// For errors.
     pub file_name: String,
     pub entry: Entry,
 }
 
-/// Returns whether a tensor is a buffer that the network does not read.
+/// Returns whether a tensor is a buffer that the network never reads.
 pub(super) fn is_unused_buffer(name: &str, shape: &[usize]) -> bool {
     let ends_with = |last: &str| {
         let before = name.strip_suffix(last);
@@ -48,7 +49,7 @@ pub(super) fn is_unused_buffer(name: &str, shape: &[usize]) -> bool {
     UNUSED_BUFFERS.into_iter().any(ends_with) || (is_mask && matches!(shape, [1, 1, _, _]))
 }
 
-/// Compares what files hold with what the config asks for. `home` names the file a missing tensor is missing from.
+/// Compares the tensors found with `specs`. `home` returns the file to name for a missing tensor.
 pub(super) fn check(
     specs: &[TensorSpec],
     mut found: Vec<Found>,
@@ -64,7 +65,7 @@ pub(super) fn check(
         if let Some(spec) = by_name.get(name.as_str()) {
             checked.tensors.insert(name, entry(spec, tensor)?);
         } else if name == HEAD {
-            // It is in no list, so it is tied to the embeddings, and has their shape.
+            // No spec: the head is tied to the embeddings, so it has their shape.
             let file_name = tensor.file_name.clone();
             let entry = entry(by_name[EMBEDDINGS], tensor)?;
             checked.tied_head = Some(TiedHead { file_name, entry });
@@ -86,7 +87,9 @@ pub(super) fn check(
     }
 }
 
-/// Of two tied tensors, safetensors files may hold the head alone: gives it the name of the embeddings.
+/// Renames a tied head that is stored instead of the embeddings.
+///
+/// Files hold shared tensors once, under either name.
 fn name_embeddings(found: &mut [Found]) {
     if found.iter().any(|tensor| tensor.name == EMBEDDINGS) {
         return;

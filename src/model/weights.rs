@@ -224,7 +224,8 @@ impl Weights {
         Weights { source, tensors, required, quantised, on_read: None }
     }
 
-    /// Refuses a stored head that is not the embeddings it is tied to: one of them would be ignored. An equal one is.
+    /// Compares a stored head of a tied model with the embeddings, bit for bit. An equal head is
+    /// not used; another one is an error.
     fn with_tied_head(self, head: Option<TiedHead>) -> Result<Self, WeightsError> {
         let Some(TiedHead { file_name, entry: head }) = head else { return Ok(self) };
         let table = self.entry(EMBEDDINGS)?;

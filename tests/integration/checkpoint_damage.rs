@@ -302,8 +302,10 @@ fn every_damage_has_its_one_clear_error() {
 
 const SECOND_PICKLE: &str = "pytorch_model-00002-of-00002.bin";
 
-/// What is done to the golden checkpoint in PyTorch shards, and what its one error must say.
-const PICKLE_DAMAGES: &[(&str, fn(&Path), &[&str])] = &[
+/// Damage to the golden checkpoint in PyTorch shards, and parts of the resulting error.
+type PickleDamage = (&'static str, fn(&Path), &'static [&'static str]);
+
+const PICKLE_DAMAGES: &[PickleDamage] = &[
     (
         "truncated shard",
         |dir| truncate(&dir.join(SECOND_PICKLE), 100_000),

@@ -1,5 +1,5 @@
-//! The same checkpoint in every form that is met in practice: saved again by other versions of transformers, as PyTorch
-//! files, with a head that repeats the embeddings, with buffers of old versions. All give the same bits.
+//! Tests that every form of one checkpoint gives the same bits: configs re-saved by other
+//! versions of transformers, PyTorch files, a redundant head, buffers of old versions.
 
 use std::{collections::BTreeMap, fs, path::Path};
 
@@ -25,7 +25,8 @@ pub const PICKLE: &str = "pytorch_model.bin";
 pub const PICKLE_INDEX: &str = "pytorch_model.bin.index.json";
 const FORMATS: [WeightFormat; 2] = [WeightFormat::AsStored, WeightFormat::Quant(Bits::Eight)];
 
-/// Numbers of the network on the CPU kernels, in floats and quantised, and on the network for devices.
+/// Returns features, embeddings and logits of the CPU network in floats and quantized, and of the
+/// network for devices.
 fn bits(checkpoint: &Checkpoint) -> Vec<Vec<u32>> {
     let weights = &checkpoint.weights;
     let mut device =
@@ -60,7 +61,8 @@ fn golden_tensors() -> Vec<Pickled> {
     pickled.collect()
 }
 
-/// What `state_dict` and old versions add: the head, which is the embeddings, and buffers.
+/// Additional tensors of state dicts: the tied head, which shares the embeddings' storage, and
+/// buffers.
 fn tied_head_and_buffers() -> Vec<Pickled> {
     let embeddings = golden_tensors().into_iter().find(|tensor| tensor.key == EMBEDDINGS).unwrap();
     let head = Pickled { key: HEAD.into(), shares: Some(EMBEDDINGS.into()), ..embeddings };
@@ -79,7 +81,7 @@ fn tied_head_and_buffers() -> Vec<Pickled> {
     ]
 }
 
-/// A copy of the golden checkpoint with one PyTorch file instead of its own.
+/// A copy of the golden checkpoint with one PyTorch file instead of safetensors.
 pub fn with_pickle(tensors: &[Pickled]) -> TempDir {
     let dir = copy_of("tiny");
     fs::remove_file(dir.path().join(SINGLE)).unwrap();
@@ -136,7 +138,7 @@ fn pytorch_files_at_the_root_give_the_same_bits() {
 }
 
 #[test]
-fn a_quantised_checkpoint_made_of_pytorch_files_is_that_of_safetensors() {
+fn quantize_writes_the_same_file_from_pytorch_files_as_from_safetensors() {
     for dir in [with_pickle(&[golden_tensors(), tied_head_and_buffers()].concat()), with_pickle_shards()] {
         let out = dir.path().join("made");
         write_quantised(&open(dir.path()).unwrap(), Bits::Four, &out, &mut |_| ()).unwrap();
@@ -196,7 +198,7 @@ fn a_tied_head_that_differs_in_one_bit_is_refused() {
         for part in [file, HEAD, "differs from", EMBEDDINGS, "tie_word_embeddings"] {
             assert!(error.contains(part), "{part} is not in {error}");
         }
-        // As the error says: then it is a head of its own.
+        // Follow the error's advice: the model then has a separate head.
         edit_json(&dir.path().join("config.json"), |config| {
             config["text_config"]["tie_word_embeddings"] = json!(false);
         });

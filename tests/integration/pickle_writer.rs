@@ -1,4 +1,5 @@
-//! Writes PyTorch files as `torch.save` does: an archive with a pickle of an `OrderedDict` and a member for each storage.
+//! Writes PyTorch files as `torch.save` does: an archive with a pickle of an `OrderedDict` and a
+//! member for each storage.
 
 use std::{fs, path::Path};
 
@@ -6,11 +7,11 @@ use std::{fs, path::Path};
 #[derive(Clone)]
 pub struct Pickled {
     pub key: String,
-    /// As torch calls it: `FloatStorage`, `BFloat16Storage`, `LongStorage`.
+    /// The storage class in torch: `FloatStorage`, `BFloat16Storage`, `LongStorage`.
     pub storage: &'static str,
     pub shape: Vec<usize>,
     pub bytes: Vec<u8>,
-    /// The key of the tensor whose storage this one shares; it has no bytes of its own then.
+    /// The key of the tensor that holds the bytes, if they are shared; `bytes` is then not used.
     pub shares: Option<String>,
 }
 

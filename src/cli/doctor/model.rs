@@ -1,7 +1,8 @@
 //! The model's files by their headers, and the memory it and its caches will take.
 //!
-//! Called by `doctor`. Reads configs, headers and tables of contents, and no weights but a head that should repeat the
-//! embeddings; never the network.
+//! Called by `doctor`. Reads configs, headers and tables of contents. Of the weights it reads
+//! only a stored head of a tied model, to compare it with the embeddings. Never uses the
+//! network.
 
 use std::path::Path;
 

@@ -1,14 +1,16 @@
 //! Lists every key of a `config.json` that may stand there without being read, by section.
 //!
-//! Used by [`super`] after it has read a section. A key in no list is an error: it may change what the model computes, and
-//! a network that ignores it would answer wrongly and say nothing. Covers the classes of transformers 4.36 to 5.24
-//! (`PretrainedConfig`, `Qwen2Config`, `SiglipVisionConfig`) and the original's `TinyLlavaConfig`.
+//! Used by [`super`] after it has read a section. A key in no list is an error: it may change
+//! what the model computes, and a server that ignored it would give wrong replies silently.
+//! Covers the classes of transformers 4.40 to 5.24 (`PretrainedConfig`, `Qwen2Config`,
+//! `SiglipVisionConfig`) and the original's `TinyLlavaConfig`. Never reads a value for the
+//! network.
 
 use serde_json::Value;
 
 use super::{ConfigError, section::Section};
 
-/// The values at which a key changes nothing here.
+/// The values of a key that do not change the computation.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) enum Harmless {
     Always,
@@ -53,13 +55,13 @@ impl Harmless {
 
 type Keys = &'static [(&'static str, Harmless)];
 
-/// Keys of one section: those that are read, and those that need not be.
+/// The known keys of one section: keys that [`super`] reads, and harmless ones.
 pub(super) struct KnownKeys {
     pub read: &'static [&'static str],
     pub harmless: Keys,
 }
 
-/// Top level: read.
+/// Keys of the top level that are read.
 const ROOT_READ: &[&str] = &[
     "model_type",
     "text_config",
@@ -80,7 +82,8 @@ const ROOT_READ: &[&str] = &[
     "rope_scaling",
 ];
 
-/// Top level: names, paths, the tokenizer's settings (its own files say them), and how the model was trained.
+/// Harmless keys of the top level: names, paths, tokenizer settings (the tokenizer's files are read
+/// instead), training settings.
 const ROOT_HARMLESS: Keys = &[
     ("cache_dir", Always),
     ("ignore_index", Always),
@@ -90,9 +93,9 @@ const ROOT_HARMLESS: Keys = &[
     ("mm_use_im_patch_token", False),
     ("mm_use_im_start_end", False),
     ("pad_token", Always),
-    // Of connectors that this server does not have.
+    // Read by other connectors of the original only.
     ("resampler_hidden_size", Always),
-    // The original ties by `text_config`.
+    // The original reads the field of `text_config`.
     ("tie_word_embeddings", Always),
     ("tokenizer_name_or_path", Always),
     ("tokenizer_padding_side", Always),
@@ -104,10 +107,11 @@ const ROOT_HARMLESS: Keys = &[
     ("tune_vision_tower_from_layer", Always),
     ("vision_model_name_or_path", Always),
     ("vision_model_name_or_path2", Always),
-    // Set from `text_config` by the original.
+    // The original sets it from `text_config`.
     ("vocab_size", Always),
 ];
 
+/// Keys of `text_config` that are read.
 const TEXT_READ: &[&str] = &[
     "model_type",
     "hidden_act",
@@ -129,20 +133,22 @@ const TEXT_READ: &[&str] = &[
     "use_mrope",
 ];
 
+/// Harmless keys of `text_config`.
 const TEXT_HARMLESS: Keys = &[
-    // Qwen2's q, k and v have biases, its other matrices none.
+    // Qwen2 has biases for q, k and v, and for no other matrix.
     ("attention_bias", True),
     ("qkv_bias", True),
     ("mlp_bias", False),
     ("attention_dropout", Always),
     ("hidden_dropout", Always),
     ("is_causal", True),
-    // Both only with `use_sliding_window`, which must be false.
+    // Read by the original only with `use_sliding_window`, which must be false.
     ("max_window_layers", Always),
     ("sliding_window", Always),
     ("partial_rotary_factor", One),
 ];
 
+/// Keys of `vision_config` that are read.
 const VISION_READ: &[&str] = &[
     "model_type",
     "hidden_act",
@@ -156,6 +162,7 @@ const VISION_READ: &[&str] = &[
     "layer_norm_eps",
 ];
 
+/// Harmless keys of `vision_config`.
 const VISION_HARMLESS: Keys = &[
     ("attention_dropout", Always),
     ("dropout", Always),
@@ -163,13 +170,13 @@ const VISION_HARMLESS: Keys = &[
     ("initializer_factor", Always),
     ("model_name_or_path", Always),
     ("model_name_or_path2", Always),
-    // Both come after the layer that features are taken from.
+    // Parts after the layer that features are taken from.
     ("projection_dim", Always),
     ("vision_use_head", Always),
     ("tie_word_embeddings", Always),
 ];
 
-/// Any section: what the base class of all configs writes.
+/// Harmless keys of any section: fields of transformers' base class.
 const COMMON: Keys = &[
     ("_attn_implementation", Always),
     ("_attn_implementation_autoset", Always),
@@ -219,7 +226,8 @@ const COMMON: Keys = &[
     ("use_cache", Always),
 ];
 
-/// Any section: defaults of generation. They are read from `generation_config.json` alone, as transformers 5 does.
+/// Harmless keys of any section: generation defaults. The server reads them from
+/// `generation_config.json` only, as transformers 5 does.
 const GENERATION: &[&str] = &[
     "assistant_confidence_threshold",
     "assistant_lookbehind",
@@ -261,8 +269,10 @@ pub(super) const TEXT: KnownKeys = KnownKeys { read: TEXT_READ, harmless: TEXT_H
 pub(super) const VISION: KnownKeys = KnownKeys { read: VISION_READ, harmless: VISION_HARMLESS };
 
 impl KnownKeys {
-    /// Refuses the first key of `section` that is in no list, or that has a value at which it changes something.
-    /// A null asks for nothing, whatever its key.
+    /// Checks every key of `section`.
+    ///
+    /// # Errors
+    /// Names the first key that is unknown, or whose value is not harmless. A null always is.
     pub fn check(&self, section: &Section<'_>) -> Result<(), ConfigError> {
         for (key, value) in section.map {
             if value.is_null() || self.read.contains(&key.as_str()) || GENERATION.contains(&key.as_str()) {

@@ -1,63 +1,64 @@
-//! Reads the rotary positions of the decoder: theta, wherever a version of transformers keeps it, and the layer types.
+//! Reads the rotary position embedding (RoPE) and the layer types of the decoder.
 //!
-//! Used by [`super`] alone. Up to 4.57 transformers writes `rope_theta` and `rope_scaling`, from 5.0 on
-//! `rope_parameters`, which for some models has an object for each layer type. Never guesses: two different values are an
-//! error, and so is every kind of rotary positions but the plain one.
+//! Used by [`super`] alone. transformers 4 writes `rope_theta` and `rope_scaling`; transformers
+//! 5 writes `rope_parameters`, for some models with an object per layer type. Never guesses: two
+//! different values of theta are an error, and so is every RoPE type except the default one.
 
 use serde_json::Value;
 
 use super::{ConfigError, section::Section};
 
-/// Theta of the decoder's class, where no field says one.
+/// Default of `Qwen2Config`, used if no field gives theta.
 const DEFAULT_THETA: f64 = 10_000.0;
 
-/// The only layer type there is.
+/// The only supported layer type.
 const FULL_ATTENTION: &str = "full_attention";
 
-/// A theta, and the full name of the field that says so.
-type Said = (String, f64);
+/// The full name of a field, in backticks, and the theta in it.
+type FoundTheta = (String, f64);
 
-/// Returns the one theta that all fields agree on.
+/// Returns the theta that all fields agree on.
 ///
-/// The original ignores such fields at the top level, so they may only repeat what `text` says.
+/// The original ignores these fields at the top level, so there they may only repeat the value
+/// of `text`.
 pub(super) fn theta(root: &Section<'_>, text: &Section<'_>) -> Result<f64, ConfigError> {
-    let (mut said, mut repeated) = (Vec::new(), Vec::new());
-    collect(text, &mut said)?;
-    if said.is_empty() && text.map.contains_key("rope_theta") {
+    let (mut found, mut repeated) = (Vec::new(), Vec::new());
+    collect(text, &mut found)?;
+    if found.is_empty() && text.map.contains_key("rope_theta") {
         return Err(text.mistyped("rope_theta", &Value::Null, "a positive number"));
     }
     let default = ("the default of `text_config.rope_theta`".to_owned(), DEFAULT_THETA);
-    let (name, theta) = said.first().cloned().unwrap_or(default);
+    let (name, theta) = found.first().cloned().unwrap_or(default);
     collect(root, &mut repeated)?;
-    for (other, value) in said.iter().chain(&repeated) {
+    for (other, value) in found.iter().chain(&repeated) {
         if *value != theta {
-            return Err(ConfigError::Inconsistent(format!("`{other}` is {value} but {name} is {theta}")));
+            return Err(ConfigError::Inconsistent(format!("{other} is {value} but {name} is {theta}")));
         }
     }
     Ok(theta)
 }
 
-fn collect(section: &Section<'_>, said: &mut Vec<Said>) -> Result<(), ConfigError> {
-    push_theta(section, said)?;
+fn collect(section: &Section<'_>, found: &mut Vec<FoundTheta>) -> Result<(), ConfigError> {
+    push_theta(section, found)?;
     for field in ["rope_parameters", "rope_scaling"] {
         if section.get(field).is_some() {
-            parameters(&section.section(field)?, said)?;
+            parameters(&section.section(field)?, found)?;
         }
     }
     Ok(())
 }
 
-/// Reads an object of rotary parameters, or an object of those by layer type.
-fn parameters(rope: &Section<'_>, said: &mut Vec<Said>) -> Result<(), ConfigError> {
-    // The type first: it explains the other fields.
+/// Reads an object of RoPE parameters, or an object with one such object per layer type.
+fn parameters(rope: &Section<'_>, found: &mut Vec<FoundTheta>) -> Result<(), ConfigError> {
+    // The type comes first: it explains the other fields, so the error should name it.
     for field in ["rope_type", "type"] {
         rope.only_str(field, "default")?;
     }
-    push_theta(rope, said)?;
+    push_theta(rope, found)?;
     for (field, value) in rope.map {
         match field.as_str() {
             "rope_type" | "type" | "rope_theta" => {}
-            FULL_ATTENTION if !value.is_null() => parameters(&rope.section(field)?, said)?,
+            FULL_ATTENTION if !value.is_null() => parameters(&rope.section(field)?, found)?,
             "factor" | "attention_factor" | "partial_rotary_factor" => {
                 rope.only(value.is_null() || value.as_f64() == Some(1.0), field, "1")?;
             }
@@ -69,16 +70,16 @@ fn parameters(rope: &Section<'_>, said: &mut Vec<Said>) -> Result<(), ConfigErro
     Ok(())
 }
 
-fn push_theta(section: &Section<'_>, said: &mut Vec<Said>) -> Result<(), ConfigError> {
+fn push_theta(section: &Section<'_>, found: &mut Vec<FoundTheta>) -> Result<(), ConfigError> {
     const FIELD: &str = "rope_theta";
     if section.get(FIELD).is_some() {
         let name = format!("`{}`", section.full_name(FIELD));
-        said.push((name, section.positive(FIELD, DEFAULT_THETA)?));
+        found.push((name, section.positive(FIELD, DEFAULT_THETA)?));
     }
     Ok(())
 }
 
-/// Checks that `layer_types`, if any, gives all layers full attention.
+/// Checks that `layer_types`, if present, lists full attention for every layer.
 pub(super) fn check_layer_types(text: &Section<'_>, num_layers: usize) -> Result<(), ConfigError> {
     const FIELD: &str = "layer_types";
     let Some(value) = text.get(FIELD) else { return Ok(()) };

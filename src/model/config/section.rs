@@ -18,7 +18,7 @@ impl<'a> Section<'a> {
         self.map.get(field).filter(|value| !value.is_null())
     }
 
-    /// The name of a field with those of the objects it is in.
+    /// Returns the name of a field with the names of the objects that hold it.
     pub fn full_name(&self, field: &str) -> String {
         let field = shortened(field.into());
         if self.prefix.is_empty() { field } else { format!("{}.{field}", self.prefix) }
@@ -37,7 +37,7 @@ impl<'a> Section<'a> {
         ConfigError::Unsupported { field: self.full_name(field), found, supported: supported.into() }
     }
 
-    /// For one value of a list.
+    /// The error for one value of a list.
     pub fn unsupported_value(&self, field: &str, found: &Value, supported: &str) -> ConfigError {
         let (field, supported) = (self.full_name(field), supported.into());
         ConfigError::Unsupported { field, found: shown(found), supported }
@@ -83,7 +83,8 @@ impl<'a> Section<'a> {
         value.as_i64().map(Some).ok_or_else(|| self.mistyped(field, value, "a whole number"))
     }
 
-    /// A positive number. Unlike other fields it must not be null, which no arithmetic takes for the default.
+    /// A positive number. Null is an error: the original would compute with it, not with the
+    /// default.
     pub fn positive(&self, field: &str, default: f64) -> Result<f64, ConfigError> {
         let Some(value) = self.map.get(field) else { return Ok(default) };
         let number = value.as_f64().filter(|n| n.is_finite() && *n > 0.0);
