@@ -2,10 +2,14 @@
 //!
 //! Built by `cli/serve.rs` from the command line, or from [`Default`] in tests; read by everyone, changed by nobody.
 
-use std::{fmt, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
+mod hwaccel;
+
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use axum::http::HeaderValue;
 use url::Url;
+
+pub use hwaccel::HwAccel;
 
 /// Most threads that serve connections. They only pass tokens on: with as many as there are cores, they would take those
 /// from the model's.
@@ -153,8 +157,9 @@ pub struct MediaConfig {
     pub max_frame_pixels: usize,
     /// Most packets of a video stream that are looked at.
     pub max_video_packets: usize,
-    /// Most frames of an animated picture.
+    /// Most frames of an animated picture, and most pixels of one: several copies of a frame are held.
     pub max_animation_frames: usize,
+    pub max_animation_frame_pixels: usize,
     /// Wall clock for probing and decoding one video.
     pub decode_timeout: Duration,
     /// Wall clock for downloading one video.
@@ -181,37 +186,6 @@ pub struct MediaConfig {
     pub ffmpeg_path: Option<PathBuf>,
     pub ffprobe_path: Option<PathBuf>,
     pub files: FilesConfig,
-}
-
-/// Help for the video decoder.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum HwAccel {
-    #[default]
-    None,
-    /// NVDEC of the GPU with this number.
-    Cuda(usize),
-}
-
-impl fmt::Display for HwAccel {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            HwAccel::None => f.write_str("none"),
-            HwAccel::Cuda(gpu) => write!(f, "cuda:{gpu}"),
-        }
-    }
-}
-
-impl FromStr for HwAccel {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let gpu = match text {
-            "none" => return Ok(HwAccel::None),
-            "cuda" => Some(0),
-            _ => text.strip_prefix("cuda:").and_then(|gpu| gpu.parse().ok()),
-        };
-        gpu.map(HwAccel::Cuda).ok_or_else(|| "give none, cuda or cuda:N".into())
-    }
 }
 
 /// Limits of the files that clients upload to keep.
@@ -365,6 +339,7 @@ impl Default for MediaConfig {
             max_frame_pixels: 8192 * 4320,
             max_video_packets: 2_000_000,
             max_animation_frames: 10_000,
+            max_animation_frame_pixels: 4096 * 2304,
             decode_timeout: Duration::from_secs(60),
             fetch_timeout: Duration::from_secs(60),
             max_concurrent_fetches: 8,

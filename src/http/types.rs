@@ -193,9 +193,7 @@ fn text_or_parts<'de, D: Deserializer<'de>>(
 ) -> Result<Option<TextOr<Vec<ContentPart>>>, D::Error> {
     let content: Option<TextOr<Vec<TextOr<ContentPart>>>> = Option::deserialize(deserializer)?;
     let part = |part| match part {
-        TextOr::Text(text) => {
-            ContentPart { kind: "text".into(), text: Some(text), ..ContentPart::default() }
-        }
+        TextOr::Text(text) => ContentPart { kind: "text".into(), text: Some(text), ..ContentPart::default() },
         TextOr::Other(part) => part,
     };
     Ok(match content {

@@ -71,7 +71,8 @@ pub fn of(file: &LocalFile, config: &MediaConfig) -> Result<Content, MediaError>
     let Some((format, _)) = pictures::format(&head) else {
         return Ok(if Container::sniff(&head).is_some() { Content::Video } else { Content::Unknown });
     };
-    let delays = Chunks::open(reader, format).and_then(|chunks| chunks.map_or(Ok(None), |chunks| chunks.delays(config)));
+    let delays = Chunks::open(reader, format)
+        .and_then(|chunks| chunks.map_or(Ok(None), |chunks| chunks.delays(config)));
     match delays.map_err(unreadable)? {
         None => Ok(Content::Still),
         Some(Delays::Whole(delays)) if delays.len() > 1 => {
@@ -169,7 +170,9 @@ impl Chunks {
             let Some(Chunk { kind, head, is_whole }) = self.next()? else { break };
             match &kind {
                 b"VP8X" if head[0] & 2 != 0 => announced = Some(0),
-                b"acTL" => announced = Some(u32::from_be_bytes([head[0], head[1], head[2], head[3]]) as usize),
+                b"acTL" => {
+                    announced = Some(u32::from_be_bytes([head[0], head[1], head[2], head[3]]) as usize)
+                }
                 // Pictures that are not animated end the search at their pixels.
                 b"VP8X" | b"VP8 " | b"VP8L" | b"IDAT" if announced.is_none() => return Ok(None),
                 b"ANMF" if is_whole => delays.push(webp_delay(&head)),
@@ -188,7 +191,8 @@ impl Chunks {
             }
         }
         let Some(announced) = announced else { return Ok(None) };
-        let is_whole = if self.is_png { has_end && delays.len() >= announced } else { self.is_as_long_as_it_says()? };
+        let is_whole =
+            if self.is_png { has_end && delays.len() >= announced } else { self.is_as_long_as_it_says()? };
         if !is_whole {
             return Ok(Some(Delays::CutOff));
         }

@@ -153,11 +153,11 @@ impl Sampling {
         Ok(spread(total, n).into_iter().map(|index| first + index).collect())
     }
 
-    /// The frames on screen at `start + k / fps` for `k` = 0, 1, …; if these are more than `max_frames`, those at
+    /// The frames on screen at `start + k / fps` for `k` = 0, 1, …, from the first frame on without a `start`; if these are more than `max_frames`, those at
     /// `max_frames` of these times, spread evenly. Takes a time of `max_frames`, however long the video is.
     fn by_time(&self, timeline: &Timeline, fps: f64, max_frames: usize) -> Vec<usize> {
         let times = &timeline.times;
-        let start = self.start.unwrap_or(0.0);
+        let start = self.start.unwrap_or_else(|| timeline.first());
         let end = self.end.unwrap_or(f64::INFINITY).min(timeline.duration);
         let on_screen = |tick: f64| {
             let time = start + tick / fps + TIME_TOLERANCE_SECONDS;

@@ -15,6 +15,7 @@ mod frame_cache;
 pub mod frame_sampling;
 mod packet_feed;
 mod packet_table;
+mod picture_loader;
 mod pictures;
 pub mod pixels;
 mod places;
@@ -33,16 +34,16 @@ use tokio::sync::OwnedSemaphorePermit;
 use utoipa::ToSchema;
 
 use self::{
+    content::Content,
     decode::{Decoded, Decoder, FrameMap},
     ffmpeg::Tools,
     frame_cache::FrameCache,
     frame_sampling::{Applied, Sampling},
-    content::Content,
-    pictures::{Album, CancelOnDrop, PictureDecoder, Pictures},
+    pictures::Album,
     pixels::Resizer,
     places::DecoderPlaces,
     probe::Probe,
-    selection::{PictureList, Selection},
+    selection::Selection,
     source::{LocalFile, SourceReader, is_picture_list},
 };
 use crate::{
@@ -203,7 +204,7 @@ impl MediaLoader {
         caller: &Caller,
     ) -> Result<Arc<VideoFrames>, MediaError> {
         if source.is_frame_list() {
-            return self.load_list(source, sampling, caller).await;
+            return Box::pin(self.load_list(source, sampling, caller)).await;
         }
         let sampling = Sampling::resolve(sampling, &self.config)?;
         let is_picture = matches!(source, VideoSource::Image(_));
@@ -213,54 +214,19 @@ impl MediaLoader {
         match self.content(&file).await? {
             Content::Animation(animation) => {
                 let selection = Selection::of_animation(&sampling, &animation.timeline)?;
-                self.load_pictures(Album::Animation(file, animation), selection, caller).await
+                Box::pin(self.load_pictures(Album::Animation(file, animation), selection, caller)).await
             }
             Content::Still if may_be_still => {
                 let selection = Selection::of_still(&sampling)?;
-                self.load_pictures(Album::Still(file), selection, caller).await
+                Box::pin(self.load_pictures(Album::Still(file), selection, caller)).await
             }
             Content::Unknown if is_picture => Err(pictures::unsupported()),
             Content::Still | Content::Video | Content::Unknown => {
                 let digest = self.digest(&files, &sampling.digest_bytes(), &caller.salt);
                 let load = self.decode(&file, &sampling, digest, &caller.trail);
-                self.cached(digest, load, &caller.trail).await
+                Box::pin(self.cached(digest, load, &caller.trail)).await
             }
         }
-    }
-
-    /// Frames of a list that the client sampled itself.
-    async fn load_list(
-        &self,
-        source: VideoSource,
-        sampling: FrameSampling,
-        caller: &Caller,
-    ) -> Result<Arc<VideoFrames>, MediaError> {
-        let (source, timestamps) = match source {
-            VideoSource::Timed(source, timestamps) => (*source, Some(timestamps)),
-            source => (source, None),
-        };
-        let files = self.fetched(source, caller).await?;
-        let list = PictureList { num_pictures: files.len(), timestamps: timestamps.as_deref() };
-        let selection = Selection::of_list(sampling, list, &self.config)?;
-        self.load_pictures(Album::List(files), selection, caller).await
-    }
-
-    async fn load_pictures(
-        &self,
-        album: Album,
-        selection: Selection,
-        caller: &Caller,
-    ) -> Result<Arc<VideoFrames>, MediaError> {
-        let digest = self.digest(album.files(), &selection.digest_bytes, &caller.salt);
-        let load = self.decode_pictures(album, selection, digest, &caller.trail);
-        self.cached(digest, load, &caller.trail).await
-    }
-
-    /// What a file is, whatever its sender calls it.
-    async fn content(&self, file: &LocalFile) -> Result<Content, MediaError> {
-        let (file, config) = (file.clone(), self.config.clone());
-        let look = tokio::task::spawn_blocking(move || content::of(&file, &config));
-        look.await.expect("looking into a file does not panic: this is a bug")
     }
 
     /// Who works and who waits in this stage, now.
@@ -282,56 +248,6 @@ impl MediaLoader {
         let (frames, fresh) = self.cache.get_or_load(digest, async { load.await.map(Arc::new) }).await?;
         trail.frame_cache(!fresh);
         Ok(frames)
-    }
-
-    /// Decodes and resizes pictures on the blocking pool, among the decoders of videos and within their time.
-    async fn decode_pictures(
-        &self,
-        album: Album,
-        selection: Selection,
-        digest: [u8; 32],
-        trail: &Trail,
-    ) -> Result<VideoFrames, MediaError> {
-        let place = self.place(trail).await?;
-        let guard = CancelOnDrop::default();
-        let decoder = PictureDecoder {
-            image_size: self.image_size,
-            config: self.config.clone(),
-            cancelled: guard.0.clone(),
-        };
-        let container = album.container();
-        let mut wanted = selection.indices.clone();
-        wanted.dedup();
-        let work = tokio::task::spawn_blocking(move || {
-            // Given back when the work has really ended, whoever still waits for it.
-            let _place = place;
-            decoder.decode(&album, &wanted)
-        });
-        let timeout = self.config.decode_timeout;
-        let decode = async {
-            let decoded = tokio::time::timeout(timeout, work).await;
-            let decoded = decoded.map_err(|_| MediaError::DecodeTimeout { seconds: timeout.as_secs() })?;
-            decoded.map_err(|error| {
-                tracing::error!(%error, "decoding pictures failed");
-                MediaError::Undecodable("a picture could not be decoded; send it in another format".into())
-            })?
-        };
-        let decoded = trail.time(Stage::Decode, decode).await?;
-        let Pictures { frames, width, height, codec, resizing } = decoded;
-        trail.decoded_frames(frames.len());
-        resizing.run(Stage::Resize).into_iter().for_each(|run| trail.push(run));
-        let info = VideoInfo {
-            source_frames: selection.source_frames,
-            duration: selection.duration,
-            width,
-            height,
-            container: container.into(),
-            codec: codec.into(),
-            sampled_timestamps: selection.times,
-            ..applied(selection.applied, selection.indices)
-        };
-        let rgb = repeated(&frames, &info.sampled_indices);
-        Ok(VideoFrames { rgb, size: self.image_size, info, digest })
     }
 
     /// Probe, decode and resize: everything that a cached video skips.

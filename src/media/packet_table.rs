@@ -132,7 +132,8 @@ impl PacketTable {
     }
 
     fn nominal_timeline(&self, frames: usize) -> Timeline {
-        let offset = self.packets.iter().find_map(|packet| packet.pts).map_or(0.0, |first| self.offset(first));
+        let offset =
+            self.packets.iter().find_map(|packet| packet.pts).map_or(0.0, |first| self.offset(first));
         let times = (0..frames).map(|index| offset + index as f64 / self.nominal_rate).collect();
         Timeline { times, duration: offset + frames as f64 / self.nominal_rate }
     }

@@ -17,8 +17,8 @@ use std::{
 };
 
 use image::{
-    AnimationDecoder, ColorType, DynamicImage, Frames, ImageDecoder, ImageFormat, ImageReader, Limits, RgbImage,
-    Rgba,
+    AnimationDecoder, ColorType, DynamicImage, Frames, ImageDecoder, ImageFormat, ImageReader, Limits,
+    RgbImage, Rgba,
     codecs::{png::PngDecoder, webp::WebPDecoder},
     metadata::Orientation,
 };
@@ -33,6 +33,8 @@ use crate::{config::MediaConfig, telemetry::PieceTimer};
 
 /// Most bytes of a pixel in a decoder (16 bits in four channels).
 const MAX_PIXEL_BYTES: usize = 8;
+/// The same of an animation: two canvases, and a frame as stored and as laid on them.
+const MAX_ANIMATION_PIXEL_BYTES: usize = 20;
 
 /// Behind what is transparent.
 const WHITE: Rgba<u8> = Rgba([255; 4]);
@@ -129,9 +131,9 @@ impl PictureDecoder {
             )));
         }
         let mut reader = ImageReader::with_format(Cursor::new(&bytes), format);
-        reader.limits(self.limits());
+        reader.limits(self.limits(self.config.max_frame_pixels * MAX_PIXEL_BYTES));
         let mut decoder = reader.into_decoder().map_err(|error| damaged(&error, &self.config))?;
-        self.check_size(decoder.dimensions())?;
+        self.check_size(decoder.dimensions(), self.config.max_frame_pixels)?;
         let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
         let picture = DynamicImage::from_decoder(decoder).map_err(|error| damaged(&error, &self.config))?;
         let mut picture = on_white(picture);
@@ -171,10 +173,14 @@ impl PictureDecoder {
     }
 
     fn png_frames<'a>(&self, bytes: &'a [u8]) -> Result<(Frames<'a>, Orientation), MediaError> {
-        let decoder = PngDecoder::with_limits(Cursor::new(bytes), self.limits());
+        let max_bytes = self.max_animation_pixels() * MAX_ANIMATION_PIXEL_BYTES;
+        let decoder = PngDecoder::with_limits(Cursor::new(bytes), self.limits(max_bytes));
         let mut decoder = decoder.map_err(|error| damaged(&error, &self.config))?;
-        self.check_size(decoder.dimensions())?;
-        if !matches!(decoder.color_type(), ColorType::L8 | ColorType::La8 | ColorType::Rgb8 | ColorType::Rgba8) {
+        self.check_size(decoder.dimensions(), self.max_animation_pixels())?;
+        if !matches!(
+            decoder.color_type(),
+            ColorType::L8 | ColorType::La8 | ColorType::Rgb8 | ColorType::Rgba8
+        ) {
             return Err(MediaError::Unsupported(
                 "animated png of 16 bits is not accepted; send it with 8 bits, or as mp4 or webm".into(),
             ));
@@ -187,7 +193,7 @@ impl PictureDecoder {
     fn webp_frames<'a>(&self, bytes: &'a [u8]) -> Result<(Frames<'a>, Orientation), MediaError> {
         let decoder = WebPDecoder::new(Cursor::new(bytes));
         let mut decoder = decoder.map_err(|error| damaged(&error, &self.config))?;
-        self.check_size(decoder.dimensions())?;
+        self.check_size(decoder.dimensions(), self.max_animation_pixels())?;
         let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
         // Without one, frames that are taken away would stay.
         decoder.set_background_color(WHITE).map_err(|error| damaged(&error, &self.config))?;
@@ -202,20 +208,25 @@ impl PictureDecoder {
         Ok(())
     }
 
-    fn check_size(&self, (width, height): (u32, u32)) -> Result<(), MediaError> {
+    fn max_animation_pixels(&self) -> usize {
+        self.config.max_animation_frame_pixels.min(self.config.max_frame_pixels)
+    }
+
+    fn check_size(&self, (width, height): (u32, u32), max_pixels: usize) -> Result<(), MediaError> {
         let (width, height) = (width as usize, height as usize);
         let too_long = width.max(height) > self.config.max_frame_side;
-        if width == 0 || height == 0 || too_long || width * height > self.config.max_frame_pixels {
-            return Err(too_large(&self.config));
+        if width == 0 || height == 0 || too_long || width * height > max_pixels {
+            return Err(too_large(&self.config, max_pixels));
         }
         Ok(())
     }
 
-    fn limits(&self) -> Limits {
+    /// `max_bytes`: of everything that a decoder holds.
+    fn limits(&self, max_bytes: usize) -> Limits {
         let mut limits = Limits::no_limits();
         let max_side = u32::try_from(self.config.max_frame_side).unwrap_or(u32::MAX);
         (limits.max_image_width, limits.max_image_height) = (Some(max_side), Some(max_side));
-        limits.max_alloc = Some((self.config.max_frame_pixels * MAX_PIXEL_BYTES) as u64);
+        limits.max_alloc = Some(max_bytes as u64);
         limits
     }
 }
@@ -307,7 +318,7 @@ pub fn format(bytes: &[u8]) -> Option<(ImageFormat, &'static str)> {
 
 fn damaged(error: &image::ImageError, config: &MediaConfig) -> MediaError {
     if matches!(error, image::ImageError::Limits(_)) {
-        return too_large(config);
+        return too_large(config, config.max_frame_pixels);
     }
     tracing::debug!(%error, "a picture cannot be decoded");
     MediaError::Undecodable(
@@ -315,10 +326,10 @@ fn damaged(error: &image::ImageError, config: &MediaConfig) -> MediaError {
     )
 }
 
-fn too_large(config: &MediaConfig) -> MediaError {
+fn too_large(config: &MediaConfig, max_pixels: usize) -> MediaError {
     MediaError::Undecodable(format!(
-        "the picture is too large; at most {} pixels a side and {} in all are accepted",
-        config.max_frame_side, config.max_frame_pixels
+        "the picture is too large; at most {} pixels a side and {max_pixels} in all are accepted",
+        config.max_frame_side
     ))
 }
 

@@ -289,7 +289,8 @@ impl Report {
                 self.take_matrix_row(row);
             }
         } else if let Some(fields) = line.strip_prefix("format|") {
-            let seconds = |name| pairs(fields).find(|(key, _)| *key == name).and_then(|(_, v)| v.parse().ok());
+            let seconds =
+                |name| pairs(fields).find(|(key, _)| *key == name).and_then(|(_, v)| v.parse().ok());
             (self.duration, self.start) = (seconds("duration"), seconds("start_time"));
         } else if line.starts_with("0000000") {
             self.take_matrix_row(line);

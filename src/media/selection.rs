@@ -64,7 +64,8 @@ impl Selection {
                 return Err(MediaError::Refused { param, message });
             }
         }
-        let mut sampling = Sampling::resolve(FrameSampling { fps: None, max_frames: None, ..request }, config)?;
+        let mut sampling =
+            Sampling::resolve(FrameSampling { fps: None, max_frames: None, ..request }, config)?;
         if let Some(max_frames) = max_frames {
             sampling = sampling.bounded(max_frames);
         }

@@ -190,7 +190,8 @@ mod tests {
             ("<im<image>age> it", 1, "\n<image> it"),
             ("What <image> is it?", 0, "What <image> is it?"),
         ] {
-            let conversation = Conversation { system: Some(String::new()), turns: vec![user(typed, num_videos)] };
+            let conversation =
+                Conversation { system: Some(String::new()), turns: vec![user(typed, num_videos)] };
             let mut expected = vec![Piece::Text("USER: ".into())];
             expected.extend(vec![Piece::Video; num_videos]);
             expected.push(Piece::Text(format!("{left} ASSISTANT:")));

@@ -15,7 +15,7 @@ fn png(shade: u8) -> String {
 }
 
 fn url(number: usize) -> String {
-    png(number as u8 * 20)
+    png(number as u8 * 3)
 }
 
 fn image_url(number: usize) -> Value {
@@ -67,7 +67,8 @@ async fn frames_that_clients_send_as_pictures_are_one_video() {
     assert_eq!(server.ask(&request(elements, json!({}))).await["video"], list["video"]);
     // OpenAI's cookbook of today, on /v1/responses.
     let frames = (0..8).map(|i| json!({"type": "input_image", "image_url": url(i)}));
-    let parts: Vec<Value> = [json!({"type": "input_text", "text": "What?"})].into_iter().chain(frames).collect();
+    let parts: Vec<Value> =
+        [json!({"type": "input_text", "text": "What?"})].into_iter().chain(frames).collect();
     let body = json!({"model": MODEL, "input": [{"role": "user", "content": parts}]});
     let response = success(server.send_json("/v1/responses", &body).await).await;
     assert_eq!(response["video"], list["video"]);
@@ -86,7 +87,8 @@ async fn pictures_may_have_a_rate_or_times_or_be_stills() {
     assert_eq!((&rate["fps"], &rate["sampled_timestamps"]), (&json!(2.0), &json!([0.0, 0.5, 1.0, 1.5])));
     let timed = ask(json!({"timestamps": [1, 2.5, 4, 10]})).await;
     assert_eq!((&timed["fps"], &timed["sampled_timestamps"]), (&Value::Null, &json!([1.0, 2.5, 4.0, 10.0])));
-    let window = json!({"media_io_kwargs": {"image": {"fps": 1}, "video": {"fps": 3, "start": 1.0, "end": 3.0}}});
+    let window =
+        json!({"media_io_kwargs": {"image": {"fps": 1}, "video": {"fps": 3, "start": 1.0, "end": 3.0}}});
     let window = server.ask(&request(content(json!([null]), 8), window)).await;
     assert_eq!(window["video"]["sampled_indices"], json!([1, 1, 1, 2]), "the rate of videos is another");
     for (image, fault) in [
@@ -120,7 +122,10 @@ async fn pictures_are_stills_where_asked() {
             let containers: Vec<&Value> = (0..3).map(|i| &reply["videos"][i]["container"]).collect();
             assert_eq!(containers, [&json!("image"); 3], "{reply}");
         } else {
-            assert_eq!((&reply["video"]["container"], &reply["video"]["source_frames"]), (&json!("frames"), &json!(3)));
+            assert_eq!(
+                (&reply["video"]["container"], &reply["video"]["source_frames"]),
+                (&json!("frames"), &json!(3))
+            );
         }
     }
     // By default a server takes one video a message: pictures that are parted by a sentence are two.
@@ -136,7 +141,8 @@ async fn a_clip_has_at_most_the_frames_of_a_video() {
     let server = simple_server().await;
     let most = server.ask(&request(content(json!([text("What?"), null]), 64), json!({}))).await;
     assert_eq!(most["video"]["source_frames"], 64);
-    let (status, refused) = refused(&server, &request(content(json!([text("What?"), null]), 65), json!({}))).await;
+    let (status, refused) =
+        refused(&server, &request(content(json!([text("What?"), null]), 65), json!({}))).await;
     assert_eq!((status, &refused["param"]), (400, &json!("messages[0].content[1]")));
     let message = refused["message"].as_str().unwrap();
     assert!(message.contains("65 pictures") && message.contains("at most 64"), "{message}");
@@ -145,9 +151,7 @@ async fn a_clip_has_at_most_the_frames_of_a_video() {
 #[tokio::test]
 async fn a_history_of_videos_is_no_reason_to_refuse_the_next() {
     let server = simple_server().await;
-    let about = |number: usize| {
-        json!({"role": "user", "content": [text("What?"), image_url(number), image_url(number + 1)]})
-    };
+    let about = |number: usize| json!({"role": "user", "content": [text("What?"), image_url(number), image_url(number + 1)]});
     let answer = json!({"role": "assistant", "content": "C"});
     let conversation = |turns: usize| {
         let turns = (0..turns).flat_map(|turn| [answer.clone(), about(turn)]);

@@ -6,7 +6,9 @@ use base64::{Engine, engine::general_purpose::STANDARD};
 use image::{DynamicImage, ExtendedColorType, ImageFormat, RgbaImage};
 use tinyllava::{
     config::MediaConfig,
-    media::{FrameSampling, MediaError, MediaLoader, VideoFrames, VideoSource, frame_sampling::spread, pixels},
+    media::{
+        FrameSampling, MediaError, MediaLoader, VideoFrames, VideoSource, frame_sampling::spread, pixels,
+    },
 };
 
 use crate::media_clips::{Clip, SIZE, loader, loader_with, numbers};
@@ -135,14 +137,17 @@ async fn animations_that_are_cut_off_or_too_large_are_refused() {
         assert!(load(&limited(MediaConfig::default()), picture(&bytes)).await.is_ok(), "{name}");
         for kept in [bytes.len() - 40, bytes.len() / 2, 200] {
             let error = load(&loader(), picture(&bytes[..kept])).await.unwrap_err();
-            assert!(matches!(&error, MediaError::Undecodable(m) if m.contains("cut off")), "{name} {kept}: {error}");
+            assert!(
+                matches!(&error, MediaError::Undecodable(m) if m.contains("cut off")),
+                "{name} {kept}: {error}"
+            );
         }
-        let error = load(
-            &limited(MediaConfig { max_animation_frames: 96, ..MediaConfig::default() }),
-            picture(&bytes),
+        let few = limited(MediaConfig { max_animation_frames: 96, ..MediaConfig::default() });
+        let error = load(&few, picture(&bytes)).await.unwrap_err();
+        assert!(
+            matches!(&error, MediaError::Undecodable(m) if m.contains("more than 96 frames")),
+            "{name}: {error}"
         );
-        let error = error.await.unwrap_err();
-        assert!(matches!(&error, MediaError::Undecodable(m) if m.contains("more than 96 frames")), "{name}: {error}");
         let small = loader_with(MediaConfig { max_frame_pixels: 96 * 64 - 1, ..MediaConfig::default() });
         let error = load(&small, picture(&bytes)).await.unwrap_err();
         assert!(matches!(&error, MediaError::Undecodable(m) if m.contains("too large")), "{name}: {error}");
@@ -169,7 +174,8 @@ fn seen_on_white(picture: &RgbaImage) -> Vec<u8> {
         let (level, alpha) = (f64::from(level), f64::from(alpha) / 255.0);
         (level * alpha + 255.0 * (1.0 - alpha)).round() as u8
     };
-    let rgb: Vec<u8> = picture.pixels().flat_map(|p| [over(p[0], p[3]), over(p[1], p[3]), over(p[2], p[3])]).collect();
+    let rgb: Vec<u8> =
+        picture.pixels().flat_map(|p| [over(p[0], p[3]), over(p[1], p[3]), over(p[2], p[3])]).collect();
     pixels::resize(&rgb, picture.height() as usize, picture.width() as usize, SIZE)
 }
 
@@ -185,7 +191,8 @@ async fn transparent_pictures_are_seen_on_white() {
 
 #[tokio::test]
 async fn every_kind_of_transparency_is_seen_on_white() {
-    let rgba = RgbaImage::from_fn(60, 40, |x, y| image::Rgba([x as u8 * 4, y as u8 * 6, 90, (x * 255 / 59) as u8]));
+    let rgba =
+        RgbaImage::from_fn(60, 40, |x, y| image::Rgba([x as u8 * 4, y as u8 * 6, 90, (x * 255 / 59) as u8]));
     let gray = RgbaImage::from_fn(60, 40, |x, y| {
         let level = (x + y) as u8 * 2;
         image::Rgba([level, level, level, (y * 255 / 39) as u8])
@@ -203,7 +210,8 @@ async fn every_kind_of_transparency_is_seen_on_white() {
         ("gray and alpha", encode(of(&gray).into_luma_alpha8().into(), ImageFormat::Png), &gray),
         ("gray and alpha of 16 bits", encode(of(&gray).into_luma_alpha16().into(), ImageFormat::Png), &gray),
     ] {
-        let close = pixels_of(&bytes).await.iter().zip(seen_on_white(expected)).all(|(a, b)| a.abs_diff(b) <= 1);
+        let close =
+            pixels_of(&bytes).await.iter().zip(seen_on_white(expected)).all(|(a, b)| a.abs_diff(b) <= 1);
         assert!(close, "{name}");
     }
     let bytes = palette_png();
@@ -217,9 +225,13 @@ fn palette_png() -> Vec<u8> {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("palette.png");
     let status = Command::new("ffmpeg")
-        .args(["-loglevel", "error", "-f", "lavfi", "-i", "testsrc=size=64x48"])
-        .args(["-vf", "format=rgba,geq=r='r(X,Y)':g='g(X,Y)':b='b(X,Y)':a='255*gt(X,30)'"])
-        .args(["-frames:v", "1", "-pix_fmt", "pal8"])
+        .args(["-loglevel", "error", "-f", "lavfi", "-i", "testsrc=size=64x48:rate=25:duration=0.04"])
+        .arg("-vf")
+        .arg(
+            "format=rgba,geq=r='r(X,Y)':g='g(X,Y)':b='b(X,Y)':a='255*gt(X,30)',split[a][b];[a]palettegen[p];\
+             [b][p]paletteuse",
+        )
+        .args(["-frames:v", "1"])
         .arg(&path)
         .status()
         .unwrap();
@@ -239,7 +251,9 @@ async fn transparent_animations_are_seen_on_white() {
         let path = directory.path().join(name);
         let mut command = Command::new("ffmpeg");
         command.args(["-loglevel", "error", "-f", "lavfi", "-i"]);
-        command.arg("color=black:size=96x96:rate=10,format=rgba,geq=r=0:g=0:b=0:a='255*between(X,N*16,N*16+15)'");
+        command.arg(
+            "color=black:size=96x96:rate=10:duration=0.6,format=rgba,geq=r=0:g=0:b=0:a='255*between(X,N*16,N*16+15)'",
+        );
         if let Some(graph) = options.strip_prefix("-vf ") {
             command.args(["-vf", graph]);
         } else {

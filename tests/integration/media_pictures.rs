@@ -157,7 +157,10 @@ async fn what_is_no_picture_or_too_large_is_refused() {
     }
     for bytes in [&b"BM"[..], b"", b"<svg/>", b"\0\0\0\x20ftypheic", b"\0\0\0\x20ftypavif"] {
         let error = still(bytes).await.unwrap_err();
-        assert!(matches!(&error, MediaError::Unsupported(m) if m.contains("send jpeg, png or webp")), "{error}");
+        assert!(
+            matches!(&error, MediaError::Unsupported(m) if m.contains("send jpeg, png or webp")),
+            "{error}"
+        );
     }
     // A video that is sent as a picture is judged as one.
     for bytes in [&b"GIF89a\x10\0\x10\0"[..], b"\0\0\0\x20ftypisom"] {

@@ -56,7 +56,7 @@ async fn every_container_tells_how_late_its_picture_is() {
         ("late.mp4", format!("{copy} -c:a aac")),
         ("late.mov", format!("{copy} -c:a pcm_s16le")),
         ("late.ts", format!("{copy} -c:a mp2")),
-        ("fragmented.mp4", format!("{copy} -c:a aac -movflags frag_keyframe+empty_moov")),
+        ("fragmented.mp4", format!("{copy} -c:a aac -movflags frag_keyframe+delay_moov")),
         ("opus.mkv", format!("{copy} -c:a libopus")),
         (
             "late.webm",
@@ -90,7 +90,11 @@ async fn a_file_that_starts_late_as_a_whole_starts_at_zero() {
             Some((inputs, outputs)) => (inputs.to_owned(), format!("-map{outputs}")),
             None => (String::new(), options.to_owned()),
         };
-        let outputs = if inputs.is_empty() { outputs } else { outputs.replace("0:v", "1:v").replace("-map 1:a", "-map 0:a") };
+        let outputs = if inputs.is_empty() {
+            outputs
+        } else {
+            outputs.replace("0:v", "1:v").replace("-map 1:a", "-map 0:a")
+        };
         let path = remux(&clip, name, &inputs, &outputs);
         let seconds = FrameSampling { fps: Some(1.0), ..FrameSampling::default() };
         let frames = load(&path, seconds).await;

@@ -159,7 +159,8 @@ fn a_typed_placeholder_beside_a_video_gives_the_original_ids() {
         num_typed += conversation.turns.iter().filter(|turn| turn.num_videos > 0).count();
         for tokenizer in both() {
             let prompt = build(&conversation, &tokenizer, 1).unwrap();
-            let ids = prompt.token_ids.iter().map(|&id| if id == VISUAL_TOKEN { -200 } else { i64::from(id) });
+            let ids =
+                prompt.token_ids.iter().map(|&id| if id == VISUAL_TOKEN { -200 } else { i64::from(id) });
             assert_eq!(ids.collect::<Vec<_>>(), case.input_ids, "{}", case.prompt);
         }
     }

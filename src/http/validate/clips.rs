@@ -61,7 +61,8 @@ fn clip(run: &mut Vec<(String, VideoPart)>, max_frames: usize) -> Result<Option<
         return Err(InvalidRequest::field(path, message));
     }
     if num_pictures > 1 {
-        let sources = first.source.take().into_iter().chain(pictures.filter_map(|(_, picture)| picture.source));
+        let sources =
+            first.source.take().into_iter().chain(pictures.filter_map(|(_, picture)| picture.source));
         let urls = sources.filter_map(|source| match source {
             VideoSource::Image(url) => Some(url),
             _ => None,
@@ -76,7 +77,8 @@ fn clip(run: &mut Vec<(String, VideoPart)>, max_frames: usize) -> Result<Option<
 fn is_picture(part: &VideoPart) -> bool {
     const OTHERS: [&str; 2] = ["data:video/", "data:image/gif"];
     let Some(VideoSource::Image(url)) = &part.source else { return false };
-    let starts_with = |start: &&str| url.get(..start.len()).is_some_and(|own| own.eq_ignore_ascii_case(start));
+    let starts_with =
+        |start: &&str| url.get(..start.len()).is_some_and(|own| own.eq_ignore_ascii_case(start));
     !OTHERS.iter().any(|start| starts_with(start))
 }
 
@@ -113,7 +115,9 @@ mod tests {
     fn joined(parts: Vec<Placed>) -> Vec<String> {
         let shown = |(_, part)| match part {
             Part::Text(text) => text,
-            Part::Video(VideoPart { source: Some(VideoSource::Frames(urls)), is_clip: true, .. }) => urls.join("+"),
+            Part::Video(VideoPart { source: Some(VideoSource::Frames(urls)), is_clip: true, .. }) => {
+                urls.join("+")
+            }
             Part::Video(VideoPart { source: Some(VideoSource::Image(url)), is_clip: false, .. }) => url,
             Part::Video(_) => "video".into(),
         };
@@ -131,14 +135,18 @@ mod tests {
 
     #[test]
     fn captions_do_not_part_a_clip_but_sentences_do() {
-        let captioned = vec![text("Frame 1:"), picture("a"), text("<2.0 seconds>"), picture("b"), text("What?")];
+        let captioned =
+            vec![text("Frame 1:"), picture("a"), text("<2.0 seconds>"), picture("b"), text("What?")];
         assert_eq!(joined(captioned), ["Frame 1:", "<2.0 seconds>", "a+b", "What?"]);
         for between in [vec![text("Image B:")], vec![text("1"), text("2")], vec![text("Is it 1?")]] {
             let mut parts = vec![picture("a")];
             parts.extend(between);
             parts.push(picture("b"));
             let parts = joined(parts);
-            assert!(parts.iter().any(|part| part == "a") && parts.iter().any(|part| part == "b"), "{parts:?}");
+            assert!(
+                parts.iter().any(|part| part == "a") && parts.iter().any(|part| part == "b"),
+                "{parts:?}"
+            );
         }
         let long = format!("7{}", "x".repeat(MAX_CAPTION_BYTES));
         assert_eq!(joined(vec![picture("a"), text(&long), picture("b")]).len(), 3);
@@ -155,7 +163,8 @@ mod tests {
 
     #[test]
     fn a_clip_has_a_limit() {
-        let InvalidRequest::Field { message, .. } = join(vec![picture("a"), picture("b")], 1).unwrap_err() else {
+        let InvalidRequest::Field { message, .. } = join(vec![picture("a"), picture("b")], 1).unwrap_err()
+        else {
             panic!("a field is at fault")
         };
         assert!(message.contains("2 pictures") && message.contains("at most 1 frames"), "{message}");

@@ -148,13 +148,13 @@ fn timed(
         _ => times.len(),
     };
     if times.len() != num_frames {
-        return fault(format!("there are {} timestamps for {num_frames} frames; send one for each", times.len()));
+        return fault(format!(
+            "there are {} timestamps for {num_frames} frames; send one for each",
+            times.len()
+        ));
     }
     if !times.iter().all(|time| (0.0..=media.max_video_seconds).contains(time)) || !times.is_sorted() {
-        return fault(format!(
-            "timestamps must be ascending seconds from 0 to {}",
-            media.max_video_seconds
-        ));
+        return fault(format!("timestamps must be ascending seconds from 0 to {}", media.max_video_seconds));
     }
     Ok(VideoSource::Timed(Box::new(source), times))
 }
@@ -213,7 +213,9 @@ fn merge(places: &[Placed], is_list: bool, media: &MediaConfig) -> Result<FrameS
     let num_frames = match same("num_frames", places, |knobs| knobs.num_frames)? {
         Some(NumFrames::Count(count)) => Some(count),
         // All frames, as many as the bounds allow.
-        Some(NumFrames::All) if fps.is_none() || is_list => Some(max_frames.take().unwrap_or(media.max_frames)),
+        Some(NumFrames::All) if fps.is_none() || is_list => {
+            Some(max_frames.take().unwrap_or(media.max_frames))
+        }
         Some(NumFrames::All) | None => None,
     };
     let start = same("start", places, |knobs| knobs.start)?;
