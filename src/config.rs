@@ -2,10 +2,16 @@
 //!
 //! Built by `cli/serve.rs` from the command line, or from [`Default`] in tests; read by everyone, changed by nobody.
 
-use std::{fmt, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
+mod hwaccel;
+mod reasoning_field;
+
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use axum::http::HeaderValue;
 use url::Url;
+
+pub use hwaccel::HwAccel;
+pub use reasoning_field::ReasoningField;
 
 /// Most threads that serve connections. They only pass tokens on: with as many as there are cores, they would take those
 /// from the model's.
@@ -51,6 +57,8 @@ pub struct Config {
     pub max_json_values: usize,
     /// Most replies to one request (`n`).
     pub max_choices: usize,
+    /// Name of the field that holds the thinking of a chat reply, when the request does not say.
+    pub reasoning_field: ReasoningField,
     /// Most tokens that are reported beside each chosen one (`top_logprobs`).
     pub max_top_logprobs: usize,
     /// Most messages a conversation.
@@ -170,37 +178,6 @@ pub struct MediaConfig {
     pub files: FilesConfig,
 }
 
-/// Help for the video decoder.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum HwAccel {
-    #[default]
-    None,
-    /// NVDEC of the GPU with this number.
-    Cuda(usize),
-}
-
-impl fmt::Display for HwAccel {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            HwAccel::None => f.write_str("none"),
-            HwAccel::Cuda(gpu) => write!(f, "cuda:{gpu}"),
-        }
-    }
-}
-
-impl FromStr for HwAccel {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let gpu = match text {
-            "none" => return Ok(HwAccel::None),
-            "cuda" => Some(0),
-            _ => text.strip_prefix("cuda:").and_then(|gpu| gpu.parse().ok()),
-        };
-        gpu.map(HwAccel::Cuda).ok_or_else(|| "give none, cuda or cuda:N".into())
-    }
-}
-
 /// Limits of the files that clients upload to keep.
 #[derive(Debug, Clone)]
 pub struct FilesConfig {
@@ -282,6 +259,7 @@ impl Default for Config {
             max_stop_string_bytes: 256,
             max_json_values: 20_000,
             max_choices: 8,
+            reasoning_field: ReasoningField::Both,
             max_top_logprobs: 20,
             max_messages: 128,
             max_content_parts: 64,

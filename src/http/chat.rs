@@ -29,7 +29,7 @@ use super::{
     sse,
     state::{AppState, Loaded},
     types::{ChatForm, ChatRequest},
-    validate::{self, Limits, ValidRequest},
+    validate::{self, Limits, StreamExtras, ValidRequest},
 };
 use crate::{
     config::Config,
@@ -39,8 +39,7 @@ use crate::{
 /// What the reply looks like.
 pub struct Shape {
     stream: bool,
-    /// Whether a stream ends with a chunk of usage.
-    pub include_usage: bool,
+    pub extras: StreamExtras,
     pub view: ChoiceView,
     /// Choices that think before they answer.
     num_thinking: usize,
@@ -55,7 +54,7 @@ pub struct Shape {
     request_body(content((ChatRequest = "application/json"), (ChatForm = "multipart/form-data"))),
     responses(
         (status = 200, description = "The reply. With `\"stream\": true` server-sent events: first a delta with the role, then deltas \
-            of thinking (`reasoning_content` and `reasoning`, the same text), then deltas of `content`, then a chunk with \
+            of thinking (`reasoning_content` and `reasoning`, the same text, or the one that `reasoning_field` names), then deltas of `content`, then a chunk with \
             `finish_reason`, with `stream_options.include_usage` one with `usage`, and `data: [DONE]`. Chunks of several \
             choices mix; each has the index of its own, and with `vote` a chunk without choices follows the last of them. Comments keep the \
             connection alive while the video is fetched and decoded. An error after the first byte is an event with \
@@ -92,7 +91,7 @@ fn check(
     let valid = validate::validate(request, upload, Limits::new(config, loaded))?;
     let view = ChoiceView { wanted: valid.choices.clone(), tokenizer: loaded.tokenizer.clone() };
     let num_thinking = if valid.thinks() { valid.choices.count } else { 0 };
-    let shape = Shape { stream: valid.stream, include_usage: valid.include_usage, view, num_thinking };
+    let shape = Shape { stream: valid.stream, extras: valid.stream_extras, view, num_thinking };
     Ok((valid, shape))
 }
 
@@ -129,11 +128,13 @@ async fn fold(
 }
 
 fn choice(index: usize, reply: Reply, view: &ChoiceView) -> Choice {
-    let reasoning = (!reply.think.is_empty()).then_some(reply.think);
+    let thinking = (!reply.think.is_empty()).then_some(reply.think);
+    let (reasoning_content, reasoning) =
+        thinking.map(|text| view.wanted.reasoning_field.place(text)).unwrap_or_default();
     let message = ReplyMessage {
         role: "assistant",
         content: reply.content,
-        reasoning_content: reasoning.clone(),
+        reasoning_content,
         reasoning,
         refusal: None,
     };

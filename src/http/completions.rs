@@ -28,7 +28,7 @@ use super::{
     sse::{self, EventSink},
     state::{AppState, Loaded},
     types::{ChatRequest, Extra},
-    validate::{self, HARMLESS, InvalidRequest, Limits, RawPrompt, ValidRequest, shorten},
+    validate::{self, InvalidRequest, Limits, RawPrompt, StreamExtras, ValidRequest},
 };
 use crate::{
     config::Config,
@@ -88,8 +88,12 @@ pub struct TextCompletion {
     head: ReplyHead,
     /// Empty in the chunk of usage.
     choices: Vec<TextChoice>,
+    /// In a stream as in one of chat completions.
     #[serde(skip_serializing_if = "Option::is_none")]
     usage: Option<Usage>,
+    /// Random text with `include_obfuscation`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    obfuscation: Option<String>,
 }
 
 #[derive(Debug, Default, Serialize, ToSchema)]
@@ -113,7 +117,7 @@ struct TextLogprobs {
 /// What the reply looks like.
 struct Shape {
     stream: bool,
-    include_usage: bool,
+    extras: StreamExtras,
     /// Comes before the text of each choice.
     echo: Option<String>,
     logprobs: bool,
@@ -184,7 +188,7 @@ fn check(
     let valid = validate::validate_raw(chat, prompt, limits)?;
     let shape = Shape {
         stream: valid.stream,
-        include_usage: valid.include_usage,
+        extras: valid.stream_extras,
         echo,
         logprobs: logprobs.is_some(),
         tokenizer: loaded.tokenizer.clone(),
@@ -194,16 +198,9 @@ fn check(
 
 /// The same request to the chat endpoint, but for its prompt.
 fn to_chat(request: CompletionRequest) -> Result<Map<String, Value>, InvalidRequest> {
-    let mut chat = Map::new();
-    for (name, value) in request.extra {
-        if AS_IN_CHAT.contains(&name.as_str()) {
-            chat.insert(name, value);
-        } else if !value.is_null() && !HARMLESS.contains(&name.as_str()) {
-            let name = shorten(&name);
-            let message = format!("\"{name}\" is unknown or not supported here; remove it");
-            return Err(InvalidRequest::field(name, message));
-        }
-    }
+    validate::check_beside(&request.extra, &AS_IN_CHAT)?;
+    let mut chat = request.extra;
+    chat.retain(|name, _| AS_IN_CHAT.contains(&name.as_str()));
     chat.insert("messages".into(), Value::Array(vec![]));
     chat.insert("max_tokens".into(), request.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS).into());
     chat.insert("top_p".into(), request.top_p.into());
@@ -310,7 +307,7 @@ async fn fold(
     while let Some((index, event)) = generation.next().await? {
         choices[index].add(shape.choice(index, event, &mut offsets[index]));
     }
-    Ok(TextCompletion { head, choices, usage: Some(generation.counts().into()) })
+    Ok(TextCompletion { head, choices, usage: Some(generation.counts().into()), obfuscation: None })
 }
 
 /// The stream.
@@ -321,21 +318,40 @@ async fn write(
     shape: Shape,
 ) -> Result<(), ApiError> {
     let mut generation = preparing.await?;
-    let chunk = |choices| TextCompletion { head: head.clone(), choices, usage: None };
+    let writer = Writer { events, head, extras: shape.extras };
     let mut offsets = vec![0; generation.num_choices()];
     if let Some(text) = &shape.echo {
         for index in 0..generation.num_choices() {
             let choice = TextChoice { index, text: text.clone(), ..TextChoice::default() };
-            events.send(&chunk(vec![choice])).await;
+            writer.send(&generation, choice).await;
         }
     }
     while let Some((index, event)) = generation.next().await? {
-        events.send(&chunk(vec![shape.choice(index, event, &mut offsets[index])])).await;
+        writer.send(&generation, shape.choice(index, event, &mut offsets[index])).await;
     }
-    if shape.include_usage {
-        let usage = Some(generation.counts().into());
-        events.send(&TextCompletion { usage, ..chunk(vec![]) }).await;
+    if shape.extras.usage {
+        writer.send_chunk(vec![], Some(generation.counts().into())).await;
     }
-    events.send_done().await;
+    writer.events.send_done().await;
     Ok(())
+}
+
+/// Turns choices into events.
+struct Writer {
+    events: EventSink,
+    head: ReplyHead,
+    extras: StreamExtras,
+}
+
+impl Writer {
+    async fn send(&self, generation: &Generation, choice: TextChoice) {
+        let usage = self.extras.running_usage.then(|| generation.counts().into());
+        self.send_chunk(vec![choice], usage).await;
+    }
+
+    async fn send_chunk(&self, choices: Vec<TextChoice>, usage: Option<Usage>) {
+        let mut chunk = TextCompletion { head: self.head.clone(), choices, usage, obfuscation: None };
+        chunk.obfuscation = self.extras.obfuscation.then(|| sse::padding(&chunk));
+        self.events.send(&chunk).await;
+    }
 }

@@ -23,7 +23,8 @@ use super::{
     error::ApiError,
     generation::{Generation, finish_reason},
     pipeline::Preparing,
-    responses::{Chunk, ChunkChoice, Delta, ReplyHead, Usage, Videos},
+    responses::{Chunk, ChunkChoice, Delta, ReplyHead, Videos},
+    validate::StreamExtras,
 };
 use crate::output::{Answer, OutputEvent};
 
@@ -33,7 +34,7 @@ const EVENTS_AHEAD: usize = 1;
 /// A response that streams what `preparing` becomes.
 pub fn reply(preparing: Preparing, head: ReplyHead, shape: Shape, interval: Duration) -> Response {
     respond(interval, |events| async move {
-        let writer = Writer { events, head, view: shape.view, include_usage: shape.include_usage };
+        let writer = Writer { events, head, view: shape.view, extras: shape.extras };
         writer.write_all(preparing).await
     })
 }
@@ -99,12 +100,23 @@ fn json(event: Event, data: &impl Serialize) -> Event {
     event.json_data(data).expect("wire types are JSON without newlines: this is a bug")
 }
 
+/// Size in bytes of which a padded event is a multiple, but for the padding's own name.
+const PADDED_BYTES: usize = 64;
+
+/// Random text for the `obfuscation` of an event: with it, sizes of events tell little of the text in them.
+pub fn padding(event: &impl Serialize) -> String {
+    let num_bytes = serde_json::to_vec(event).map_or(0, |json| json.len());
+    let mut random: String = (0..2).map(|_| uuid::Uuid::new_v4().simple().to_string()).collect();
+    random.truncate(PADDED_BYTES - num_bytes % PADDED_BYTES);
+    random
+}
+
 /// Turns pieces into events.
 struct Writer {
     events: EventSink,
     head: ReplyHead,
     view: ChoiceView,
-    include_usage: bool,
+    extras: StreamExtras,
 }
 
 impl Writer {
@@ -113,14 +125,15 @@ impl Writer {
         let mut videos = std::mem::take(&mut generation.videos);
         for index in 0..generation.num_choices() {
             let videos = std::mem::take(&mut videos).into();
-            self.send(&Chunk { videos, ..self.chunk(vec![ChunkChoice::of(index, Delta::role())]) }).await;
+            let chunk = self.chunk(&generation, vec![ChunkChoice::of(index, Delta::role())]);
+            self.send(Chunk { videos, ..chunk }).await;
         }
         let mut answers = vec![Answer::default(); generation.num_choices()];
         while let Some((index, event)) = generation.next().await? {
             let chunk = match &event {
                 OutputEvent::Delta { segment, text, tokens } => ChunkChoice {
                     logprobs: self.view.logprobs(tokens),
-                    ..ChunkChoice::of(index, Delta::text(*segment, text))
+                    ..ChunkChoice::of(index, Delta::text(*segment, text, self.view.wanted.reasoning_field))
                 },
                 OutputEvent::Finished(ending) => {
                     answers[index] = ending.answer.clone();
@@ -132,24 +145,26 @@ impl Writer {
                     }
                 }
             };
-            self.send(&self.chunk(vec![chunk])).await;
+            self.send(self.chunk(&generation, vec![chunk])).await;
         }
         if let Some(vote) = self.view.vote(&answers) {
-            self.send(&Chunk { vote: Some(vote), ..self.chunk(vec![]) }).await;
+            self.send(Chunk { vote: Some(vote), ..self.chunk(&generation, vec![]) }).await;
         }
-        if self.include_usage {
-            let usage: Usage = generation.counts().into();
-            self.send(&Chunk { usage: Some(usage), ..self.chunk(vec![]) }).await;
+        if self.extras.usage {
+            let usage = Some(generation.counts().into());
+            self.send(Chunk { usage, ..self.chunk(&generation, vec![]) }).await;
         }
         self.events.send_done().await;
         Ok(())
     }
 
-    fn chunk<'a>(&'a self, choices: Vec<ChunkChoice<'a>>) -> Chunk<'a> {
-        Chunk { head: &self.head, choices, usage: None, videos: Videos::default(), vote: None }
+    fn chunk<'a>(&'a self, generation: &Generation, choices: Vec<ChunkChoice<'a>>) -> Chunk<'a> {
+        let usage = self.extras.running_usage.then(|| generation.counts().into());
+        Chunk { head: &self.head, choices, usage, videos: Videos::default(), vote: None, obfuscation: None }
     }
 
-    async fn send(&self, data: &impl Serialize) {
-        self.events.send(data).await;
+    async fn send(&self, mut chunk: Chunk<'_>) {
+        chunk.obfuscation = self.extras.obfuscation.then(|| padding(&chunk));
+        self.events.send(&chunk).await;
     }
 }

@@ -77,6 +77,11 @@ impl OutputAssembler {
         self.push_bytes(id, tokenizer.token_bytes(id).unwrap_or_default(), logprobs)
     }
 
+    /// Tokens of the thinking so far. Tokens whose text is held back are counted when it is passed on.
+    pub fn num_reasoning_tokens(&self) -> usize {
+        self.places.num_reasoning
+    }
+
     /// Whether a stop string has appeared: the caller then drops the engine's stream and calls [`Self::finish`].
     pub fn stopped(&self) -> bool {
         self.stops.matched()

@@ -23,6 +23,7 @@ mod http_choices;
 mod http_completions;
 mod http_contract;
 mod http_examples;
+mod http_fields;
 mod http_files;
 mod http_fleet;
 mod http_limits;

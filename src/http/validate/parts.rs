@@ -2,7 +2,7 @@
 //!
 //! Called by `messages.rs`. Every form that clients of the big servers send ends in the same [`VideoSource`].
 
-use super::{InvalidRequest, refuse_unknown, shorten};
+use super::{InvalidRequest, fields, refuse_unknown, shorten};
 use crate::{
     http::types::{ContentPart, FilePart, ImageUrl, InputVideo, SamplingKnobs, TextOr, VideoUrl},
     media::VideoSource,
@@ -41,7 +41,8 @@ pub struct VideoPart {
 /// Reads a part of any known form.
 pub fn read(path: &str, mut part: ContentPart) -> Result<Part, InvalidRequest> {
     check_one_source(path, &part)?;
-    let beside = part.take_knobs();
+    let mut beside = part.take_knobs();
+    fields::remove_ignored_of_part(&mut beside.extra);
     let kind = part.kind.as_str();
     if kind == "text" {
         refuse_unknown(&beside.extra, path, &["type", "text"])?;
