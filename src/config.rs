@@ -3,6 +3,7 @@
 //! Built by `cli/serve.rs` from the command line, or from [`Default`] in tests; read by everyone, changed by nobody.
 
 mod hwaccel;
+mod reasoning_field;
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
@@ -10,6 +11,7 @@ use axum::http::HeaderValue;
 use url::Url;
 
 pub use hwaccel::HwAccel;
+pub use reasoning_field::ReasoningField;
 
 /// Most threads that serve connections. They only pass tokens on: with as many as there are cores, they would take those
 /// from the model's.
@@ -62,6 +64,8 @@ pub struct Config {
     pub max_json_values: usize,
     /// Most replies to one request (`n`).
     pub max_choices: usize,
+    /// Name of the field that holds the thinking of a chat reply, when the request does not say.
+    pub reasoning_field: ReasoningField,
     /// Most tokens that are reported beside each chosen one (`top_logprobs`).
     pub max_top_logprobs: usize,
     /// Most messages a conversation.
@@ -269,6 +273,7 @@ impl Default for Config {
             max_stop_string_bytes: 256,
             max_json_values: 20_000,
             max_choices: 8,
+            reasoning_field: ReasoningField::Both,
             max_top_logprobs: 20,
             max_messages: 128,
             max_content_parts: 256,

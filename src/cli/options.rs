@@ -8,7 +8,7 @@ use clap::{
 };
 
 use crate::{
-    config::{EngineConfig, HwAccel, MediaConfig},
+    config::{EngineConfig, HwAccel, MediaConfig, ReasoningField},
     model::{
         checkpoint::ModelSpec,
         layers::{Bits, WeightFormat},
@@ -115,6 +115,11 @@ fn share(text: &str) -> Result<f64, String> {
 fn variant_parser() -> impl TypedValueParser<Value = Variant> {
     PossibleValuesParser::new(Variant::ALL.map(Variant::name))
         .map(|name| name.parse().expect("a possible value is a variant: this is a bug"))
+}
+
+pub(super) fn reasoning_field_parser() -> impl TypedValueParser<Value = ReasoningField> {
+    PossibleValuesParser::new(ReasoningField::ALL.map(ReasoningField::name))
+        .map(|name| name.parse().expect("a possible value is a field: this is a bug"))
 }
 
 impl ModelOptions {

@@ -11,11 +11,11 @@ use super::{
     access::AccessOptions,
     kv_events::KvEventsOptions,
     observing::ObservingOptions,
-    options::ModelOptions,
+    options::{ModelOptions, reasoning_field_parser},
     start::{Started, ensure_ffmpeg, own_threads, start},
 };
 use crate::{
-    config::{Config, EngineConfig, FilesConfig, MediaConfig, ResponsesConfig},
+    config::{Config, EngineConfig, FilesConfig, MediaConfig, ReasoningField, ResponsesConfig},
     engine::EngineHandle,
     http::{self, Access, AppState},
     model::placement::Placement,
@@ -122,6 +122,18 @@ pub struct ServeArgs {
     /// Longest reply when a request does not say, tokens.
     #[arg(long, value_name = "N", default_value_t = 1024)]
     pub default_max_tokens: usize,
+    /// Most replies to one request (n).
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    pub max_n: usize,
+    /// Field of chat replies that holds the thinking, unless a request names another.
+    #[arg(
+        long,
+        value_name = "FIELD",
+        default_value_t = ReasoningField::Both,
+        value_parser = reasoning_field_parser(),
+        env = "TINYLLAVA_REASONING_FIELD"
+    )]
+    pub reasoning_field: ReasoningField,
     /// Longest time for one request, seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
     pub request_timeout: u64,
@@ -218,6 +230,8 @@ impl ServeArgs {
             cors_origins: self.access.cors_origins.clone(),
             served_model_name: self.served_name(),
             default_max_tokens: self.default_max_tokens.max(1),
+            max_choices: self.max_n.max(1),
+            reasoning_field: self.reasoning_field,
             request_timeout: Duration::from_secs(self.request_timeout),
             drain_delay: Duration::from_secs(self.drain_delay),
             drain_timeout: Duration::from_secs(self.drain_timeout),

@@ -30,7 +30,7 @@ use super::{
     state::{AppState, Loaded},
     tool_calls::CallReader,
     types::{ChatForm, ChatRequest},
-    validate::{self, Limits, ValidRequest},
+    validate::{self, Limits, StreamExtras, ValidRequest},
 };
 use crate::{
     config::Config,
@@ -41,8 +41,7 @@ use crate::{
 /// What the reply looks like.
 pub struct Shape {
     stream: bool,
-    /// Whether a stream ends with a chunk of usage.
-    pub include_usage: bool,
+    pub extras: StreamExtras,
     pub view: ChoiceView,
     /// Functions one of which the answer calls; empty: the answer is text.
     pub functions: Vec<String>,
@@ -59,7 +58,7 @@ pub struct Shape {
     request_body(content((ChatRequest = "application/json"), (ChatForm = "multipart/form-data"))),
     responses(
         (status = 200, description = "The reply. With `\"stream\": true` server-sent events: first a delta with the role, then deltas \
-            of thinking (`reasoning_content` and `reasoning`, the same text), then deltas of `content`, then a chunk with \
+            of thinking (`reasoning_content` and `reasoning`, the same text, or the one that `reasoning_field` names), then deltas of `content`, then a chunk with \
             `finish_reason`, with `stream_options.include_usage` one with `usage`, and `data: [DONE]`. Chunks of several \
             choices mix; each has the index of its own, and with `vote` a chunk without choices follows the last of them. Comments keep the \
             connection alive while the video is fetched and decoded. An error after the first byte is an event with \
@@ -97,8 +96,7 @@ fn check(
     let view = ChoiceView { wanted: valid.choices.clone(), tokenizer: loaded.tokenizer.clone() };
     let num_thinking = if valid.thinks() { valid.choices.count } else { 0 };
     let functions = valid.functions();
-    let (stream, include_usage) = (valid.stream, valid.include_usage);
-    let shape = Shape { stream, include_usage, view, functions, num_thinking };
+    let shape = Shape { stream: valid.stream, extras: valid.stream_extras, view, functions, num_thinking };
     Ok((valid, shape))
 }
 
@@ -136,14 +134,16 @@ async fn fold(
 
 fn choice(index: usize, reply: Reply, shape: &Shape) -> Choice {
     let Shape { view, functions, .. } = shape;
-    let reasoning = (!reply.think.is_empty()).then_some(reply.think);
+    let thinking = (!reply.think.is_empty()).then_some(reply.think);
+    let (reasoning_content, reasoning) =
+        thinking.map(|text| view.wanted.reasoning_field.place(text)).unwrap_or_default();
     let is_whole = reply.reason == StopReason::EndOfSequence;
     let call = CallReader::read(functions, &reply.content, is_whole);
     let finish_reason = finish_reason_of(reply.reason, call.is_some());
     let message = ReplyMessage {
         role: "assistant",
         content: functions.is_empty().then_some(reply.content),
-        reasoning_content: reasoning.clone(),
+        reasoning_content,
         reasoning,
         tool_calls: call.map(|call| [call]),
         refusal: None,

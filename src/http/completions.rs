@@ -31,7 +31,7 @@ use super::{
     sse::{self, EventSink},
     state::{AppState, Loaded},
     types::{ChatRequest, Extra},
-    validate::{self, HARMLESS, InvalidRequest, Limits, RawPrompt, ValidRequest, shorten},
+    validate::{self, InvalidRequest, Limits, RawPrompt, StreamExtras, ValidRequest},
 };
 use crate::{
     config::{Config, MAX_PROMPTS},
@@ -100,8 +100,12 @@ pub struct TextCompletion {
     head: ReplyHead,
     /// Empty in the chunk of usage.
     choices: Vec<TextChoice>,
+    /// In a stream as in one of chat completions.
     #[serde(skip_serializing_if = "Option::is_none")]
     usage: Option<Usage>,
+    /// Random text with `include_obfuscation`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    obfuscation: Option<String>,
 }
 
 #[derive(Debug, Default, Serialize, ToSchema)]
@@ -116,7 +120,7 @@ struct TextChoice {
 /// What the reply looks like.
 struct Shape {
     stream: bool,
-    include_usage: bool,
+    extras: StreamExtras,
     /// Texts of the prompts, if they come before those of the choices.
     echo: Vec<String>,
     choices_per_prompt: usize,
@@ -193,7 +197,7 @@ fn check(
     valid.sampling.params.scores_prompt = logprobs.is_some() && !echo.is_empty();
     let shape = Shape {
         stream: valid.stream,
-        include_usage: valid.include_usage,
+        extras: valid.stream_extras,
         echo,
         choices_per_prompt: valid.choices.count,
         scorer: logprobs.map(|_| TextScorer(loaded.tokenizer.clone())),
@@ -215,16 +219,9 @@ fn check_num_sequences(num_sequences: usize, config: &Config) -> Result<(), Inva
 
 /// The same request to the chat endpoint, but for its prompt.
 fn to_chat(request: CompletionRequest) -> Result<Map<String, Value>, InvalidRequest> {
-    let mut chat = Map::new();
-    for (name, value) in request.extra {
-        if AS_IN_CHAT.contains(&name.as_str()) {
-            chat.insert(name, value);
-        } else if !value.is_null() && !HARMLESS.contains(&name.as_str()) {
-            let name = shorten(&name);
-            let message = format!("\"{name}\" is unknown or not supported here; remove it");
-            return Err(InvalidRequest::field(name, message));
-        }
-    }
+    validate::check_beside(&request.extra, &AS_IN_CHAT)?;
+    let mut chat = request.extra;
+    chat.retain(|name, _| AS_IN_CHAT.contains(&name.as_str()));
     chat.insert("messages".into(), Value::Array(vec![]));
     chat.insert("max_tokens".into(), request.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS).into());
     chat.insert("top_p".into(), request.top_p.into());
@@ -335,14 +332,14 @@ async fn fold(mut generation: Generation, head: ReplyHead, shape: Shape) -> Resu
     let usage = Some(generation.counts().into());
     let prompts: Vec<_> = (0..choices.len()).map(|index| generation.take_prompt(index)).collect();
     if prompts.iter().all(Vec::is_empty) {
-        return Ok(Json(TextCompletion { head, choices, usage }).into_response());
+        return Ok(Json(TextCompletion { head, choices, usage, obfuscation: None }).into_response());
     }
     // The scores of a whole prompt are too much for a thread that serves others.
     let written = spawn_blocking(move || {
         for (choice, prompt) in choices.iter_mut().zip(&prompts) {
             choice.score_prompt(&shape, prompt);
         }
-        Json(TextCompletion { head, choices, usage }).into_response()
+        Json(TextCompletion { head, choices, usage, obfuscation: None }).into_response()
     });
     written.await.map_err(|error| ApiError::Internal(format!("writing a prompt's scores: {error}")))
 }
@@ -355,7 +352,7 @@ async fn write(
     shape: Shape,
 ) -> Result<(), ApiError> {
     let mut generation = preparing.await?;
-    let chunk = |choices| TextCompletion { head: head.clone(), choices, usage: None };
+    let writer = Writer { events, head, extras: shape.extras };
     let mut offsets = vec![0; generation.num_choices()];
     // Prompts that are scored come when they are computed, others at once.
     let scores_prompt = !shape.echo.is_empty() && shape.scorer.is_some();
@@ -363,7 +360,7 @@ async fn write(
     if !scores_prompt && !shape.echo.is_empty() {
         for index in 0..generation.num_choices() {
             let choice = TextChoice { index, text: shape.echo(index), ..TextChoice::default() };
-            events.send(&chunk(vec![choice])).await;
+            writer.send(&generation, choice).await;
         }
     }
     while let Some((index, event)) = generation.next().await? {
@@ -373,15 +370,34 @@ async fn write(
                 let text = std::mem::take(&mut text);
                 let logprobs = shape.prompt_logprobs(tokens, &mut offsets[index]);
                 let choice = TextChoice { index, text, logprobs, finish_reason: None };
-                events.send(&chunk(vec![choice])).await;
+                writer.send(&generation, choice).await;
             }
         }
-        events.send(&chunk(vec![shape.choice(index, event, &mut offsets[index])])).await;
+        writer.send(&generation, shape.choice(index, event, &mut offsets[index])).await;
     }
-    if shape.include_usage {
-        let usage = Some(generation.counts().into());
-        events.send(&TextCompletion { usage, ..chunk(vec![]) }).await;
+    if shape.extras.usage {
+        writer.send_chunk(vec![], Some(generation.counts().into())).await;
     }
-    events.send_done().await;
+    writer.events.send_done().await;
     Ok(())
+}
+
+/// Turns choices into events.
+struct Writer {
+    events: EventSink,
+    head: ReplyHead,
+    extras: StreamExtras,
+}
+
+impl Writer {
+    async fn send(&self, generation: &Generation, choice: TextChoice) {
+        let usage = self.extras.running_usage.then(|| generation.counts().into());
+        self.send_chunk(vec![choice], usage).await;
+    }
+
+    async fn send_chunk(&self, choices: Vec<TextChoice>, usage: Option<Usage>) {
+        let mut chunk = TextCompletion { head: self.head.clone(), choices, usage, obfuscation: None };
+        chunk.obfuscation = self.extras.obfuscation.then(|| sse::padding(&chunk));
+        self.events.send(&chunk).await;
+    }
 }

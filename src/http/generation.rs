@@ -118,7 +118,12 @@ impl Generation {
 
     /// What the request cost so far.
     pub fn counts(&self) -> TokenCounts {
-        self.progress.tokens()
+        let mut counts = self.progress.tokens();
+        // Those of the choices that are over are in it already.
+        for choice in self.choices.iter().filter(|choice| choice.tokens.is_some()) {
+            counts.reasoning += choice.assembler.num_reasoning_tokens();
+        }
+        counts
     }
 
     async fn advance(&mut self) -> Result<Option<(usize, OutputEvent)>, ApiError> {

@@ -10,7 +10,7 @@ use super::{
     state::ModelCard,
     tool_calls::{ToolCall, ToolCallDelta},
 };
-use crate::{media::VideoInfo, output::Segment, telemetry::TokenCounts};
+use crate::{config::ReasoningField, media::VideoInfo, output::Segment, telemetry::TokenCounts};
 
 /// What all chunks of a reply, and the whole reply, have in common.
 #[derive(Debug, Clone, Serialize, ToSchema)]
@@ -62,7 +62,7 @@ pub struct Choice {
     pub answer: Option<AnswerScores>,
 }
 
-/// `reasoning` and `reasoning_content` hold the same text: clients read one or the other.
+/// `reasoning` and `reasoning_content` hold the same text: clients read one or the other. `reasoning_field` leaves one out.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct ReplyMessage {
     pub role: &'static str,
@@ -85,6 +85,7 @@ pub struct Chunk<'a> {
     pub head: &'a ReplyHead,
     /// Empty in the chunks of the vote and of usage.
     pub choices: Vec<ChunkChoice<'a>>,
+    /// In the last chunk with `include_usage`, and the usage so far in every chunk with `continuous_usage_stats`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub usage: Option<Usage>,
     /// In the first chunk.
@@ -93,6 +94,9 @@ pub struct Chunk<'a> {
     /// In a chunk of its own, when all choices have ended.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vote: Option<Vote>,
+    /// Random text with `include_obfuscation`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub obfuscation: Option<String>,
 }
 
 #[derive(Debug, Serialize, ToSchema)]
@@ -141,15 +145,13 @@ impl<'a> Delta<'a> {
         Delta { tool_calls: Some([piece]), segment: Some("answer"), ..Delta::default() }
     }
 
-    /// More text. Text without tags is answer.
-    pub fn text(segment: Segment, text: &'a str) -> Self {
+    /// More text; thinking in `field`. Text without tags is answer.
+    pub fn text(segment: Segment, text: &'a str, field: ReasoningField) -> Self {
         match segment {
-            Segment::Think => Delta {
-                reasoning_content: Some(text),
-                reasoning: Some(text),
-                segment: Some("think"),
-                ..Delta::default()
-            },
+            Segment::Think => {
+                let (reasoning_content, reasoning) = field.place(text);
+                Delta { reasoning_content, reasoning, segment: Some("think"), ..Delta::default() }
+            }
             Segment::Answer | Segment::Plain => {
                 Delta { content: Some(text), segment: Some("answer"), ..Delta::default() }
             }

@@ -23,8 +23,9 @@ use super::{
     error::ApiError,
     generation::{Generation, finish_reason_of},
     pipeline::Preparing,
-    responses::{Chunk, ChunkChoice, Delta, ReplyHead, Usage, Videos},
+    responses::{Chunk, ChunkChoice, Delta, ReplyHead, Videos},
     tool_calls::CallReader,
+    validate::StreamExtras,
 };
 use crate::{
     output::{Answer, Ending, OutputEvent, ScoredToken, Segment},
@@ -37,8 +38,8 @@ const EVENTS_AHEAD: usize = 1;
 /// A response that streams what `preparing` becomes.
 pub fn reply(preparing: Preparing, head: ReplyHead, shape: Shape, interval: Duration) -> Response {
     respond(interval, |events| async move {
-        let Shape { view, functions, include_usage, .. } = shape;
-        Writer { events, head, view, functions, calls: vec![], include_usage }.write_all(preparing).await
+        let Shape { view, functions, extras, .. } = shape;
+        Writer { events, head, view, functions, calls: vec![], extras }.write_all(preparing).await
     })
 }
 
@@ -103,6 +104,17 @@ fn json(event: Event, data: &impl Serialize) -> Event {
     event.json_data(data).expect("wire types are JSON without newlines: this is a bug")
 }
 
+/// Size in bytes of which a padded event is a multiple, but for the padding's own name.
+const PADDED_BYTES: usize = 64;
+
+/// Random text for the `obfuscation` of an event: with it, sizes of events tell little of the text in them.
+pub fn padding(event: &impl Serialize) -> String {
+    let num_bytes = serde_json::to_vec(event).map_or(0, |json| json.len());
+    let mut random: String = (0..2).map(|_| uuid::Uuid::new_v4().simple().to_string()).collect();
+    random.truncate(PADDED_BYTES - num_bytes % PADDED_BYTES);
+    random
+}
+
 /// Turns pieces into events.
 struct Writer {
     events: EventSink,
@@ -112,7 +124,7 @@ struct Writer {
     functions: Vec<String>,
     /// One per choice where the answers are calls.
     calls: Vec<CallReader>,
-    include_usage: bool,
+    extras: StreamExtras,
 }
 
 impl Writer {
@@ -127,7 +139,7 @@ impl Writer {
             // A call has no content, not even an empty one.
             let content = Some("").filter(|_| self.calls.is_empty());
             let role = ChunkChoice::of(index, Delta { content, ..Delta::role() });
-            self.send(&Chunk { videos, ..self.chunk(vec![role]) }).await;
+            self.send(Chunk { videos, ..self.chunk(&generation, vec![role]) }).await;
         }
         let mut answers = vec![Answer::default(); generation.num_choices()];
         while let Some((index, event)) = generation.next().await? {
@@ -135,50 +147,58 @@ impl Writer {
                 OutputEvent::Delta { segment, text, tokens }
                     if *segment != Segment::Think && !self.calls.is_empty() =>
                 {
-                    self.send_call(index, text, tokens).await;
+                    self.send_call(&generation, index, text, tokens).await;
                 }
                 OutputEvent::Delta { segment, text, tokens } => {
                     let logprobs = self.view.logprobs(tokens);
-                    let delta = Delta::text(*segment, text);
-                    self.send_choice(ChunkChoice { logprobs, ..ChunkChoice::of(index, delta) }).await;
+                    let delta = Delta::text(*segment, text, self.view.wanted.reasoning_field);
+                    let choice = ChunkChoice { logprobs, ..ChunkChoice::of(index, delta) };
+                    self.send_choice(&generation, choice).await;
                 }
                 OutputEvent::Finished(ending) => {
                     answers[index] = ending.answer.clone();
-                    self.send_end(index, ending).await;
+                    self.send_end(&generation, index, ending).await;
                 }
             }
         }
         if let Some(vote) = self.view.vote(&answers) {
-            self.send(&Chunk { vote: Some(vote), ..self.chunk(vec![]) }).await;
+            self.send(Chunk { vote: Some(vote), ..self.chunk(&generation, vec![]) }).await;
         }
-        if self.include_usage {
-            let usage: Usage = generation.counts().into();
-            self.send(&Chunk { usage: Some(usage), ..self.chunk(vec![]) }).await;
+        if self.extras.usage {
+            let usage = Some(generation.counts().into());
+            self.send(Chunk { usage, ..self.chunk(&generation, vec![]) }).await;
         }
         self.events.send_done().await;
         Ok(())
     }
 
     /// More of an answer that is a call.
-    async fn send_call(&mut self, index: usize, text: &str, tokens: &[ScoredToken]) {
+    async fn send_call(
+        &mut self,
+        generation: &Generation,
+        index: usize,
+        text: &str,
+        tokens: &[ScoredToken],
+    ) {
         let mut logprobs = self.view.logprobs(tokens);
         for piece in self.calls[index].push(text) {
             let logprobs = logprobs.take();
             let delta = Delta::call(piece.into());
-            self.send_choice(ChunkChoice { logprobs, ..ChunkChoice::of(index, delta) }).await;
+            self.send_choice(generation, ChunkChoice { logprobs, ..ChunkChoice::of(index, delta) }).await;
         }
         // It is open yet what is called, but the tokens are certain.
         if logprobs.is_some() {
-            self.send_choice(ChunkChoice { logprobs, ..ChunkChoice::of(index, Delta::default()) }).await;
+            let choice = ChunkChoice { logprobs, ..ChunkChoice::of(index, Delta::default()) };
+            self.send_choice(generation, choice).await;
         }
     }
 
-    async fn send_end(&mut self, index: usize, ending: &Ending) {
+    async fn send_end(&mut self, generation: &Generation, index: usize, ending: &Ending) {
         let mut calls = false;
         if let Some(reader) = self.calls.get_mut(index) {
             calls = reader.has_begun();
             if let Some(piece) = reader.finish(ending.reason == StopReason::EndOfSequence) {
-                self.send_choice(ChunkChoice::of(index, Delta::call(piece.into()))).await;
+                self.send_choice(generation, ChunkChoice::of(index, Delta::call(piece.into()))).await;
             }
         }
         let last = ChunkChoice {
@@ -187,18 +207,20 @@ impl Writer {
             answer: self.view.answer_scores(&ending.answer),
             ..ChunkChoice::of(index, Delta::default())
         };
-        self.send_choice(last).await;
+        self.send_choice(generation, last).await;
     }
 
-    async fn send_choice(&self, choice: ChunkChoice<'_>) {
-        self.send(&self.chunk(vec![choice])).await;
+    async fn send_choice(&self, generation: &Generation, choice: ChunkChoice<'_>) {
+        self.send(self.chunk(generation, vec![choice])).await;
     }
 
-    fn chunk<'a>(&'a self, choices: Vec<ChunkChoice<'a>>) -> Chunk<'a> {
-        Chunk { head: &self.head, choices, usage: None, videos: Videos::default(), vote: None }
+    fn chunk<'a>(&'a self, generation: &Generation, choices: Vec<ChunkChoice<'a>>) -> Chunk<'a> {
+        let usage = self.extras.running_usage.then(|| generation.counts().into());
+        Chunk { head: &self.head, choices, usage, videos: Videos::default(), vote: None, obfuscation: None }
     }
 
-    async fn send(&self, data: &impl Serialize) {
-        self.events.send(data).await;
+    async fn send(&self, mut chunk: Chunk<'_>) {
+        chunk.obfuscation = self.extras.obfuscation.then(|| padding(&chunk));
+        self.events.send(&chunk).await;
     }
 }

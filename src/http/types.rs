@@ -1,7 +1,7 @@
 //! The wire form of a request: what JSON may look like, before anything is checked.
 //!
 //! Read by `http/body.rs`, turned into a `ValidRequest` by `http/validate`. No other module sees these types.
-//! Fields that are not listed land in `extra`, where validation decides: harmless, not built yet, or unknown.
+//! Fields that are not listed land in `extra`, where validation decides: without effect at this value, or refused.
 
 use std::{collections::BTreeMap, fmt, marker::PhantomData};
 
@@ -22,7 +22,8 @@ pub type Extra = Map<String, Value>;
 pub struct ChatRequest {
     /// The served model; may be left out.
     pub model: Option<String>,
-    /// system or developer (optional, first), then user and assistant in turn, user last.
+    /// system, developer, user and assistant; the last of user and assistant is the user's. Consecutive messages of one role
+    /// are joined by a newline, and all system and developer messages become one system text.
     #[schema(min_items = 1, max_items = 128)]
     pub messages: Vec<Message>,
     pub stream: Option<bool>,
@@ -88,8 +89,9 @@ pub struct ChatRequest {
     pub thinking_token_budget: Option<u64>,
     /// The same as `thinking_token_budget`.
     pub max_thinking_tokens: Option<u64>,
-    /// Replies on one prompt, which is computed once. Choice 0 is the reply to the same seed alone.
-    #[schema(minimum = 1, maximum = 8)]
+    /// Replies on one prompt, which is computed once. Choice 0 is the reply to the same seed alone. At most the server's
+    /// `--max-n`, which is 8 unless the operator sets it.
+    #[schema(minimum = 1)]
     pub n: Option<u64>,
     /// Must equal `n`: all choices are returned.
     pub best_of: Option<u64>,
@@ -108,6 +110,8 @@ pub struct ChatRequest {
     pub include_reasoning: Option<bool>,
     #[schema(schema_with = parts::reasoning_format, required = false)]
     pub reasoning_format: Option<String>,
+    #[schema(schema_with = parts::reasoning_field, required = false)]
+    pub reasoning_field: Option<String>,
     #[schema(schema_with = parts::reasoning_effort, required = false)]
     pub reasoning_effort: Option<String>,
     pub chat_template_kwargs: Option<ChatTemplateKwargs>,
@@ -136,7 +140,12 @@ pub struct ChatForm {
 
 #[derive(Debug, Deserialize, ToSchema)]
 pub struct StreamOptions {
+    /// Sends a last chunk with `usage` and without choices.
     pub include_usage: Option<bool>,
+    /// Sends `usage` with every chunk: the tokens so far, of all choices together.
+    pub continuous_usage_stats: Option<bool>,
+    /// Pads every chunk by random text in `obfuscation`, so that the size of a chunk does not tell the length of its text.
+    pub include_obfuscation: Option<bool>,
     #[serde(flatten)]
     #[schema(ignore)]
     pub extra: Extra,

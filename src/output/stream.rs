@@ -133,6 +133,11 @@ impl OutputAssembler {
         self.end_token = Some(ScoredToken { id, logprobs, thinking: false });
     }
 
+    /// Tokens of the thinking so far. Tokens whose text is held back are counted when it is passed on.
+    pub fn num_reasoning_tokens(&self) -> usize {
+        self.places.num_reasoning
+    }
+
     /// Whether a stop string has appeared: the caller then drops the engine's stream and calls [`Self::finish`].
     pub fn stopped(&self) -> bool {
         self.stops.matched()

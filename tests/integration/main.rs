@@ -25,6 +25,7 @@ mod http_clips;
 mod http_completions;
 mod http_contract;
 mod http_examples;
+mod http_fields;
 mod http_files;
 mod http_fleet;
 mod http_limits;

@@ -2,14 +2,15 @@
 //!
 //! Called by the wire types' attributes and by `mod.rs`.
 
+use serde_json::Value;
 use utoipa::openapi::{
     Array, Object, OneOfBuilder, OpenApi, Ref, RefOr, Schema, Type,
     schema::{AdditionalProperties, ArrayBuilder, ObjectBuilder, SchemaType},
 };
 
 use crate::{
-    config::Config,
-    http::validate::{HARMLESS, HARMLESS_IN_MESSAGES},
+    config::{Config, ReasoningField},
+    http::validate::{ForeignField, IN_MESSAGES, IN_PARTS, TOP_LEVEL},
 };
 
 /// Requests and what is in them: an unknown field is refused.
@@ -42,13 +43,10 @@ pub(super) fn finish(document: &mut OpenApi) {
             object.additional_properties = Some(Box::new(AdditionalProperties::FreeForm(false)));
         }
     }
-    for (name, fields) in [("ChatRequest", HARMLESS.as_slice()), ("Message", &HARMLESS_IN_MESSAGES)] {
+    for (name, fields) in [("ChatRequest", TOP_LEVEL), ("Message", IN_MESSAGES), ("ContentPart", IN_PARTS)] {
         let Some(RefOr::T(Schema::Object(object))) = components.schemas.get_mut(name) else { continue };
-        for &field in fields {
-            let any = Object::builder()
-                .schema_type(SchemaType::AnyValue)
-                .description(Some("Accepted, without effect on the reply."));
-            object.properties.entry(field.into()).or_insert_with(|| any.build().into());
+        for field in fields {
+            object.properties.entry(field.name.into()).or_insert_with(|| foreign(field).into());
         }
     }
     if let Some(RefOr::T(Schema::Object(message))) = components.schemas.get_mut("Message") {
@@ -65,6 +63,16 @@ const CALLS: [(&str, &str); 3] = [
     ("tool_call_id", "The call that a message of the role tool is the result of; without effect."),
     ("function_call", "A call in OpenAI's older form."),
 ];
+/// A field of other servers at the values that are accepted.
+fn foreign(field: &ForeignField) -> Schema {
+    let any = Object::builder().schema_type(SchemaType::AnyValue);
+    let Some(mut values) = field.values() else {
+        return any.description(Some("Accepted, without effect on the reply.")).build().into();
+    };
+    values.push(Value::Null);
+    let text = "Without effect; other values are refused.";
+    any.description(Some(text)).enum_values(Some(values)).build().into()
+}
 
 /// One of these texts.
 fn one_of(texts: &[&str]) -> Schema {
@@ -84,7 +92,7 @@ pub fn part_type() -> Schema {
 /// `reasoning_effort`
 pub fn reasoning_effort() -> Schema {
     let text = "none asks for the answer without thinking; the others are one and the same.";
-    let efforts = one_of(&["none", "minimal", "low", "medium", "high", "xhigh"]);
+    let efforts = one_of(&["none", "minimal", "low", "medium", "high", "xhigh", "max"]);
     OneOfBuilder::new().description(Some(text)).item(efforts).item(null()).build().into()
 }
 
@@ -94,6 +102,14 @@ pub fn reasoning_format() -> Schema {
                 content.";
     let formats = one_of(&["auto", "parsed", "deepseek", "hidden", "none"]);
     OneOfBuilder::new().description(Some(text)).item(formats).item(null()).build().into()
+}
+
+/// `reasoning_field`
+pub fn reasoning_field() -> Schema {
+    let text = "The field that holds the thinking: reasoning_content, reasoning, or both with the same text. The server's own \
+                choice if left out (--reasoning-field, which is both unless the operator sets it).";
+    let fields = one_of(&ReasoningField::ALL.map(ReasoningField::name));
+    OneOfBuilder::new().description(Some(text)).item(fields).item(null()).build().into()
 }
 
 fn string() -> ObjectBuilder {

@@ -13,7 +13,7 @@ use crate::http::{
 };
 
 /// What may stand beside role and content of a message that was an output before.
-const HARMLESS: [&str; 3] = ["id", "status", "phase"];
+const IGNORED: [&str; 3] = ["id", "status", "phase"];
 /// How the frames of a video are sampled, and its name.
 const KNOBS: [&str; 6] = ["num_frames", "fps", "max_frames", "start", "end", "uuid"];
 
@@ -123,7 +123,7 @@ fn message(path: &str, item: InputItem) -> Result<Option<Value>, InvalidRequest>
         }
     };
     let mut message = item.extra;
-    HARMLESS.iter().for_each(|name| drop(message.shift_remove(*name)));
+    IGNORED.iter().for_each(|name| drop(message.shift_remove(*name)));
     message.insert("role".into(), role.into());
     message.insert("content".into(), content);
     Ok(Some(message.into()))

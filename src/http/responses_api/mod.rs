@@ -84,7 +84,8 @@ pub async fn create(
     let interval = state.config().keep_alive_interval;
     let preparing = pipeline::settle(preparing, interval).await?;
     Ok(sse::respond(interval, |events| {
-        Writer { events, num_events: 0 }.write(preparing, output, shape, store)
+        Writer { events, num_events: 0, obfuscation: shape.obfuscation }
+            .write(preparing, output, shape, store)
     }))
 }
 
@@ -174,6 +175,7 @@ fn finish(
 struct Writer {
     events: EventSink,
     num_events: usize,
+    obfuscation: bool,
 }
 
 impl Writer {
@@ -222,7 +224,10 @@ impl Writer {
     }
 
     async fn send(&mut self, kind: &'static str, payload: Payload) {
-        let event = StreamEvent { kind, sequence_number: self.num_events, payload };
+        let mut event = StreamEvent { kind, sequence_number: self.num_events, payload, obfuscation: None };
+        if self.obfuscation && matches!(event.payload, Payload::Delta { .. }) {
+            event.obfuscation = Some(sse::padding(&event));
+        }
         self.num_events += 1;
         self.events.send_named(kind, &event).await;
     }

@@ -169,6 +169,9 @@ pub struct StreamEvent {
     pub sequence_number: usize,
     #[serde(flatten)]
     pub payload: Payload,
+    /// Random text in events of text, with `include_obfuscation`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub obfuscation: Option<String>,
 }
 
 /// What an event tells, by its type.

@@ -21,7 +21,7 @@ use crate::http::{
     error::ApiError,
     responses::Videos,
     types::{ChatRequest, Extra, TextOr},
-    validate::{self, HARMLESS, InvalidRequest, Limits, ValidChoices, ValidRequest, refuse_unknown, shorten},
+    validate::{self, InvalidRequest, Limits, ValidChoices, ValidRequest, refuse_unknown, shorten},
 };
 
 /// Fields of chat requests that mean the same here.
@@ -102,8 +102,13 @@ pub struct ResponsesRequest {
 
 #[derive(Debug, Deserialize, ToSchema)]
 pub struct ResponsesStreamOptions {
-    /// Only false: events are not padded.
+    /// Pads the events of text by random text in `obfuscation`, so that their sizes do not tell the length of the text.
     include_obfuscation: Option<bool>,
+    /// Without effect: the last event always has the usage.
+    #[serde(rename = "include_usage")]
+    _include_usage: Option<bool>,
+    /// Only false: only the last event has the usage.
+    continuous_usage_stats: Option<bool>,
     #[serde(flatten)]
     #[schema(ignore)]
     extra: Extra,
@@ -138,6 +143,8 @@ pub struct TextOptions {
 #[derive(Debug)]
 pub struct Shape {
     pub stream: bool,
+    /// Whether events of text are padded.
+    pub obfuscation: bool,
     /// The response as it is before there is any output.
     pub object: ResponseObject,
     /// What is wanted of the one choice.
@@ -194,9 +201,11 @@ pub fn check(
     if let Some(guided) = &mut valid.guided {
         guided.param = origins.path(&guided.param);
     }
+    let obfuscation = request.stream_options.as_ref().and_then(|options| options.include_obfuscation);
     let object = tools.put_into(request.into_object(&valid, limits.model_id, is_kept));
-    let (choices, functions) = (valid.choices.clone(), valid.functions());
-    let shape = Shape { stream: valid.stream, object, choices, functions, kept };
+    let (stream, choices, functions) = (valid.stream, valid.choices.clone(), valid.functions());
+    let shape =
+        Shape { stream, obfuscation: obfuscation.unwrap_or(false), object, choices, functions, kept };
     Ok((valid, shape))
 }
 
@@ -263,23 +272,17 @@ impl ResponsesRequest {
 
     /// Fields that chat requests do not have.
     fn check_own(&self) -> Result<(), InvalidRequest> {
-        for (name, value) in &self.extra {
-            let known = AS_IN_CHAT.contains(&name.as_str()) || HARMLESS.contains(&name.as_str());
-            if !known && !value.is_null() && !asks_for_nothing(name, value) {
-                if name == "max_tokens" {
-                    let message = "max_tokens is called max_output_tokens here; rename it";
-                    return Err(InvalidRequest::field("max_output_tokens", message));
-                }
-                let name = shorten(name);
-                let message = format!("\"{name}\" is unknown or not supported here; remove it");
-                return Err(InvalidRequest::field(name, message));
-            }
+        if self.extra.get("max_tokens").is_some_and(|value| !value.is_null()) {
+            let message = "max_tokens is called max_output_tokens here; rename it";
+            return Err(InvalidRequest::field("max_output_tokens", message));
         }
+        validate::check_beside(&self.extra, &AS_IN_CHAT)?;
         if let Some(options) = &self.stream_options {
-            refuse_unknown(&options.extra, "stream_options", &["include_obfuscation"])?;
-            if options.include_obfuscation == Some(true) {
-                let message = "events are not padded here; leave include_obfuscation out";
-                return Err(InvalidRequest::field("stream_options.include_obfuscation", message));
+            refuse_unknown(&options.extra, "stream_options", &["include_obfuscation", "include_usage"])?;
+            if options.continuous_usage_stats == Some(true) {
+                let message =
+                    "only the last event has the usage; send false or leave continuous_usage_stats out";
+                return Err(InvalidRequest::field("stream_options.continuous_usage_stats", message));
             }
         }
         if let Some(reasoning) = &self.reasoning {
@@ -373,15 +376,6 @@ impl ResponsesRequest {
             user: self.user,
             videos: Videos::default(),
         }
-    }
-}
-
-/// Whether `value` is what the field means when it is left out.
-fn asks_for_nothing(name: &str, value: &Value) -> bool {
-    match name {
-        "background" => *value == false,
-        "truncation" => *value == "disabled",
-        _ => false,
     }
 }
 

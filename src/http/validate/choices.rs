@@ -3,7 +3,7 @@
 //! Called by `validate`.
 
 use super::{InvalidRequest, Limits};
-use crate::{http::types::ChatRequest, output::Options, prompt::Conversation};
+use crate::{config::ReasoningField, http::types::ChatRequest, output::Options, prompt::Conversation};
 
 /// What is wanted of the choices.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -18,6 +18,8 @@ pub struct ValidChoices {
     pub vote: bool,
     /// The options of the last question.
     pub options: Option<Options>,
+    /// Name of the field that holds the thinking.
+    pub reasoning_field: ReasoningField,
 }
 
 /// `temperature` is the one that holds, the default included.
@@ -43,16 +45,22 @@ pub fn validate(
         answer_logprobs: request.answer_logprobs.unwrap_or(false),
         vote,
         options: Options::of_question(question),
+        reasoning_field: reasoning_field(request, limits)?,
     })
 }
 
 fn count(request: &ChatRequest, limits: Limits<'_>) -> Result<usize, InvalidRequest> {
     let engine = &limits.config.engine;
     // More could never be in the queue at once.
-    let max = limits.config.max_choices.min(engine.max_running_sequences + engine.max_waiting_sequences);
+    let queue = engine.max_running_sequences + engine.max_waiting_sequences;
+    let (max, flag) = match limits.config.max_choices {
+        max if max > queue => (queue, "--max-running and --max-waiting"),
+        max => (max, "--max-n"),
+    };
     let n = request.n.unwrap_or(1);
     let Some(count) = usize::try_from(n).ok().filter(|count| (1..=max).contains(count)) else {
-        return Err(InvalidRequest::field("n", format!("n is {n}, but must be from 1 to {max}")));
+        let message = format!("n is {n}, but must be from 1 to {max}, the limit of this server ({flag})");
+        return Err(InvalidRequest::field("n", message));
     };
     match request.best_of {
         Some(best_of) if best_of != n => {
@@ -62,6 +70,14 @@ fn count(request: &ChatRequest, limits: Limits<'_>) -> Result<usize, InvalidRequ
         }
         _ => Ok(count),
     }
+}
+
+/// The field that the request names, or the server's own choice.
+fn reasoning_field(request: &ChatRequest, limits: Limits<'_>) -> Result<ReasoningField, InvalidRequest> {
+    let Some(name) = &request.reasoning_field else { return Ok(limits.config.reasoning_field) };
+    name.parse().map_err(|expected| {
+        InvalidRequest::field("reasoning_field", format!("reasoning_field must be one of {expected}"))
+    })
 }
 
 /// How many tokens are reported beside each chosen one; `None` when log probabilities are not asked for.

@@ -1,71 +1,126 @@
-//! Which top-level fields beyond those of [`super::super::types::ChatRequest`] are let through.
+//! Checks of fields that have no type of their own, against the tables of `foreign_fields.rs`.
 //!
-//! Called by `validate`. A field is never silently ignored unless it cannot matter.
+//! Called by `validate` and by the endpoints that translate their requests to chat requests. Never lets a field through
+//! that could change the reply: it is in a table at this value, or the request is refused.
 
 use serde_json::Value;
 
-use super::{InvalidRequest, shorten};
+use super::{
+    InvalidRequest,
+    foreign_fields::{Accepted, ForeignField, IN_MESSAGES, IN_PARTS, TOP_LEVEL},
+    shorten,
+};
 use crate::http::types::Extra;
 
-/// Sent by OpenAI's own clients; without effect on the reply's text.
-pub const HARMLESS: [&str; 9] = [
-    "metadata",
-    "parallel_tool_calls",
-    "prompt_cache_key",
-    "prompt_cache_retention",
-    "safety_identifier",
-    "service_tier",
-    "store",
-    "user",
-    "verbosity",
-];
-
-/// Known to clients of this field, not built here: fine as long as they ask for nothing.
-pub(super) const NOT_YET: [&str; 12] = [
-    "audio",
-    "function_call",
-    "functions",
-    "min_tokens",
-    "mm_processor_kwargs",
-    "modalities",
-    "prediction",
-    "prompt_logprobs",
-    "tool_choice",
-    "tools",
-    "use_beam_search",
-    "web_search_options",
-];
-
-/// Refuses what is unknown or not built yet.
+/// Refuses top-level fields that are unknown or ask for something that is not done here.
 ///
 /// # Errors
 /// The first such field.
 pub fn check_top_level(extra: &Extra) -> Result<(), InvalidRequest> {
+    check_beside(extra, &[])
+}
+
+/// As [`check_top_level`], for an endpoint that acts on the fields `own`.
+///
+/// # Errors
+/// The first field that is neither one of `own` nor accepted by the table.
+pub fn check_beside(extra: &Extra, own: &[&str]) -> Result<(), InvalidRequest> {
     for (name, value) in extra {
-        if HARMLESS.contains(&name.as_str()) || value.is_null() {
+        if value.is_null() || own.contains(&name.as_str()) {
             continue;
         }
-        if !NOT_YET.contains(&name.as_str()) {
+        let Some(field) = find(TOP_LEVEL, name) else {
             let name = shorten(name);
-            return Err(InvalidRequest::field(&name, format!("unknown field \"{name}\"; remove it")));
-        }
-        if !asks_for_nothing(name, value) {
-            let message = format!("\"{name}\" is not supported yet; remove it");
+            let message = format!("unknown field \"{name}\" on this endpoint; remove it");
             return Err(InvalidRequest::field(name, message));
+        };
+        if !field.accepts(value) && !field.is_idle(extra) {
+            return Err(InvalidRequest::field(name, field.refusal()));
         }
     }
     Ok(())
 }
 
-/// Whether `value` is what the field means when it is left out.
-fn asks_for_nothing(name: &str, value: &Value) -> bool {
-    match (name, value) {
-        ("min_tokens" | "prompt_logprobs", Value::Number(n)) => n.as_u64() == Some(0),
-        ("tool_choice" | "function_call", Value::String(choice)) => choice == "none" || choice == "auto",
-        ("modalities", Value::Array(kinds)) => kinds.iter().all(|kind| kind == "text"),
-        (_, Value::Bool(asked)) => !asked,
-        (_, Value::Array(list)) => list.is_empty(),
-        (_, Value::Object(map)) => map.is_empty(),
-        _ => false,
+/// Refuses fields of a message that are neither empty nor accepted by the table.
+///
+/// # Errors
+/// The first such field; `path` is the message's.
+pub fn check_message(path: &str, extra: &Extra) -> Result<(), InvalidRequest> {
+    for (name, value) in extra {
+        let message = match find(IN_MESSAGES, name) {
+            _ if is_empty(value) => continue,
+            Some(field) if field.accepts(value) => continue,
+            Some(field) => field.refusal(),
+            None => format!("unknown field \"{}\" in a message; send role and content only", shorten(name)),
+        };
+        return Err(InvalidRequest::field(format!("{path}.{}", shorten(name)), message));
+    }
+    Ok(())
+}
+
+/// Removes the fields of a content part that have no effect.
+pub fn remove_ignored_of_part(extra: &mut Extra) {
+    extra.retain(|name, _| find(IN_PARTS, name).is_none());
+}
+
+fn find(table: &'static [ForeignField], name: &str) -> Option<&'static ForeignField> {
+    table.iter().find(|field| field.name == name)
+}
+
+impl ForeignField {
+    /// The values beside `null` at which the field changes nothing; `None`: all.
+    pub fn values(&self) -> Option<Vec<Value>> {
+        match self.accepted {
+            Accepted::Any => None,
+            Accepted::Only(texts) | Accepted::UnlessTools(texts) => {
+                let parse =
+                    |text: &&str| serde_json::from_str(text).expect("the tables hold JSON: this is a bug");
+                Some(texts.iter().map(parse).collect())
+            }
+        }
+    }
+
+    fn accepts(&self, value: &Value) -> bool {
+        value.is_null()
+            || self.values().is_none_or(|values| values.iter().any(|accepted| is_same(accepted, value)))
+    }
+
+    /// Whether the request itself says that the field is not to be used.
+    fn is_idle(&self, request: &Extra) -> bool {
+        let unused = |choice: &str| request.get(choice).is_some_and(|value| value == "none");
+        matches!(self.accepted, Accepted::UnlessTools(_))
+            && (unused("tool_choice") || unused("function_call"))
+    }
+
+    fn refusal(&self) -> String {
+        let ForeignField { name, otherwise, .. } = self;
+        match self.accepted {
+            Accepted::Only(texts) | Accepted::UnlessTools(texts) if !texts.is_empty() => {
+                format!("\"{name}\" must be {} or left out: {otherwise}", texts.join(" or "))
+            }
+            _ => format!("\"{name}\" must be left out: {otherwise}"),
+        }
     }
 }
+
+/// Equality of JSON values, of numbers by their value.
+fn is_same(accepted: &Value, value: &Value) -> bool {
+    match (accepted, value) {
+        // The numbers of the tables are small: f64 holds them exactly.
+        (Value::Number(accepted), Value::Number(value)) => accepted.as_f64() == value.as_f64(),
+        (accepted, value) => accepted == value,
+    }
+}
+
+fn is_empty(value: &Value) -> bool {
+    match value {
+        Value::Null => true,
+        Value::String(text) => text.is_empty(),
+        Value::Array(list) => list.is_empty(),
+        Value::Object(map) => map.is_empty(),
+        Value::Bool(_) | Value::Number(_) => false,
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,24 +1,21 @@
 //! From wire messages to a conversation of turns, and the videos found on the way.
 //!
-//! Called by `validate`. Roles must come as: system (optional), then user and assistant in turn, user last. What an
-//! assistant's earlier reply thought (`reasoning_content`) is let through and left out of the prompt: the template's
-//! finished turns hold the answer alone.
+//! Called by `validate`. The template has one system text, and turns of a user's text and the reply to it. So
+//! consecutive messages of one role are joined by a newline, as the text parts of one message are, and all system and
+//! developer messages become the one system text, wherever they stand. The thinking of an earlier reply
+//! (`reasoning_content`) is left out of the prompt: the template's finished turns hold the answer alone.
 
 use super::{
-    InvalidRequest, clips,
+    InvalidRequest, clips, fields,
     parts::{self, Part, VideoPart},
     shorten,
     tools::{self, Origin},
 };
 use crate::{
     config::Config,
-    http::types::{ContentPart, Extra, Message, TextOr},
+    http::types::{ContentPart, Message, TextOr},
     prompt::{Conversation, Turn},
 };
-
-/// Fields of a message that clients echo back or send along without effect on the prompt.
-pub const HARMLESS: [&str; 7] =
-    ["annotations", "name", "reasoning", "reasoning_content", "refusal", "segment", "reasoning_details"];
 
 /// Checks roles, parts and sizes. With `upload`, a request without a video part gets it in its last turn. `as_stills`:
 /// pictures in a row are not one video.
@@ -53,9 +50,13 @@ struct Builder {
 impl Builder {
     fn push(&mut self, path: &str, mut message: Message, config: &Config) -> Result<(), InvalidRequest> {
         let origin = tools::as_text(path, &mut message)?;
-        check_message_fields(path, &message.extra)?;
+        fields::check_message(path, &message.extra)?;
         let before = self.videos.len();
-        let text = self.content(path, message.content, config)?;
+        let text = match message.content {
+            // A reply that was cut off within its thinking has no answer.
+            None if message.role == "assistant" => String::new(),
+            content => self.content(path, content, config)?,
+        };
         let num_videos = self.videos.len() - before;
         let role = message.role.as_str();
         let after_result = std::mem::replace(&mut self.after_result, origin == Origin::Result);
@@ -66,45 +67,38 @@ impl Builder {
                 "a video must be in a user message",
             ));
         }
-        let out_of_order = |message| Err(InvalidRequest::field(format!("{path}.role"), message));
-        match (role, turns.last_mut()) {
-            ("system" | "developer", None) => match &mut self.conversation.system {
-                None => self.conversation.system = Some(text),
-                Some(_) => return out_of_order("there is more than one system message; join them"),
+        let refused = |message| Err(InvalidRequest::field(format!("{path}.role"), message));
+        let mut num_newlines = 0;
+        match role {
+            "system" | "developer" => match &mut self.conversation.system {
+                Some(system) => num_newlines = join(system, &text),
+                system => *system = Some(text),
             },
-            ("system" | "developer", Some(_)) => {
-                return out_of_order("the system message must be the first one");
-            }
-            // Results of calls, and what the user says to them, are one turn.
-            ("user", Some(turn)) if turn.assistant.is_none() && after_result => {
-                join(&mut turn.user, &text);
-                turn.num_videos += num_videos;
-            }
-            ("user", None | Some(Turn { assistant: None, .. })) if origin == Origin::Result => {
-                return out_of_order(
-                    "the result of a call must follow the assistant's message with the call",
-                );
-            }
-            ("user", Some(Turn { assistant: None, .. })) => {
-                return out_of_order("two user messages follow each other; join them");
-            }
-            ("user", _) => {
-                turns.push(Turn { user: text, num_videos, assistant: None });
-            }
-            ("assistant", Some(turn)) if turn.assistant.is_none() => turn.assistant = Some(text),
-            ("assistant", Some(Turn { assistant: Some(said), .. })) if origin == Origin::Call => {
-                join(said, &text)
-            }
-            ("assistant", _) => return out_of_order("an assistant message must follow a user message"),
+            "user" => match turns.last_mut() {
+                None | Some(Turn { assistant: None, .. }) if origin == Origin::Result && !after_result => {
+                    let message = "the result of a call must follow the assistant's message with the call";
+                    return refused(message.into());
+                }
+                Some(turn @ Turn { assistant: None, .. }) => {
+                    num_newlines = join(&mut turn.user, &text);
+                    turn.num_videos += num_videos;
+                }
+                _ => turns.push(Turn { user: text, num_videos, assistant: None }),
+            },
+            "assistant" => match turns.last_mut() {
+                Some(Turn { assistant: Some(reply), .. }) => num_newlines = join(reply, &text),
+                Some(turn) => turn.assistant = Some(text),
+                // A greeting, to which nobody asked anything.
+                None => turns.push(Turn { assistant: Some(text), ..Turn::default() }),
+            },
             _ => {
-                let message = format!(
-                    "unknown role \"{}\"; use system, developer, user, assistant or tool",
-                    shorten(role)
-                );
-                return Err(InvalidRequest::field(format!("{path}.role"), message));
+                let role = shorten(role);
+                return refused(format!(
+                    "unknown role \"{role}\"; use system, developer, user, assistant or tool"
+                ));
             }
         }
-        Ok(())
+        self.count(num_newlines, config)
     }
 
     /// The text of a message, its parts joined by newlines; a video part is kept aside.
@@ -196,7 +190,8 @@ impl Builder {
         config: &Config,
     ) -> Result<(Conversation, Vec<VideoPart>), InvalidRequest> {
         let Some(last) = self.conversation.turns.last_mut().filter(|turn| turn.assistant.is_none()) else {
-            return Err(InvalidRequest::field("messages", "the last message must be the user's"));
+            let message = "the last message must be the user's: the reply is always a new message; remove the one after it";
+            return Err(InvalidRequest::field("messages", message));
         };
         // An upload without a place of its own stands in the last turn.
         if upload && self.videos.is_empty() {
@@ -215,14 +210,6 @@ impl Builder {
     }
 }
 
-/// Appends a text on a new line.
-fn join(text: &mut String, more: &str) {
-    if !text.is_empty() && !more.is_empty() {
-        text.push('\n');
-    }
-    text.push_str(more);
-}
-
 fn too_many_videos(config: &Config) -> String {
     format!(
         "this server accepts at most {} videos in a message (--max-videos-per-request), where pictures in a row are one \
@@ -231,21 +218,12 @@ fn too_many_videos(config: &Config) -> String {
     )
 }
 
-fn check_message_fields(path: &str, extra: &Extra) -> Result<(), InvalidRequest> {
-    for (name, value) in extra {
-        let empty = value.is_null() || value.as_array().is_some_and(Vec::is_empty);
-        if empty || HARMLESS.contains(&name.as_str()) {
-            continue;
-        }
-        let name = shorten(name);
-        let message = match name.as_str() {
-            "tool_calls" | "tool_call_id" | "function_call" => {
-                format!("{name} is for messages of the roles assistant and tool; remove it")
-            }
-            "audio" => "audio is not supported".into(),
-            _ => format!("unknown field \"{name}\" in a message; known are role, content, name"),
-        };
-        return Err(InvalidRequest::field(format!("{path}.{name}"), message));
+/// Appends the text of another message of the same role, on a line of its own. Returns the number of newlines added.
+fn join(text: &mut String, more: &str) -> usize {
+    let num_newlines = usize::from(!text.is_empty() && !more.is_empty());
+    if num_newlines > 0 {
+        text.push('\n');
     }
-    Ok(())
+    text.push_str(more);
+    num_newlines
 }

@@ -5,23 +5,25 @@
 mod choices;
 mod clips;
 mod fields;
+mod foreign_fields;
 mod guided;
 mod messages;
 mod parts;
 mod sampling;
+mod stream;
 mod tools;
 mod video;
 
 pub use choices::ValidChoices;
-pub use fields::HARMLESS;
+pub use foreign_fields::{ForeignField, IN_MESSAGES, IN_PARTS, TOP_LEVEL};
 pub use guided::Guided;
-pub use messages::HARMLESS as HARMLESS_IN_MESSAGES;
+pub use stream::StreamExtras;
 
 use std::{sync::Arc, time::Duration};
 
 use tempfile::NamedTempFile;
 
-pub use fields::check_top_level;
+pub use fields::{check_beside, check_top_level};
 
 use super::{
     state::Loaded,
@@ -61,8 +63,7 @@ pub struct ValidRequest {
     pub guided: Option<Guided>,
     pub reasoning: Reasoning,
     pub stream: bool,
-    /// Whether a stream ends with a chunk of usage.
-    pub include_usage: bool,
+    pub stream_extras: StreamExtras,
 }
 
 /// A prompt without template.
@@ -176,7 +177,7 @@ pub fn validate(
 ) -> Result<ValidRequest, InvalidRequest> {
     check_model(request.model.as_deref(), limits.model_id)?;
     check_top_level(&request.extra)?;
-    let include_usage = include_usage(&request)?;
+    let stream_extras = stream::validate(&request)?;
     let instruction = instruction(&request, limits.thinks)?;
     let thinking_budget = guided::thinking_budget(&request)?;
     let guided = guided::validate(&request, limits.config)?;
@@ -210,7 +211,7 @@ pub fn validate(
         guided,
         reasoning,
         stream: request.stream.unwrap_or(false),
-        include_usage,
+        stream_extras,
     })
 }
 
@@ -240,7 +241,7 @@ pub fn validate_raw(
         guided: guided::validate(&request, limits.config)?,
         reasoning: Reasoning::Raw,
         stream: request.stream.unwrap_or(false),
-        include_usage: include_usage(&request)?,
+        stream_extras: stream::validate(&request)?,
         conversation,
         sampling,
     })
@@ -283,23 +284,14 @@ fn timeout(seconds: Option<f64>, longest: Duration) -> Result<Option<Duration>, 
     Ok(Some(Duration::from_secs_f64(seconds)))
 }
 
-fn include_usage(request: &ChatRequest) -> Result<bool, InvalidRequest> {
-    let Some(options) = &request.stream_options else { return Ok(false) };
-    refuse_unknown(&options.extra, "stream_options", &["include_usage"])?;
-    if request.stream != Some(true) {
-        return Err(InvalidRequest::field("stream_options", "stream_options needs \"stream\": true"));
-    }
-    Ok(options.include_usage.unwrap_or(false))
-}
-
 /// The efforts but `none` are one and the same to this model. `thinks`: what happens when the request does not say.
 fn instruction(request: &ChatRequest, thinks: bool) -> Result<Instruction, InvalidRequest> {
     let by_effort = match request.reasoning_effort.as_deref() {
         None => None,
         Some("none") => Some(false),
-        Some("minimal" | "low" | "medium" | "high" | "xhigh") => Some(true),
+        Some("minimal" | "low" | "medium" | "high" | "xhigh" | "max") => Some(true),
         Some(_) => {
-            let message = "reasoning_effort must be one of none, minimal, low, medium, high, xhigh";
+            let message = "reasoning_effort must be one of none, minimal, low, medium, high, xhigh, max";
             return Err(InvalidRequest::field("reasoning_effort", message));
         }
     };

@@ -2,7 +2,7 @@
 //!
 //! Called by `messages.rs`. Every form that clients of the big servers send ends in the same [`VideoSource`].
 
-use super::{InvalidRequest, refuse_unknown, shorten};
+use super::{InvalidRequest, fields, refuse_unknown, shorten};
 use crate::{
     http::types::{
         ContentPart, FilePart, ImageUrl, InputVideo, ListedFrame, SamplingKnobs, TextOr, VideoUrl,
@@ -47,7 +47,8 @@ pub struct VideoPart {
 /// Reads a part of any known form.
 pub fn read(path: &str, mut part: ContentPart) -> Result<Part, InvalidRequest> {
     check_one_source(path, &part)?;
-    let beside = part.take_knobs();
+    let mut beside = part.take_knobs();
+    fields::remove_ignored_of_part(&mut beside.extra);
     let mut timestamps = part.timestamps.take().map(|times| (format!("{path}.timestamps"), times));
     let kind = part.kind.as_str();
     if kind == "text" {

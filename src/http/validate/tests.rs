@@ -1,7 +1,5 @@
 //! What is accepted, what is refused, and that the fault is named.
 
-use std::collections::BTreeSet;
-
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
@@ -210,23 +208,132 @@ fn turns_alternate_after_an_optional_system_message() {
 }
 
 #[test]
-fn roles_out_of_order_are_refused() {
+fn a_conversation_must_end_with_a_known_role_that_is_the_users() {
     let message = |role: &str| json!({"role": role, "content": "x"});
     for (roles, fault) in [
         (vec![], "messages"),
-        (vec!["assistant"], "messages[0].role"),
+        (vec!["assistant"], "messages"),
         (vec!["system"], "messages"),
-        (vec!["system", "system", "user"], "messages[1].role"),
-        (vec!["user", "system"], "messages[1].role"),
-        (vec!["user", "user"], "messages[1].role"),
         (vec!["user", "assistant"], "messages"),
-        (vec!["user", "assistant", "assistant"], "messages[2].role"),
+        (vec!["user", "assistant", "assistant"], "messages"),
+        (vec!["user", "assistant", "system"], "messages"),
         (vec!["user", "tool"], "messages[1].role"),
         (vec!["robot"], "messages[0].role"),
     ] {
         let messages: Vec<Value> = roles.iter().map(|role| message(role)).collect();
         assert_eq!(param(check(json!({"messages": messages}))), fault, "{roles:?}");
     }
+}
+
+#[test]
+fn consecutive_messages_of_one_role_are_joined_and_videos_keep_their_order() {
+    let config = Config { max_videos_per_request: 3, ..Config::default() };
+    let part = |n: usize| json!({"type": "video_url", "video_url": {"url": format!("https://a/{n}")}});
+    let messages = json!([
+        {"role": "system", "content": "Be brief."},
+        {"role": "developer", "content": [{"type": "text", "text": "Be kind."}]},
+        {"role": "assistant", "content": "Hello."},
+        {"role": "user", "content": [part(1)]},
+        {"role": "user", "content": "What?"},
+        {"role": "user", "content": ""},
+        {"role": "user", "content": [part(2), {"type": "text", "text": "And this?"}]},
+        {"role": "assistant", "content": null},
+        {"role": "assistant", "content": "B"},
+        {"role": "assistant"},
+        {"role": "system", "content": "Be sure."},
+        {"role": "assistant", "content": "I think."},
+        {"role": "user", "content": [part(3), {"type": "text", "text": "Why?"}]},
+        {"role": "system", "content": "Be quick."},
+    ]);
+    let valid = with_config(json!({"messages": messages}), false, &config).unwrap();
+    assert_eq!(valid.conversation.system.as_deref(), Some("Be brief.\nBe kind.\nBe sure.\nBe quick."));
+    let turn = |user: &str, num_videos, assistant: Option<&str>| crate::prompt::Turn {
+        user: user.into(),
+        num_videos,
+        assistant: assistant.map(Into::into),
+    };
+    let turns = [
+        turn("", 0, Some("Hello.")),
+        turn("What?\nAnd this?", 2, Some("B\nI think.")),
+        turn("Why?", 1, None),
+    ];
+    assert_eq!(valid.conversation.turns, turns);
+    let paths: Vec<&str> = valid.videos.iter().map(|video| video.path.as_str()).collect();
+    let expected = [3, 6, 12].map(|i| format!("messages[{i}].content[0].video_url"));
+    assert_eq!(paths, expected);
+}
+
+#[test]
+fn only_an_assistant_message_may_have_no_content() {
+    let ask = |role: &str| {
+        let empty = json!({"role": role, "content": null});
+        check(
+            json!({"messages": [{"role": "user", "content": "Hi"}, empty, {"role": "user", "content": "Hi"}]}),
+        )
+    };
+    assert!(ask("assistant").is_ok());
+    for role in ["user", "system", "developer"] {
+        assert_eq!(param(ask(role)), "messages[1].content");
+    }
+}
+
+#[test]
+fn newlines_between_joined_messages_count_as_text() {
+    let half = "x".repeat(Config::default().max_text_bytes / 2);
+    let ask = |second: &str| {
+        let messages = [&half[..], second].map(|text| json!({"role": "user", "content": text}));
+        check(json!({"messages": messages}))
+    };
+    assert!(ask(&half[1..]).is_ok());
+    assert_eq!(param(ask(&half)), "messages");
+}
+
+#[test]
+fn options_of_a_stream_that_ask_for_nothing_need_no_stream() {
+    let ask = |more: Value| check(request(json!("Hi"), more)).map(|valid| valid.stream_extras);
+    let nothing =
+        json!({"include_usage": false, "continuous_usage_stats": false, "include_obfuscation": false});
+    for options in [Value::Null, json!({}), nothing] {
+        assert_eq!(ask(json!({"stream_options": options})), Ok(StreamExtras::default()));
+    }
+    let all = json!({"include_usage": true, "continuous_usage_stats": true, "include_obfuscation": true});
+    let extras = StreamExtras { usage: true, running_usage: true, obfuscation: true };
+    assert_eq!(ask(json!({"stream": true, "stream_options": all})), Ok(extras));
+    for name in ["include_usage", "continuous_usage_stats", "include_obfuscation"] {
+        let asked = check(request(json!("Hi"), json!({"stream_options": {name: true}})));
+        assert_eq!(param(asked), "stream_options");
+    }
+}
+
+#[test]
+fn more_replies_than_the_flag_allows_are_refused_with_the_flag() {
+    let ask = |n: u64, config: &Config| with_config(request(json!("Hi"), json!({"n": n})), false, config);
+    let config = Config { max_choices: 40, ..Config::default() };
+    assert_eq!(ask(40, &config).unwrap().choices.count, 40);
+    for (n, config, flag) in [
+        (41, config.clone(), "--max-n"),
+        (9, Config::default(), "--max-n"),
+        (193, Config { max_choices: 1000, ..Config::default() }, "--max-running"),
+    ] {
+        let Err(InvalidRequest::Field { param, message }) = ask(n, &config) else { panic!("{n}") };
+        assert_eq!(param, "n");
+        assert!(message.contains(&format!("to {}", n - 1)) && message.contains(flag), "{message}");
+    }
+}
+
+#[test]
+fn the_request_names_the_field_of_the_thinking_or_the_server_does() {
+    use crate::config::ReasoningField;
+    let config = Config { reasoning_field: ReasoningField::Reasoning, ..Config::default() };
+    let ask = |more: Value, config: &Config| {
+        with_config(request(json!("Hi"), more), false, config).map(|valid| valid.choices.reasoning_field)
+    };
+    assert_eq!(ask(json!({}), &Config::default()), Ok(ReasoningField::Both));
+    assert_eq!(ask(json!({}), &config), Ok(ReasoningField::Reasoning));
+    for field in ReasoningField::ALL {
+        assert_eq!(ask(json!({"reasoning_field": field.name()}), &config), Ok(field));
+    }
+    assert_eq!(param(check(request(json!("Hi"), json!({"reasoning_field": "none"})))), "reasoning_field");
 }
 
 #[test]
@@ -321,7 +428,7 @@ fn each_fault_of_a_part_names_its_path() {
         (json!({"type": "image_url", "image_url": {"url": URL, "detail": "odd"}}), "[0].image_url.detail"),
         (json!({"type": "image_url", "image_url": URL, "num_frames": 1}), "[0].num_frames"),
         (json!({"type": "text"}), "[0].text"),
-        (json!({"type": "text", "text": "x", "odd": 1}), "[0].odd"),
+        (json!({"type": "text", "text": "x", "odd": 1, "cache_control": {"type": "ephemeral"}}), "[0].odd"),
         (json!({"type": "video_url"}), "[0].video_url.url"),
         (json!({"type": "video_url", "video_url": "ftp://a/b"}), "[0].video_url.url"),
         (json!({"type": "video_url", "video_url": "/etc/passwd"}), "[0].video_url.url"),
@@ -411,7 +518,7 @@ fn what_asks_for_nothing_is_let_through() {
     let more = json!({
         "n": 1, "best_of": 1, "vote": false, "answer_logprobs": false, "tools": [], "tool_choice": "auto", "logprobs": false, "top_logprobs": 0, "user": "me",
         "response_format": {"type": "text"}, "store": true, "metadata": {"a": "b"}, "service_tier": "auto",
-        "parallel_tool_calls": true, "modalities": ["text"], "unheard_of": null,
+        "parallel_tool_calls": true, "modalities": ["text"], "unheard_of": null, "reasoning_effort": "max",
     });
     assert!(check(request(json!("Hi"), more)).is_ok());
 }
@@ -423,7 +530,7 @@ fn choices_are_counted_and_the_options_of_the_question_found() {
     let valid = check(request(json!("Which?\nA. this\nB. that"), more)).unwrap();
     let options = crate::output::Options::of_question("A. x\nB. y");
     assert!(options.is_some());
-    let choices = ValidChoices { count: 8, logprobs: true, answer_logprobs: false, vote: true, options };
+    let choices = ValidChoices { count: 8, logprobs: true, vote: true, options, ..ValidChoices::default() };
     assert_eq!(valid.choices, choices);
     assert_eq!(valid.sampling.params.top_logprobs, Some(20));
     let plain = check(request(json!("Hi"), json!({"answer_logprobs": true}))).unwrap();
@@ -450,12 +557,6 @@ fn long_client_text_is_cut_in_errors() {
         panic!("a field is at fault")
     };
     assert!(message.len() < 400, "{} bytes", message.len());
-}
-
-#[test]
-fn the_lists_of_fields_do_not_overlap() {
-    let all: Vec<&str> = HARMLESS.iter().chain(&fields::NOT_YET).copied().collect();
-    assert_eq!(all.iter().collect::<BTreeSet<_>>().len(), all.len());
 }
 
 proptest! {
@@ -493,8 +594,15 @@ proptest! {
             let (last, before) = valid.conversation.turns.split_last().expect("one turn at least");
             prop_assert!(last.assistant.is_none());
             prop_assert!(before.iter().all(|turn| turn.assistant.is_some()));
-            let num_system = usize::from(valid.conversation.system.is_some());
-            prop_assert_eq!(num_system + before.len() * 2 + 1, roles.len());
+            // Each message is a line of the text that it belongs to.
+            let conversation = &valid.conversation;
+            let lines = |text: &str| text.lines().count();
+            let system = conversation.system.as_deref().map_or(0, lines);
+            let of_turn = |turn: &crate::prompt::Turn| {
+                lines(&turn.user) + turn.assistant.as_deref().map_or(0, lines)
+            };
+            let turns: usize = conversation.turns.iter().map(of_turn).sum();
+            prop_assert_eq!(system + turns, roles.len());
         }
     }
 

@@ -78,7 +78,8 @@ fn what_asks_for_nothing_is_let_through() {
         "background": false, "tools": [], "tool_choice": "auto", "truncation": "disabled", "parallel_tool_calls": true,
         "service_tier": "auto", "max_tool_calls": null, "conversation": null, "top_logprobs": 0,
         "text": {"format": {"type": "text"}, "verbosity": "low"}, "include": ["reasoning.encrypted_content"],
-        "stream_options": {"include_obfuscation": false}, "prompt_cache_key": "k", "safety_identifier": "s",
+        "stream_options": {"include_obfuscation": false, "include_usage": true, "continuous_usage_stats": false},
+        "prompt_cache_key": "k", "safety_identifier": "s", "priority": 0, "request_id": "r", "n": 1,
     })));
 }
 
@@ -118,8 +119,8 @@ fn faults_are_named_as_the_client_knows_them() {
         (with(json!({"tools": [{"type": "function"}]})), "tools"),
         (with(json!({"seed": "x"})), "seed"),
         (
-            with(json!({"stream_options": {"include_obfuscation": true}})),
-            "stream_options.include_obfuscation",
+            with(json!({"stream_options": {"continuous_usage_stats": true}})),
+            "stream_options.continuous_usage_stats",
         ),
         (with(json!({"previous_response_id": "resp_0"})), "previous_response_id"),
     ] {
