@@ -77,7 +77,8 @@ impl OutputAssembler {
         self.push_bytes(id, tokenizer.token_bytes(id).unwrap_or_default(), logprobs)
     }
 
-    /// Tokens of the thinking so far. Tokens whose text is held back are counted when it is passed on.
+    /// Returns the number of thinking tokens so far. Tokens whose text is held back are counted
+    /// when it is passed on.
     pub fn num_reasoning_tokens(&self) -> usize {
         self.places.num_reasoning
     }
