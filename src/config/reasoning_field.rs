@@ -4,7 +4,8 @@
 
 use std::{fmt, str::FromStr};
 
-/// The name of the field that holds the thinking of a chat reply: clients read one or the other, and some break on both.
+/// The name of the field that holds the thinking of a chat reply. Clients read one name or the
+/// other, and some fail on both.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum ReasoningField {
     #[default]

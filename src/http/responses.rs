@@ -62,7 +62,8 @@ pub struct Choice {
     pub answer: Option<AnswerScores>,
 }
 
-/// `reasoning` and `reasoning_content` hold the same text: clients read one or the other. `reasoning_field` leaves one out.
+/// `reasoning` and `reasoning_content` hold the same text: clients read one or the other.
+/// `reasoning_field` selects one of them.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct ReplyMessage {
     pub role: &'static str,
@@ -85,7 +86,8 @@ pub struct Chunk<'a> {
     pub head: &'a ReplyHead,
     /// Empty in the chunks of the vote and of usage.
     pub choices: Vec<ChunkChoice<'a>>,
-    /// In the last chunk with `include_usage`, and the usage so far in every chunk with `continuous_usage_stats`.
+    /// The last chunk has it with `include_usage`; every chunk has the usage so far with
+    /// `continuous_usage_stats`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub usage: Option<Usage>,
     /// In the first chunk.

@@ -104,10 +104,11 @@ fn json(event: Event, data: &impl Serialize) -> Event {
     event.json_data(data).expect("wire types are JSON without newlines: this is a bug")
 }
 
-/// Size in bytes of which a padded event is a multiple, but for the padding's own name.
+/// Padded events differ in size by multiples of this.
 const PADDED_BYTES: usize = 64;
 
-/// Random text for the `obfuscation` of an event: with it, sizes of events tell little of the text in them.
+/// Returns random text for the `obfuscation` of an event, so that the size of the event does not
+/// reveal the length of its text.
 pub fn padding(event: &impl Serialize) -> String {
     let num_bytes = serde_json::to_vec(event).map_or(0, |json| json.len());
     let mut random: String = (0..2).map(|_| uuid::Uuid::new_v4().simple().to_string()).collect();

@@ -1,7 +1,8 @@
 //! The wire form of a request: what JSON may look like, before anything is checked.
 //!
 //! Read by `http/body.rs`, turned into a `ValidRequest` by `http/validate`. No other module sees these types.
-//! Fields that are not listed land in `extra`, where validation decides: without effect at this value, or refused.
+//! Fields that are not listed land in `extra`, where validation decides: without effect at this
+//! value, or refused.
 
 use std::{collections::BTreeMap, fmt, marker::PhantomData};
 
@@ -22,8 +23,9 @@ pub type Extra = Map<String, Value>;
 pub struct ChatRequest {
     /// The served model; may be left out.
     pub model: Option<String>,
-    /// system, developer, user and assistant; the last of user and assistant is the user's. Consecutive messages of one role
-    /// are joined by a newline, and all system and developer messages become one system text.
+    /// Roles are system, developer, user and assistant. The last message that is not a system or
+    /// developer message must be the user's. Consecutive messages of one role are joined by a
+    /// newline; all system and developer messages become one system text.
     #[schema(min_items = 1, max_items = 128)]
     pub messages: Vec<Message>,
     pub stream: Option<bool>,
@@ -89,8 +91,8 @@ pub struct ChatRequest {
     pub thinking_token_budget: Option<u64>,
     /// The same as `thinking_token_budget`.
     pub max_thinking_tokens: Option<u64>,
-    /// Replies on one prompt, which is computed once. Choice 0 is the reply to the same seed alone. At most the server's
-    /// `--max-n`, which is 8 unless the operator sets it.
+    /// Replies on one prompt, which is computed once. Choice 0 is the reply to the same seed alone.
+    /// The maximum is the server's `--max-n`, 8 by default.
     #[schema(minimum = 1)]
     pub n: Option<u64>,
     /// Must equal `n`: all choices are returned.
@@ -144,7 +146,8 @@ pub struct StreamOptions {
     pub include_usage: Option<bool>,
     /// Sends `usage` with every chunk: the tokens so far, of all choices together.
     pub continuous_usage_stats: Option<bool>,
-    /// Pads every chunk by random text in `obfuscation`, so that the size of a chunk does not tell the length of its text.
+    /// Pads every chunk with random text in `obfuscation`, so that the size of a chunk does not
+    /// reveal the length of its text.
     pub include_obfuscation: Option<bool>,
     #[serde(flatten)]
     #[schema(ignore)]

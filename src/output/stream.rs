@@ -133,7 +133,8 @@ impl OutputAssembler {
         self.end_token = Some(ScoredToken { id, logprobs, thinking: false });
     }
 
-    /// Tokens of the thinking so far. Tokens whose text is held back are counted when it is passed on.
+    /// Returns the number of thinking tokens so far. Tokens whose text is held back are counted
+    /// when it is passed on.
     pub fn num_reasoning_tokens(&self) -> usize {
         self.places.num_reasoning
     }

@@ -1,5 +1,5 @@
-//! Fields of other servers' requests over sockets: bodies that routers write anew, replies that clients send back,
-//! messages that are joined, the field of the thinking, and what a stream carries beside its text.
+//! Fields of other servers' requests over sockets: bodies that routers serialize again, replies that
+//! clients send back, joined messages, the field of the thinking, and `stream_options`.
 
 use serde_json::{Value, json};
 use tinyllava::{
@@ -19,7 +19,7 @@ fn merged(mut body: Value, more: &Value) -> Value {
     body
 }
 
-/// Fields with which sglang-router 0.3.2 and vllm-router 0.1.17 write a chat or completion request anew.
+/// The fields that sglang-router 0.3.2 and vllm-router 0.1.17 add to chat and completion requests.
 fn of_routers() -> Value {
     json!({
         "stream": false, "no_stop_trim": false, "ignore_eos": false, "skip_special_tokens": true,
@@ -31,7 +31,8 @@ fn of_routers() -> Value {
 
 /// The defaults of SGLang's own chat request.
 fn of_sglang() -> Value {
-    json!({
+    serde_json::from_str(
+        r#"{
         "frequency_penalty": 0.0, "logit_bias": null, "logprobs": false, "top_logprobs": null, "max_tokens": null,
         "max_completion_tokens": null, "n": 1, "presence_penalty": 0.0, "response_format": null, "seed": null,
         "stop": null, "stream": false, "stream_options": null, "temperature": null, "top_p": null, "user": null,
@@ -47,12 +48,15 @@ fn of_sglang() -> Value {
         "input_ids": null, "rid": null, "extra_key": null, "cache_salt": null, "ngram_corpus_id": null,
         "priority": null, "bootstrap_host": null, "bootstrap_port": null, "bootstrap_room": null,
         "routed_dp_rank": null, "disagg_prefill_dp_rank": null, "data_parallel_rank": null
-    })
+    }"#,
+    )
+    .unwrap()
 }
 
 /// The defaults of vLLM's own requests that are alike in chat and completions.
 fn of_vllm() -> Value {
-    json!({
+    serde_json::from_str(
+        r#"{
         "frequency_penalty": null, "logit_bias": null, "n": 1, "presence_penalty": null, "seed": null, "stop": [],
         "stream": false, "stream_options": null, "temperature": null, "top_p": null, "user": null,
         "use_beam_search": false, "top_k": null, "min_p": null, "repetition_penalty": null, "watermarking": null,
@@ -65,7 +69,9 @@ fn of_vllm() -> Value {
         "return_token_offsets": false, "return_mm_kwargs": true, "cache_salt": null, "kv_transfer_params": null,
         "ec_transfer_params": null, "vllm_xargs": null, "repetition_detection": null, "stream_interval": null,
         "thinking_token_budget": null
-    })
+    }"#,
+    )
+    .unwrap()
 }
 
 fn of_vllm_chat() -> Value {
@@ -102,7 +108,7 @@ fn of_responses() -> [Value; 3] {
 }
 
 #[tokio::test]
-async fn bodies_written_anew_with_all_defaults_get_the_same_reply() {
+async fn bodies_with_the_defaults_of_routers_and_servers_get_the_same_reply() {
     let server = simple_server().await;
     let chat = request(json!("What?"), json!({}));
     let plain = server.ask(&chat).await;
@@ -169,11 +175,11 @@ async fn a_reply_goes_back_with_all_the_fields_a_client_keeps_for_it() {
     let question = json!({"role": "user", "name": "me", "id": "msg_1", "content": [
         {"type": "text", "text": "What?", "cache_control": {"type": "ephemeral"}, "annotations": []}]});
     for reply in [
-        // As LiteLLM dumps a message of its own.
+        // The form in which LiteLLM dumps a message.
         json!({"role": "assistant", "content": "C", "tool_calls": null, "function_call": null, "audio": null,
             "images": [], "annotations": null, "reasoning_content": "Hm.", "thinking_blocks": null,
             "provider_specific_fields": {"reasoning": "Hm.", "refusal": null}}),
-        // As OpenAI's SDK does.
+        // The form in which OpenAI's SDK does.
         json!({"role": "assistant", "content": "C", "refusal": null, "annotations": [], "audio": null,
             "function_call": null, "tool_calls": [], "reasoning": "Hm.", "reasoning_content": "Hm."}),
         json!({"role": "assistant", "id": "1", "content": [{"type": "text", "text": "C", "annotations": [],

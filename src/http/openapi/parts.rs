@@ -10,7 +10,7 @@ use utoipa::openapi::{
 
 use crate::{
     config::{Config, ReasoningField},
-    http::validate::{ForeignField, IN_MESSAGES, IN_PARTS, TOP_LEVEL},
+    http::validate::{Accepted, ForeignField, IN_MESSAGES, IN_PARTS, TOP_LEVEL},
 };
 
 /// Requests and what is in them: an unknown field is refused.
@@ -46,7 +46,8 @@ pub(super) fn finish(document: &mut OpenApi) {
     for (name, fields) in [("ChatRequest", TOP_LEVEL), ("Message", IN_MESSAGES), ("ContentPart", IN_PARTS)] {
         let Some(RefOr::T(Schema::Object(object))) = components.schemas.get_mut(name) else { continue };
         for field in fields {
-            object.properties.entry(field.name.into()).or_insert_with(|| foreign(field).into());
+            let Some(schema) = foreign(field) else { continue };
+            object.properties.entry(field.name.into()).or_insert_with(|| schema.into());
         }
     }
     if let Some(RefOr::T(Schema::Object(message))) = components.schemas.get_mut("Message") {
@@ -63,15 +64,22 @@ const CALLS: [(&str, &str); 3] = [
     ("tool_call_id", "The call that a message of the role tool is the result of; without effect."),
     ("function_call", "A call in OpenAI's older form."),
 ];
-/// A field of other servers at the values that are accepted.
-fn foreign(field: &ForeignField) -> Schema {
+
+/// A field of other servers at the values that are accepted; `None`: at none but null.
+fn foreign(field: &ForeignField) -> Option<Schema> {
     let any = Object::builder().schema_type(SchemaType::AnyValue);
-    let Some(mut values) = field.values() else {
-        return any.description(Some("Accepted, without effect on the reply.")).build().into();
+    let any = match (field.accepted, field.values()) {
+        (Accepted::UnlessTools(_), _) => any.description(Some(
+            "Accepted with `\"tool_choice\": \"none\"` or empty, without effect on the reply.",
+        )),
+        (_, None) => any.description(Some("Accepted, without effect on the reply.")),
+        (_, Some(values)) if values.is_empty() => return None,
+        (_, Some(mut values)) => {
+            values.push(Value::Null);
+            any.description(Some("Without effect; other values are refused.")).enum_values(Some(values))
+        }
     };
-    values.push(Value::Null);
-    let text = "Without effect; other values are refused.";
-    any.description(Some(text)).enum_values(Some(values)).build().into()
+    Some(any.build().into())
 }
 
 /// One of these texts.

@@ -102,7 +102,8 @@ pub struct ResponsesRequest {
 
 #[derive(Debug, Deserialize, ToSchema)]
 pub struct ResponsesStreamOptions {
-    /// Pads the events of text by random text in `obfuscation`, so that their sizes do not tell the length of the text.
+    /// Pads text events with random text in `obfuscation`, so that their sizes do not reveal the
+    /// length of the text.
     include_obfuscation: Option<bool>,
     /// Without effect: the last event always has the usage.
     #[serde(rename = "include_usage")]
@@ -143,7 +144,7 @@ pub struct TextOptions {
 #[derive(Debug)]
 pub struct Shape {
     pub stream: bool,
-    /// Whether events of text are padded.
+    /// True if text events are padded.
     pub obfuscation: bool,
     /// The response as it is before there is any output.
     pub object: ResponseObject,

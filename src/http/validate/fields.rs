@@ -1,7 +1,8 @@
 //! Checks of fields that have no type of their own, against the tables of `foreign_fields.rs`.
 //!
-//! Called by `validate` and by the endpoints that translate their requests to chat requests. Never lets a field through
-//! that could change the reply: it is in a table at this value, or the request is refused.
+//! Called by `validate` and by the endpoints that translate their requests to chat requests. Never
+//! lets a field through that could change the reply: a field is in a table at this value, or the
+//! request is refused.
 
 use serde_json::Value;
 
@@ -20,7 +21,7 @@ pub fn check_top_level(extra: &Extra) -> Result<(), InvalidRequest> {
     check_beside(extra, &[])
 }
 
-/// As [`check_top_level`], for an endpoint that acts on the fields `own`.
+/// Refuses top-level fields as [`check_top_level`] does, except the fields `own` of the endpoint.
 ///
 /// # Errors
 /// The first field that is neither one of `own` nor accepted by the table.
@@ -68,7 +69,7 @@ fn find(table: &'static [ForeignField], name: &str) -> Option<&'static ForeignFi
 }
 
 impl ForeignField {
-    /// The values beside `null` at which the field changes nothing; `None`: all.
+    /// Returns the values other than `null` at which the field changes nothing; `None`: all values.
     pub fn values(&self) -> Option<Vec<Value>> {
         match self.accepted {
             Accepted::Any => None,
@@ -85,7 +86,7 @@ impl ForeignField {
             || self.values().is_none_or(|values| values.iter().any(|accepted| is_same(accepted, value)))
     }
 
-    /// Whether the request itself says that the field is not to be used.
+    /// Returns true if the request chooses no tool, so that lists of tools are unused.
     fn is_idle(&self, request: &Extra) -> bool {
         let unused = |choice: &str| request.get(choice).is_some_and(|value| value == "none");
         matches!(self.accepted, Accepted::UnlessTools(_))

@@ -1,15 +1,17 @@
 //! Tables of request fields that other servers know and this one does not act on.
 //!
-//! Read by `fields.rs`, which checks requests against them, and by the OpenAPI document. Routers that parse a request
-//! and write it again send every field of theirs with its default value: those defaults must be accepted here.
-//! `docs/fields.md` shows the same tables, and a test compares them. Never holds a field that has an effect here.
+//! Read by `fields.rs`, which checks requests against them, and by the OpenAPI document. Routers
+//! that parse a request and serialize it again send all their fields with default values: those
+//! defaults must be accepted. `docs/fields.md` shows the same tables, and a test compares them.
+//! Never holds a field that has an effect on every endpoint.
 
 /// A field without effect, and the values at which that is what the client asks for.
 #[derive(Debug, Clone, Copy)]
 pub struct ForeignField {
     pub name: &'static str,
     pub accepted: Accepted,
-    /// Why other values are refused and what to do instead, after "must be … or left out: ".
+    /// The reason for refusing other values and what to do instead; follows "must be … or left
+    /// out: ".
     pub otherwise: &'static str,
 }
 
@@ -19,7 +21,8 @@ pub enum Accepted {
     Any,
     /// JSON texts. Numbers are compared by value: `1` is `1.0`.
     Only(&'static [&'static str]),
-    /// As [`Accepted::Only`], and any value beside `"tool_choice": "none"` or `"function_call": "none"`.
+    /// The values of [`Accepted::Only`]; any value if the request has `"tool_choice": "none"` or
+    /// `"function_call": "none"`.
     UnlessTools(&'static [&'static str]),
 }
 
@@ -44,8 +47,8 @@ const ONE_WORKER: &str = "prefill and decode are not split here; remove it";
 const NO_TEMPLATES: &str = "the prompt has the model's own template; remove it";
 const OTHER_SAMPLER: &str = "this sampler is not supported; use temperature, top_p, top_k or min_p";
 
-/// Fields at the top level of requests to chat completions, completions and responses. A field that an endpoint does act
-/// on is read before this table.
+/// Top-level fields of requests to all endpoints. An endpoint reads the fields it acts on before
+/// this table is looked at.
 pub const TOP_LEVEL: &[ForeignField] = &[
     ignored("add_special_tokens"),
     ignored("cache_prompt"),
@@ -107,7 +110,7 @@ pub const TOP_LEVEL: &[ForeignField] = &[
     only("include_reasoning", &["true"], "this endpoint does not separate thinking from the text; remove it"),
     only("include_stop_str_in_output", &["false"], "stop strings are never part of the reply; remove it"),
     only("input_ids", &["[]"], "send token ids as prompt to /v1/completions"),
-    only("json_schema", &["\"\"", "{}"], GUIDE),
+    only("json_schema", &["\"\""], GUIDE),
     only("kv_transfer_params", &["{}"], ONE_WORKER),
     only("length_penalty", &["1"], "it applies to beam search only, which is not supported; remove it"),
     only("logits_processors", &["[]"], OTHER_SAMPLER),
@@ -194,7 +197,8 @@ pub const TOP_LEVEL: &[ForeignField] = &[
     only("web_search_options", &[], "the model cannot search the web; remove it"),
 ];
 
-/// Fields of a message beside `role` and `content`. `null` and empty values of any other field are ignored too.
+/// Fields of a message, other than `role` and `content`. Empty values of unlisted fields are
+/// ignored too.
 pub const IN_MESSAGES: &[ForeignField] = &[
     ignored("annotations"),
     ignored("cache_control"),

@@ -1,9 +1,10 @@
 //! From wire messages to a conversation of turns, and the videos found on the way.
 //!
-//! Called by `validate`. The template has one system text, and turns of a user's text and the reply to it. So
-//! consecutive messages of one role are joined by a newline, as the text parts of one message are, and all system and
-//! developer messages become the one system text, wherever they stand. The thinking of an earlier reply
-//! (`reasoning_content`) is left out of the prompt: the template's finished turns hold the answer alone.
+//! Called by `validate`. The template has one system text, and turns of a user's text and a reply.
+//! So consecutive messages of one role are joined by a newline, as the text parts of one message
+//! are. All system and developer messages become the one system text, at any position. The
+//! thinking of an earlier reply (`reasoning_content`) is left out of the prompt: the template's
+//! finished turns hold the answer alone.
 
 use super::{
     InvalidRequest, clips, fields,
@@ -88,7 +89,7 @@ impl Builder {
             "assistant" => match turns.last_mut() {
                 Some(Turn { assistant: Some(reply), .. }) => num_newlines = join(reply, &text),
                 Some(turn) => turn.assistant = Some(text),
-                // A greeting, to which nobody asked anything.
+                // A greeting, before the user's first message.
                 None => turns.push(Turn { assistant: Some(text), ..Turn::default() }),
             },
             _ => {
@@ -218,7 +219,8 @@ fn too_many_videos(config: &Config) -> String {
     )
 }
 
-/// Appends the text of another message of the same role, on a line of its own. Returns the number of newlines added.
+/// Appends the text of another message of the same role on a new line. Returns the number of
+/// newlines added.
 fn join(text: &mut String, more: &str) -> usize {
     let num_newlines = usize::from(!text.is_empty() && !more.is_empty());
     if num_newlines > 0 {

@@ -15,7 +15,7 @@ mod tools;
 mod video;
 
 pub use choices::ValidChoices;
-pub use foreign_fields::{ForeignField, IN_MESSAGES, IN_PARTS, TOP_LEVEL};
+pub use foreign_fields::{Accepted, ForeignField, IN_MESSAGES, IN_PARTS, TOP_LEVEL};
 pub use guided::Guided;
 pub use stream::StreamExtras;
 

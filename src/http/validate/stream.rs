@@ -1,4 +1,4 @@
-//! What the events of a stream carry beside the text of the reply.
+//! Checks of `stream_options`: usage and padding in the events of a stream.
 //!
 //! Called by `validate`.
 
@@ -8,15 +8,16 @@ use crate::http::types::{ChatRequest, StreamOptions};
 /// Checked `stream_options`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct StreamExtras {
-    /// Whether a chunk of usage comes last.
+    /// Sends a last chunk of usage.
     pub usage: bool,
-    /// Whether every chunk has the usage so far.
+    /// Sends the usage so far with every chunk.
     pub running_usage: bool,
-    /// Whether chunks are padded, so that their sizes do not tell how long their text is.
+    /// Pads chunks, so that their sizes do not reveal the length of their text.
     pub obfuscation: bool,
 }
 
-/// Options that ask for nothing may also stand in a request without a stream: routers write them out.
+/// Checks the options. Routers also send options that ask for nothing in requests without a stream:
+/// these pass.
 pub fn validate(request: &ChatRequest) -> Result<StreamExtras, InvalidRequest> {
     let Some(options) = &request.stream_options else { return Ok(StreamExtras::default()) };
     let StreamOptions { include_usage, continuous_usage_stats, include_obfuscation, extra } = options;

@@ -1,4 +1,4 @@
-//! Which fields pass at which values, and that the document shows the same tables.
+//! Tests of the values at which fields pass, and of the tables in `docs/fields.md`.
 
 use std::{collections::BTreeSet, fmt::Write};
 
@@ -6,7 +6,7 @@ use serde_json::json;
 
 use super::*;
 
-/// The outcome for a request with one more field.
+/// Checks a request with this one field.
 fn check(name: &str, value: Value) -> Result<(), InvalidRequest> {
     check_top_level(&Extra::from_iter([(name.to_owned(), value)]))
 }
@@ -141,7 +141,7 @@ fn names_are_sorted_and_stand_once_in_a_table() {
     }
 }
 
-/// A table as `docs/fields.md` has it.
+/// Returns a table in the form of `docs/fields.md`.
 fn markdown(table: &[ForeignField]) -> String {
     let mut text = "| field | accepted | other values |\n|---|---|---|\n".to_owned();
     for field in table {
