@@ -82,11 +82,11 @@ pub struct Config {
     pub max_guide_choices: usize,
     /// Grammars that are compiled at the same time; further ones wait.
     pub max_concurrent_grammars: usize,
-    /// Most videos a message: chat clients send earlier messages again.
+    /// Most videos per message. Chat clients resend earlier messages, which count for themselves.
     pub max_videos_per_request: usize,
-    /// Most videos a request, all messages together.
+    /// Most videos per request, all messages together.
     pub max_videos_per_conversation: usize,
-    /// Whether pictures in a row are stills of their own, unless a request says otherwise.
+    /// Treats consecutive pictures as separate still images, unless the request says otherwise.
     pub images_as_stills: bool,
     /// Whether the log tells what was asked and answered, and how much of each.
     pub log_content: bool,
@@ -161,8 +161,9 @@ pub struct MediaConfig {
     pub max_frame_pixels: usize,
     /// Most packets of a video stream that are looked at.
     pub max_video_packets: usize,
-    /// Most frames of an animated picture, and most pixels of one: several copies of a frame are held.
+    /// Most frames of an animated picture.
     pub max_animation_frames: usize,
+    /// Most pixels per frame of an animated picture: its decoder holds several copies of a frame.
     pub max_animation_frame_pixels: usize,
     /// Wall clock for probing and decoding one video.
     pub decode_timeout: Duration,

@@ -67,13 +67,13 @@ pub struct ServeArgs {
     /// Longest video, seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 10_800.0)]
     pub max_video_seconds: f64,
-    /// Videos in one message; pictures in a row are one video.
+    /// Videos in one message; consecutive pictures are one video.
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub max_videos_per_request: usize,
-    /// Videos in one request, all messages of the conversation together (at least those of one message).
+    /// Videos in one request, all messages of a conversation together.
     #[arg(long, value_name = "N", default_value_t = 16)]
     pub max_videos_per_conversation: usize,
-    /// Take pictures in a row as separate stills, not as one video of these frames.
+    /// Treat consecutive pictures as separate still images instead of the frames of one video.
     #[arg(long)]
     pub images_as_stills: bool,
     /// Most frames a video.
@@ -155,7 +155,7 @@ impl ServeArgs {
         self.served_model_name.clone().unwrap_or_else(|| self.model.model.to_string())
     }
 
-    /// Most videos of one request.
+    /// Returns the most videos that one request may have.
     fn max_videos(&self) -> usize {
         self.max_videos_per_conversation.max(self.max_videos_per_request)
     }

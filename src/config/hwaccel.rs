@@ -1,6 +1,6 @@
-//! Names what decodes videos beside the processor, as flags say it.
+//! The setting for hardware video decoding, and its flag syntax.
 //!
-//! Part of the configuration, which owns it; must never look for a device.
+//! Read by `media`. Must never probe for a device.
 
 use std::{fmt, str::FromStr};
 

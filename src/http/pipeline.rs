@@ -195,7 +195,7 @@ async fn prepare(
     }
 }
 
-/// Refuses more videos than the context can hold, before any of them is fetched.
+/// Refuses more videos than the context can hold, before any video is fetched.
 fn check_visual_tokens(num_videos: usize, limits: EngineLimits) -> Result<(), ApiError> {
     let (prompt_tokens, context) = (num_videos * limits.visual_tokens, limits.context);
     if prompt_tokens < context {

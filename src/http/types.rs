@@ -172,15 +172,16 @@ pub struct MediaIoKwargs {
     pub extra: Extra,
 }
 
-/// How the pictures of a message are taken. Two and more in a row are one video of these frames.
+/// Settings for pictures. Two or more consecutive pictures of a message are the frames of one
+/// video.
 #[derive(Debug, Default, Deserialize, ToSchema)]
 pub struct ImageKnobs {
-    /// false: each picture is a still of its own.
+    /// false treats each picture as a separate still image.
     pub as_video: Option<bool>,
-    /// The rate that the pictures were sampled at, frames a second.
+    /// Rate at which the client sampled the pictures, frames per second.
     #[schema(exclusive_minimum = 0)]
     pub fps: Option<f64>,
-    /// When each of the pictures is shown, seconds, ascending; in place of `fps`.
+    /// Presentation time of each picture, seconds, ascending; excludes `fps`.
     pub timestamps: Option<Vec<f64>>,
     #[serde(flatten)]
     #[schema(ignore)]
@@ -199,7 +200,7 @@ pub struct Message {
     pub extra: Extra,
 }
 
-/// A message's content. A part that is a bare string is one of text, as OpenAI's own examples send it.
+/// Reads the content of a message. OpenAI's examples send text parts as bare strings.
 fn text_or_parts<'de, D: Deserializer<'de>>(
     deserializer: D,
 ) -> Result<Option<TextOr<Vec<ContentPart>>>, D::Error> {
@@ -231,7 +232,8 @@ pub struct ContentPart {
     pub video: Option<TextOr<Vec<TextOr<ListedFrame>>>>,
     /// OpenAI's.
     pub file: Option<FilePart>,
-    /// A picture. Several in a row are one video of these frames (see `media_io_kwargs.image`), one alone is a still.
+    /// A picture. Consecutive pictures are the frames of one video (see `media_io_kwargs.image`);
+    /// a single picture is a still image.
     #[schema(schema_with = parts::image_url, required = false)]
     pub image_url: Option<TextOr<ImageUrl>>,
     pub uuid: Option<String>,
@@ -241,17 +243,17 @@ pub struct ContentPart {
     pub max_frames: Option<i64>,
     pub start: Option<f64>,
     pub end: Option<f64>,
-    /// Of a list of frames: when each is shown, seconds, ascending; in place of `fps`, the rate of a list.
+    /// Presentation time of each frame of a list, seconds, ascending; excludes `fps`.
     pub timestamps: Option<Vec<f64>>,
     #[serde(flatten)]
     #[schema(ignore)]
     pub extra: Extra,
 }
 
-/// A frame of a list, as an object in place of its URL.
+/// A frame of a list, as an object that holds its URL.
 #[derive(Debug, Deserialize, ToSchema)]
 pub struct ListedFrame {
-    /// image_url, or none.
+    /// image_url, or omitted.
     #[serde(rename = "type")]
     pub kind: Option<String>,
     #[schema(schema_with = parts::image_url)]
@@ -273,7 +275,7 @@ pub struct VideoUrl {
     pub max_frames: Option<i64>,
     pub start: Option<f64>,
     pub end: Option<f64>,
-    /// Of a list of frames: when each is shown, seconds, ascending; in place of `fps`, the rate of a list.
+    /// Presentation time of each frame of a list, seconds, ascending; excludes `fps`.
     pub timestamps: Option<Vec<f64>>,
     #[serde(flatten)]
     #[schema(ignore)]

@@ -1,7 +1,9 @@
-//! Tells by a file's bytes who decodes it: a still and an animation are decoded in-process, all else by ffmpeg.
+//! Detects from a file's bytes how to decode it: still images and animated pictures in-process,
+//! videos with ffmpeg.
 //!
-//! Called by `mod.rs`, for every file but the pictures of a list. Reads the headers of chunks only, and must never trust
-//! what a client calls a file: chat clients send videos as pictures and animations as videos.
+//! Called by `picture_loader.rs` and, for the pictures of a list, `pictures.rs`. Reads only chunk
+//! headers. Must never trust the media type that a client names: chat clients send videos as
+//! pictures and animations as videos.
 
 use std::{
     fs::File,
@@ -13,25 +15,25 @@ use image::ImageFormat;
 use super::{MediaError, frame_sampling::Timeline, pictures, probe::Container, source::LocalFile};
 use crate::config::MediaConfig;
 
-/// How much of a file tells what it is (a transport stream needs most).
+/// Bytes that identify a file (a transport stream needs the most).
 const HEAD_BYTES: u64 = 256;
-/// Most chunks of a picture that are looked at; cameras and editors write a few thousand at most.
+/// Most chunks read per picture; cameras and editors write a few thousand at most.
 const MAX_CHUNKS: usize = 1 << 20;
-/// How much of a chunk's data is read: the fields that tell of a frame.
+/// Bytes read per chunk: the fields that describe a frame.
 const CHUNK_HEAD_BYTES: usize = 26;
-/// Browsers show frames of up to 10 ms for 100 ms: such times were never meant.
+/// Browsers show frames with a delay of up to 10 ms for 100 ms.
 const SHORTEST_DELAY_SECONDS: f64 = 0.01;
 const DEFAULT_DELAY_SECONDS: f64 = 0.1;
-/// Pictures in the container of MP4.
+/// Brands of still images in an MP4 container.
 const PICTURE_BRANDS: [&[u8; 4]; 8] =
     [b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"mif1", b"msf1"];
 
-/// What a file is.
+/// The kind of a file.
 #[derive(Debug)]
 pub enum Content {
     Still,
     Animation(Animation),
-    /// One of the containers that ffmpeg may open.
+    /// A container that ffmpeg may open.
     Video,
     Unknown,
 }
@@ -40,21 +42,21 @@ pub enum Content {
 #[derive(Debug, Clone)]
 pub struct Animation {
     pub format: ImageFormat,
-    /// When its frames are shown, as its chunks tell.
+    /// Presentation times of its frames, read from its chunks.
     pub timeline: Timeline,
 }
 
 impl Animation {
-    /// As people call it.
+    /// Returns the usual name of the format.
     pub fn name(&self) -> &'static str {
         if self.format == ImageFormat::Png { "apng" } else { "webp" }
     }
 }
 
-/// Looks into `file`. On the blocking pool.
+/// Detects the kind of `file`. Runs on the blocking pool.
 ///
 /// # Errors
-/// An animation that is cut off or has too many frames, and pictures in containers that nothing here reads.
+/// A truncated animation, an animation with too many frames, and a HEIC or AVIF picture.
 pub fn of(file: &LocalFile, config: &MediaConfig) -> Result<Content, MediaError> {
     let unreadable = |error: io::Error| {
         tracing::error!(%error, "a media file vanished");
@@ -89,7 +91,7 @@ pub fn of(file: &LocalFile, config: &MediaConfig) -> Result<Content, MediaError>
     }
 }
 
-/// When frames that last so long are shown.
+/// Builds the timeline of frames with these delays (seconds).
 fn timeline(delays: &[f64]) -> Timeline {
     let (mut times, mut duration) = (Vec::with_capacity(delays.len()), 0.0);
     for &delay in delays {
@@ -99,7 +101,7 @@ fn timeline(delays: &[f64]) -> Timeline {
     Timeline { times, duration }
 }
 
-/// How long the frames of an animated picture last, seconds.
+/// Delays of the frames of an animated picture, seconds.
 enum Delays {
     Whole(Vec<f64>),
     CutOff,
@@ -111,20 +113,20 @@ struct Chunks {
     reader: BufReader<File>,
     is_png: bool,
     position: u64,
-    /// Of the file.
+    /// Length of the file.
     num_bytes: u64,
 }
 
-/// The beginning of a chunk.
+/// The header and first bytes of a chunk.
 struct Chunk {
     kind: [u8; 4],
     head: [u8; CHUNK_HEAD_BYTES],
-    /// Whether all of it is in the file.
+    /// False if the file ends inside the chunk.
     is_whole: bool,
 }
 
 impl Chunks {
-    /// None: a file of this format has no chunks, and is a still.
+    /// Returns none for a format without chunks (a still image).
     fn open(file: File, format: ImageFormat) -> io::Result<Option<Self>> {
         let (is_png, position) = match format {
             ImageFormat::Png => (true, 8),
@@ -135,13 +137,13 @@ impl Chunks {
         Ok(Some(Chunks { reader: BufReader::new(file), is_png, position, num_bytes }))
     }
 
-    /// None at the end of the file.
+    /// Returns none at the end of the file.
     fn next(&mut self) -> io::Result<Option<Chunk>> {
         let mut header = [0u8; 8];
         if self.position + header.len() as u64 > self.num_bytes {
             return Ok(None);
         }
-        // Within the buffer if it can be: most chunks are small.
+        // Seeks within the buffer where possible: most chunks are small.
         let ahead = self.position as i64 - self.reader.stream_position()? as i64;
         self.reader.seek_relative(ahead)?;
         self.reader.read_exact(&mut header)?;
@@ -152,7 +154,7 @@ impl Chunks {
             ([a, b, c, d], u64::from(u32::from_le_bytes([e, f, g, h])))
         };
         let start = self.position + header.len() as u64;
-        // A checksum follows in PNG; in WebP, chunks begin at even places.
+        // PNG appends a checksum; WebP aligns chunks to even offsets.
         self.position = start + if self.is_png { length + 4 } else { length + length % 2 };
         let mut head = [0u8; CHUNK_HEAD_BYTES];
         let there = length.min(CHUNK_HEAD_BYTES as u64).min(self.num_bytes - start);
@@ -160,10 +162,10 @@ impl Chunks {
         Ok(Some(Chunk { kind, head, is_whole: start + length <= self.num_bytes }))
     }
 
-    /// None: it is not animated.
+    /// Returns none for a still image.
     fn delays(mut self, config: &MediaConfig) -> io::Result<Option<Delays>> {
         let mut delays = Vec::new();
-        // How many frames PNG announces; WebP only says that it is animated.
+        // The number of frames in PNG; 0 in WebP, which does not announce it.
         let mut announced: Option<usize> = None;
         let mut has_end = false;
         for _ in 0..MAX_CHUNKS {
@@ -173,7 +175,7 @@ impl Chunks {
                 b"acTL" => {
                     announced = Some(u32::from_be_bytes([head[0], head[1], head[2], head[3]]) as usize)
                 }
-                // Pictures that are not animated end the search at their pixels.
+                // A still image: its pixels come before any animation chunk.
                 b"VP8X" | b"VP8 " | b"VP8L" | b"IDAT" if announced.is_none() => return Ok(None),
                 b"ANMF" if is_whole => delays.push(webp_delay(&head)),
                 b"fcTL" if is_whole => delays.push(png_delay(&head)),
@@ -202,22 +204,22 @@ impl Chunks {
         Ok(Some(Delays::Whole(delays)))
     }
 
-    /// Whether a WebP file has the bytes that its header announces.
+    /// Returns true if a WebP file has the length that its header announces.
     fn is_as_long_as_it_says(&mut self) -> io::Result<bool> {
         let mut size = [0u8; 4];
         self.reader.seek(SeekFrom::Start(4))?;
         self.reader.read_exact(&mut size)?;
-        // The size leaves out the first 8 bytes; a missing byte of padding at the end does not matter.
+        // The size excludes the first 8 bytes; the last byte of padding may be missing.
         Ok(u64::from(u32::from_le_bytes(size)) + 8 <= self.num_bytes + 1)
     }
 }
 
-/// Of an `ANMF` chunk, seconds: 24 bits of milliseconds.
+/// Reads the delay of an `ANMF` chunk, seconds (stored as 24 bits of milliseconds).
 fn webp_delay(head: &[u8; CHUNK_HEAD_BYTES]) -> f64 {
     f64::from(u32::from_le_bytes([head[12], head[13], head[14], 0])) / 1000.0
 }
 
-/// Of an `fcTL` chunk, seconds: a fraction, of a hundredth where its denominator is 0.
+/// Reads the delay of an `fcTL` chunk, seconds (a fraction; a denominator of 0 stands for 100).
 fn png_delay(head: &[u8; CHUNK_HEAD_BYTES]) -> f64 {
     let numerator = u16::from_be_bytes([head[20], head[21]]);
     let denominator = u16::from_be_bytes([head[22], head[23]]);

@@ -3,33 +3,33 @@
 //! Called by `mod.rs` with the video's timeline. Must give the original implementation's exact indices: another
 //! rounding shows the model other frames than the ones its published scores were made with.
 //!
-//! The model was trained on a fixed number of frames (or a number for each second), so a video with fewer frames than
-//! that repeats some, as the original does. A number that the client itself asks for (or a rate) gives each frame at
-//! most once: a short video then gives fewer frames, not an error.
+//! The model was trained on a fixed number of frames (or frames per second), so a video with fewer
+//! frames repeats some, as the original does. A number or a rate that the client asks for gives
+//! each frame at most once: a short video then gives fewer frames, not an error.
 //!
-//! Numbers of frames are spread by index, as in the original. A rate that a client asks for is a rate of time: the
-//! frames that are on screen every `1 / fps` seconds.
+//! A number of frames is spread by index, as in the original. A rate that the client asks for
+//! selects by time: the frames on screen every `1 / fps` seconds.
 
 use super::{FrameSampling, MediaError};
 use crate::config::MediaConfig;
 
 /// Container time bases round durations (Matroska to 1 ms): this much may be missing from a whole second.
 const DURATION_TOLERANCE_SECONDS: f64 = 1e-3;
-/// The same for the time of one frame: half of 1 ms, and a little.
+/// The same for the time of one frame: half of 1 ms, plus a margin.
 const TIME_TOLERANCE_SECONDS: f64 = 6e-4;
 
 /// When the frames of a video are shown, in display order.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Timeline {
-    /// Seconds from the file's start, as players count; not decreasing. The first one is greater than 0 where sound
-    /// begins before the picture.
+    /// Seconds from the file's start, as players count; non-decreasing. The first one is greater
+    /// than 0 if the audio starts before the video.
     pub times: Vec<f64>,
     /// Seconds from the file's start to the end of the last frame.
     pub duration: f64,
 }
 
 impl Timeline {
-    /// When the first frame is shown.
+    /// Returns the presentation time of the first frame.
     fn first(&self) -> f64 {
         self.times.first().copied().unwrap_or(0.0)
     }
@@ -49,7 +49,7 @@ pub struct Sampling {
 pub enum FrameCount {
     /// Exactly this many, repeating frames of a short video: the model's own number.
     Trained(usize),
-    /// This many for each second of the video, spread by index and repeated as above: the model's own rate.
+    /// This many per second of video, spread by index and repeated as above: the model's own rate.
     TrainedRate { fps: f64, max_frames: usize },
     /// This many, or all frames if there are fewer.
     AtMost(usize),
@@ -121,7 +121,7 @@ impl Sampling {
         Ok(Sampling { count, start: request.start, end: request.end })
     }
 
-    /// The same sampling with at most `max_frames` frames.
+    /// Returns the same sampling with at most `max_frames` frames.
     pub fn bounded(self, max_frames: usize) -> Self {
         let count = match self.count {
             FrameCount::Trained(n) if n <= max_frames => FrameCount::Trained(n),
@@ -136,7 +136,9 @@ impl Sampling {
         Sampling { count, ..self }
     }
 
-    /// Display indices of the sampled frames, ascending. Fails if no frame is shown between `start` and `end`.
+    /// Returns the display indices of the sampled frames, ascending. Fails if no frame is shown
+    /// between
+    /// `start` and `end`.
     pub fn indices(&self, timeline: &Timeline) -> Result<Vec<usize>, MediaError> {
         let (first, total) = self.window(timeline)?;
         let n = match self.count {
@@ -153,8 +155,9 @@ impl Sampling {
         Ok(spread(total, n).into_iter().map(|index| first + index).collect())
     }
 
-    /// The frames on screen at `start + k / fps` for `k` = 0, 1, …, from the first frame on without a `start`; if these are more than `max_frames`, those at
-    /// `max_frames` of these times, spread evenly. Takes a time of `max_frames`, however long the video is.
+    /// Returns the frames on screen at `start + k / fps` for `k` = 0, 1, …; `start` defaults to the
+    /// first frame's time. More than `max_frames` of them are reduced to those at `max_frames`
+    /// evenly spread ticks. Costs `O(max_frames log n)` for `n` frames.
     fn by_time(&self, timeline: &Timeline, fps: f64, max_frames: usize) -> Vec<usize> {
         let times = &timeline.times;
         let start = self.start.unwrap_or_else(|| timeline.first());
@@ -163,7 +166,7 @@ impl Sampling {
             let time = start + tick / fps + TIME_TOLERANCE_SECONDS;
             times.partition_point(|&shown| shown <= time).saturating_sub(1)
         };
-        // The first tick at or after `time`.
+        // Returns the first tick at or after `time`.
         let tick_at = |time: f64| ((time - TIME_TOLERANCE_SECONDS - start) * fps).ceil().max(0.0);
         let num_ticks = tick_at(end).max(1.0);
         let (mut indices, mut tick) = (Vec::new(), 0.0);
@@ -172,7 +175,7 @@ impl Sampling {
             if indices.last() != Some(&index) {
                 indices.push(index);
             }
-            // Ticks on which this frame is still on screen are skipped.
+            // Skips the ticks at which this frame is still on screen.
             let Some(&next_shown) = times.get(index + 1) else { break };
             tick = tick_at(next_shown).max(tick + 1.0);
         }
@@ -301,7 +304,7 @@ mod tests {
         resolve(FrameSampling { fps: Some(fps), max_frames, ..Default::default() }).unwrap()
     }
 
-    /// A model that was trained at one frame a second.
+    /// The sampling of a model that was trained at one frame per second.
     fn trained_at_one_fps() -> Sampling {
         let config = MediaConfig { default_fps: Some(1.0), ..MediaConfig::default() };
         Sampling::resolve(FrameSampling::default(), &config).unwrap()
@@ -313,9 +316,9 @@ mod tests {
         for (total, n) in [(250, 10), (249, 9), (3, 1), (25 * 64, 64), (25 * 600, 64)] {
             assert_eq!(sampling.indices(&constant_rate(total, 25.0)).unwrap(), spread(total, n), "{total}");
         }
-        // Pictures 4 s apart: the original repeats them.
+        // The original repeats frames that are 4 s apart.
         assert_eq!(sampling.indices(&constant_rate(2, 0.25)).unwrap(), [0, 0, 0, 0, 0, 0, 0, 1]);
-        // What counts is the time that pictures are shown, not the sound before.
+        // Audio before the first frame does not count.
         let mut late = constant_rate(100, 25.0);
         late.times.iter_mut().for_each(|time| *time += 3.0);
         late.duration += 3.0;
@@ -332,7 +335,7 @@ mod tests {
         // At 29.97 frames a second, frame 30 comes 1 ms after the first second.
         let ntsc = sampling.indices(&constant_rate(300, 30000.0 / 1001.0)).unwrap();
         assert_eq!(ntsc, [0, 29, 59, 89, 119, 149, 179, 209, 239, 269, 299]);
-        // More than the video has: each frame once.
+        // A rate above that of the video gives each frame once.
         assert_eq!(at_rate(50.0, None).indices(&constant_rate(5, 25.0)).unwrap(), [0, 1, 2, 3, 4]);
         let bounded = at_rate(2.0, Some(8)).indices(&constant_rate(2500, 25.0)).unwrap();
         let ticks = spread(200, 8);
@@ -348,7 +351,7 @@ mod tests {
         let burst = Timeline { times, duration: 40.0 };
         let expected: Vec<usize> = [0, 100].into_iter().chain(200..219).collect();
         assert_eq!(at_rate(1.0, None).indices(&burst).unwrap(), expected);
-        // Bounded: spread over time, and not over the burst.
+        // A bound spreads the frames over time, not over the burst.
         let few = at_rate(100.0, Some(8)).indices(&burst).unwrap();
         assert_eq!(few[0], 0);
         assert!(few.len() == 8 && few[1] > 200 && few[7] == 218, "{few:?}");

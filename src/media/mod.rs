@@ -39,7 +39,7 @@ use self::{
     ffmpeg::Tools,
     frame_cache::FrameCache,
     frame_sampling::{Applied, Sampling},
-    pictures::Album,
+    pictures::PictureSource,
     pixels::Resizer,
     places::DecoderPlaces,
     probe::Probe,
@@ -70,7 +70,7 @@ pub enum VideoSource {
     Url(String),
     /// Frames that the client sampled itself, in order, by URL. `fps` of their sampling is their own rate.
     Frames(Vec<String>),
-    /// A list of frames and when each is shown: seconds, ascending, as many as frames.
+    /// A list of frames with the presentation time of each: seconds, ascending.
     Timed(Box<VideoSource>, Vec<f64>),
     /// A picture, by URL: a video of one frame, unless it is animated.
     Image(String),
@@ -105,7 +105,7 @@ pub struct FrameSampling {
     pub fps: Option<f64>,
     /// Upper bound with `fps`.
     pub max_frames: Option<usize>,
-    /// Start and end of the part looked at, seconds from the file's start.
+    /// Start and end of the window, seconds from the file's start.
     pub start: Option<f64>,
     pub end: Option<f64>,
 }
@@ -113,14 +113,16 @@ pub struct FrameSampling {
 /// What was sampled, for the reply's `video` object.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, ToSchema)]
 pub struct VideoInfo {
-    /// Frames of the source's video stream; of a list: its pictures.
+    /// Frames of the video stream, or pictures of a list.
     pub source_frames: usize,
-    /// Seconds from the file's start to its last frame's end; unknown of a list of frames whose times were not said.
+    /// Seconds from the file's start to the end of its last frame; null for a list of frames
+    /// without times.
     pub duration: Option<f64>,
-    /// Displayed size (after rotation), pixels; of a list: its first sampled frame's.
+    /// Displayed size (after rotation), pixels; for a list, that of its first sampled frame.
     pub width: usize,
     pub height: usize,
-    /// "image" of a still, "frames" of a list, "webp" or "apng" of an animated picture.
+    /// Container name; "image" for a still image, "frames" for a list, "webp" or "apng" for an
+    /// animation.
     pub container: String,
     pub codec: String,
     /// How many frames the model saw.
@@ -129,12 +131,13 @@ pub struct VideoInfo {
     pub fps: Option<f64>,
     /// What bounded the frames that `fps` gave.
     pub max_frames: Option<usize>,
-    /// The part looked at, seconds from the file's start; `None`: from the start, to the end.
+    /// The window, seconds from the file's start; null if not asked for.
     pub start: Option<f64>,
     pub end: Option<f64>,
     /// Sampled frames, in display order; short videos and lists repeat indices.
     pub sampled_indices: Vec<usize>,
-    /// Their presentation times from the file's start, as players count, seconds; empty where they are unknown.
+    /// Presentation times of these frames, seconds from the file's start, as players count; empty
+    /// if unknown.
     pub sampled_timestamps: Vec<f64>,
 }
 
@@ -214,11 +217,12 @@ impl MediaLoader {
         match self.content(&file).await? {
             Content::Animation(animation) => {
                 let selection = Selection::of_animation(&sampling, &animation.timeline)?;
-                Box::pin(self.load_pictures(Album::Animation(file, animation), selection, caller)).await
+                Box::pin(self.load_pictures(PictureSource::Animation(file, animation), selection, caller))
+                    .await
             }
             Content::Still if may_be_still => {
                 let selection = Selection::of_still(&sampling)?;
-                Box::pin(self.load_pictures(Album::Still(file), selection, caller)).await
+                Box::pin(self.load_pictures(PictureSource::Still(file), selection, caller)).await
             }
             Content::Unknown if is_picture => Err(pictures::unsupported()),
             Content::Still | Content::Video | Content::Unknown => {

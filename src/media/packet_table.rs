@@ -41,7 +41,7 @@ pub struct PacketTable {
     display: Option<Vec<(i64, usize)>>,
     /// Usable starting points: positions of shown keyframes, ascending.
     keys: Vec<usize>,
-    /// The time of the container's clock that players call 0, seconds; none: that of the first frame.
+    /// Container time that players show as 0, seconds; none: the time of the first frame.
     zero: Option<f64>,
 }
 
@@ -89,8 +89,8 @@ impl PacketTable {
         PacketTable { packets, time_base, nominal_rate, display, keys, zero: None }
     }
 
-    /// `container_start`: when the first of all streams begins, seconds. Players count from there. Where that is before
-    /// zero, it is the lead-in of an encoder for sound, which players cut off.
+    /// Sets the start of the file: `container_start` is the earliest start of all streams, seconds,
+    /// from where players count. A negative start is audio encoder priming, which players drop.
     pub fn starting_at(mut self, container_start: Option<f64>) -> Self {
         self.zero = container_start.map(|start| start.max(0.0));
         self
@@ -138,7 +138,7 @@ impl PacketTable {
         Timeline { times, duration: offset + frames as f64 / self.nominal_rate }
     }
 
-    /// Seconds from the file's start, as players count, to its first frame.
+    /// Returns the seconds from the file's start, as players count, to its first frame.
     fn offset(&self, first_pts: i64) -> f64 {
         self.zero.map_or(0.0, |zero| (self.seconds(first_pts as f64) - zero).max(0.0))
     }

@@ -1,14 +1,14 @@
-//! The way of pictures through the media stage: content, selection, decode, resize, cache.
+//! The path of pictures through the media stage: detect, select, decode, resize, cache.
 //!
-//! Part of [`MediaLoader`], called by its `load_for`. Never decodes on an async thread, and keeps to the places and the
-//! time of video decoders.
+//! Methods of [`MediaLoader`] for its `load_for`. Must never decode on an async thread, nor outside
+//! the limits on decoders (their number and their time).
 
 use std::sync::Arc;
 
 use super::{
     Caller, FrameSampling, MediaError, MediaLoader, VideoFrames, VideoInfo, VideoSource, applied,
     content::{self, Content},
-    pictures::{Album, CancelOnDrop, PictureDecoder, Pictures},
+    pictures::{CancelOnDrop, PictureDecoder, PictureSource, Pictures},
     repeated,
     selection::{PictureList, Selection},
     source::LocalFile,
@@ -16,7 +16,7 @@ use super::{
 use crate::telemetry::{Stage, Trail};
 
 impl MediaLoader {
-    /// Frames of a list that the client sampled itself.
+    /// Loads a list of frames that the client sampled itself.
     pub(super) async fn load_list(
         &self,
         source: VideoSource,
@@ -30,31 +30,31 @@ impl MediaLoader {
         let files = self.fetched(source, caller).await?;
         let list = PictureList { num_pictures: files.len(), timestamps: timestamps.as_deref() };
         let selection = Selection::of_list(sampling, list, &self.config)?;
-        self.load_pictures(Album::List(files), selection, caller).await
+        self.load_pictures(PictureSource::List(files), selection, caller).await
     }
 
     pub(super) async fn load_pictures(
         &self,
-        album: Album,
+        source: PictureSource,
         selection: Selection,
         caller: &Caller,
     ) -> Result<Arc<VideoFrames>, MediaError> {
-        let digest = self.digest(album.files(), &selection.digest_bytes, &caller.salt);
-        let load = self.decode_pictures(album, selection, digest, &caller.trail);
+        let digest = self.digest(source.files(), &selection.digest_bytes, &caller.salt);
+        let load = self.decode_pictures(source, selection, digest, &caller.trail);
         self.cached(digest, load, &caller.trail).await
     }
 
-    /// What a file is, whatever its sender calls it.
+    /// Detects the kind of a file, whatever media type its sender names.
     pub(super) async fn content(&self, file: &LocalFile) -> Result<Content, MediaError> {
         let (file, config) = (file.clone(), self.config.clone());
         let look = tokio::task::spawn_blocking(move || content::of(&file, &config));
         look.await.expect("looking into a file does not panic: this is a bug")
     }
 
-    /// Decodes and resizes pictures on the blocking pool, among the decoders of videos and within their time.
+    /// Decodes and resizes pictures on the blocking pool, within the limits of video decoders.
     async fn decode_pictures(
         &self,
-        album: Album,
+        source: PictureSource,
         selection: Selection,
         digest: [u8; 32],
         trail: &Trail,
@@ -66,13 +66,13 @@ impl MediaLoader {
             config: self.config.clone(),
             cancelled: guard.0.clone(),
         };
-        let container = album.container();
+        let container = source.container();
         let mut wanted = selection.indices.clone();
         wanted.dedup();
         let work = tokio::task::spawn_blocking(move || {
             // Given back when the work has really ended, whoever still waits for it.
             let _place = place;
-            decoder.decode(&album, &wanted)
+            decoder.decode(&source, &wanted)
         });
         let timeout = self.config.decode_timeout;
         let decode = async {

@@ -1,10 +1,11 @@
-//! Stills, animations, and frames that the client sampled itself: pictures in place of a video.
+//! Decodes still images, animated pictures, and frames that the client sampled itself.
 //!
 //! Called by `mod.rs`, on the blocking pool. The `image` crate decodes them in-process: safe code, three formats, chosen
-//! by the first bytes alone, and sizes are checked before anything of that size is allocated. Of an animation, no more
-//! than one frame is held at its own size. What is transparent is shown on white.
+//! by the first bytes alone, and sizes are checked before anything of that size is allocated. It
+//! must never hold more than one frame of an animation at source size. Transparent pixels are
+//! composited on white.
 //!
-//! What is sampled of them is for `selection.rs` to say.
+//! `selection.rs` chooses the frames.
 
 use std::{
     fs,
@@ -33,10 +34,10 @@ use crate::{config::MediaConfig, telemetry::PieceTimer};
 
 /// Most bytes of a pixel in a decoder (16 bits in four channels).
 const MAX_PIXEL_BYTES: usize = 8;
-/// The same of an animation: two canvases, and a frame as stored and as laid on them.
+/// Most bytes per pixel of an animation: two canvases, the stored frame, and the frame as RGBA.
 const MAX_ANIMATION_PIXEL_BYTES: usize = 20;
 
-/// Behind what is transparent.
+/// Background of transparent pixels.
 const WHITE: Rgba<u8> = Rgba([255; 4]);
 
 /// Pictures at the model's input size.
@@ -62,64 +63,64 @@ impl Drop for CancelOnDrop {
     }
 }
 
-/// Where the pictures come from.
+/// The files that pictures come from.
 #[derive(Debug)]
-pub enum Album {
+pub enum PictureSource {
     Still(LocalFile),
     /// Frames that the client sampled itself.
     List(Vec<LocalFile>),
     Animation(LocalFile, Animation),
 }
 
-impl Album {
+impl PictureSource {
     pub fn files(&self) -> &[LocalFile] {
         match self {
-            Album::Still(file) | Album::Animation(file, _) => std::slice::from_ref(file),
-            Album::List(files) => files,
+            PictureSource::Still(file) | PictureSource::Animation(file, _) => std::slice::from_ref(file),
+            PictureSource::List(files) => files,
         }
     }
 
-    /// As the reply calls it.
+    /// Returns the container name for the reply.
     pub fn container(&self) -> &'static str {
         match self {
-            Album::Still(_) => "image",
-            Album::List(_) => "frames",
-            Album::Animation(_, animation) => animation.name(),
+            PictureSource::Still(_) => "image",
+            PictureSource::List(_) => "frames",
+            PictureSource::Animation(_, animation) => animation.name(),
         }
     }
 }
 
-/// Decodes and resizes pictures one after the other.
+/// A decoder of pictures, one after the other.
 #[derive(Debug)]
 pub struct PictureDecoder {
     pub image_size: usize,
     pub config: Arc<MediaConfig>,
-    /// Ends the work between two pictures.
+    /// Stops the work between two pictures.
     pub cancelled: Arc<AtomicBool>,
 }
 
 impl PictureDecoder {
-    /// The pictures `wanted` (ascending, distinct) of `album`.
+    /// Returns the pictures `wanted` (ascending, distinct) of `source`, resized.
     ///
     /// # Errors
-    /// Pictures that are damaged, too large or of another format, and animations in a list.
-    pub fn decode(&self, album: &Album, wanted: &[usize]) -> Result<Pictures, MediaError> {
-        let mut shelf = Shelf::new(self.image_size);
-        if let Album::Animation(file, animation) = album {
-            self.read_frames(file, animation, wanted, &mut shelf)?;
-            return Ok(shelf.pictures);
+    /// A picture that is damaged, too large or of another format, and an animation in a list.
+    pub fn decode(&self, source: &PictureSource, wanted: &[usize]) -> Result<Pictures, MediaError> {
+        let mut collector = Collector::new(self.image_size);
+        if let PictureSource::Animation(file, animation) = source {
+            self.read_frames(file, animation, wanted, &mut collector)?;
+            return Ok(collector.pictures);
         }
-        let files = album.files();
+        let files = source.files();
         for &number in wanted {
             self.check_cancelled()?;
             let read = self.read(&files[number]);
             let (picture, codec) = read.map_err(|error| named(error, number, files.len()))?;
-            shelf.push(&picture, codec);
+            collector.push(&picture, codec);
         }
-        Ok(shelf.pictures)
+        Ok(collector.pictures)
     }
 
-    /// A still as a viewer would see it: turned as its metadata says, on white.
+    /// Decodes a still image as viewers show it: rotated by its metadata, on white.
     fn read(&self, file: &LocalFile) -> Result<(RgbImage, &'static str), MediaError> {
         let bytes = read_file(file)?;
         let Some((format, codec)) = format(&bytes) else { return Err(unsupported()) };
@@ -141,13 +142,14 @@ impl PictureDecoder {
         Ok((picture.into_rgb8(), codec))
     }
 
-    /// Decodes an animation up to the last frame wanted, for each frame may be a patch on the one before.
+    /// Decodes an animation up to the last frame wanted: each frame may be a patch of the previous
+    /// one.
     fn read_frames(
         &self,
         file: &LocalFile,
         animation: &Animation,
         wanted: &[usize],
-        shelf: &mut Shelf,
+        collector: &mut Collector,
     ) -> Result<(), MediaError> {
         let bytes = read_file(file)?;
         let (frames, orientation) = match animation.format {
@@ -161,7 +163,7 @@ impl PictureDecoder {
             if rest.next_if_eq(&&number).is_some() {
                 let mut picture = on_white(DynamicImage::ImageRgba8(frame.into_buffer()));
                 picture.apply_orientation(orientation);
-                shelf.push(&picture.into_rgb8(), animation.name());
+                collector.push(&picture.into_rgb8(), animation.name());
             }
             if rest.peek().is_none() {
                 return Ok(());
@@ -195,7 +197,7 @@ impl PictureDecoder {
         let mut decoder = decoder.map_err(|error| damaged(&error, &self.config))?;
         self.check_size(decoder.dimensions(), self.max_animation_pixels())?;
         let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
-        // Without one, frames that are taken away would stay.
+        // Without a background the decoder does not clear disposed frames.
         decoder.set_background_color(WHITE).map_err(|error| damaged(&error, &self.config))?;
         Ok((decoder.into_frames(), orientation))
     }
@@ -231,19 +233,19 @@ impl PictureDecoder {
     }
 }
 
-/// Takes pictures of any size and keeps them at the model's.
-struct Shelf {
+/// Collects pictures of any size, resized to the model's.
+struct Collector {
     pictures: Pictures,
     image_size: usize,
-    /// For pictures of the size of the last one.
+    /// Resizer for the size of the last picture.
     resizer: Option<(u32, u32, Resizer)>,
 }
 
-impl Shelf {
+impl Collector {
     fn new(image_size: usize) -> Self {
         let pictures =
             Pictures { frames: vec![], width: 0, height: 0, codec: "", resizing: PieceTimer::default() };
-        Shelf { pictures, image_size, resizer: None }
+        Collector { pictures, image_size, resizer: None }
     }
 
     fn push(&mut self, picture: &RgbImage, codec: &'static str) {
@@ -265,7 +267,7 @@ impl Shelf {
     }
 }
 
-/// `picture` without transparency, as seen on white.
+/// Composites `picture` on white.
 fn on_white(picture: DynamicImage) -> DynamicImage {
     let color = picture.color();
     if !color.has_alpha() {
@@ -293,7 +295,7 @@ fn on_white(picture: DynamicImage) -> DynamicImage {
     picture.into()
 }
 
-/// The picture's file, whole.
+/// Reads a picture's file.
 fn read_file(file: &LocalFile) -> Result<Vec<u8>, MediaError> {
     fs::read(file.path()).map_err(|error| {
         tracing::error!(%error, "a picture's file vanished");
@@ -301,7 +303,7 @@ fn read_file(file: &LocalFile) -> Result<Vec<u8>, MediaError> {
     })
 }
 
-/// Refuses what is neither a picture nor a video.
+/// The error for a file that is neither a picture nor a video.
 pub fn unsupported() -> MediaError {
     MediaError::Unsupported("this is not a picture that is accepted; send jpeg, png or webp".into())
 }

@@ -267,7 +267,7 @@ struct Report {
     matrix: Vec<i64>,
     /// Seconds, as the container claims.
     duration: Option<f64>,
-    /// When the first of all streams begins, seconds.
+    /// Earliest start of all streams, seconds.
     start: Option<f64>,
 }
 

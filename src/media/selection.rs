@@ -1,7 +1,9 @@
-//! Which pictures of a still, an animation or a list the model sees.
+//! Selects the frames of a still image, an animation or a list of pictures.
 //!
-//! Called by `mod.rs`. Pure: no files, no clock. All of them are sampled by the rules of `frame_sampling.rs`: a list has
-//! been sampled by its sender already, but of another number of frames than the model was trained with.
+//! Called by `mod.rs` and `picture_loader.rs`. Must stay pure: no files, no clock. All follow the
+//! rules of
+//! `frame_sampling.rs`. Lists do too: the client sampled them, but rarely to the number of frames
+//! that the model was trained on.
 
 use super::{
     FrameSampling, MediaError,
@@ -9,17 +11,17 @@ use super::{
 };
 use crate::config::MediaConfig;
 
-/// A checked wish for frames out of pictures.
+/// The selected pictures, and the description of the selection for the reply.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Selection {
-    /// How many pictures there are.
+    /// Number of pictures to select from.
     pub source_frames: usize,
-    /// Of the pictures, ascending.
+    /// Selected pictures, ascending.
     pub indices: Vec<usize>,
     pub applied: Applied,
-    /// Seconds; `None`: a list whose times nobody said.
+    /// Seconds; `None` for a list without times.
     pub duration: Option<f64>,
-    /// When each of `indices` is shown, seconds; empty as `duration` is unknown.
+    /// Presentation time of each of `indices`, seconds; empty if `duration` is `None`.
     pub times: Vec<f64>,
     /// Every effective parameter, for the digest.
     pub digest_bytes: Vec<u8>,
@@ -29,25 +31,26 @@ pub struct Selection {
 #[derive(Debug, Clone, Copy)]
 pub struct PictureList<'a> {
     pub num_pictures: usize,
-    /// Seconds, one for each picture, ascending; `None`: as `fps` of the request says, if it does.
+    /// Presentation times, seconds, ascending; `None`: derived from `fps` of the request, if any.
     pub timestamps: Option<&'a [f64]>,
 }
 
 impl Selection {
-    /// A still is sampled as a video of one frame: the model's own number repeats it, as the original repeats the frames
-    /// of a short video.
+    /// Samples a still image as a video of one frame, which the model's own number repeats, as the
+    /// original repeats the frames of a short video.
     pub fn of_still(sampling: &Sampling) -> Result<Self, MediaError> {
         let timeline = Timeline { times: vec![0.0], duration: 0.0 };
         Selection::of_timeline(b"still", sampling, &timeline)
     }
 
-    /// An animation is sampled as a video.
+    /// Samples an animation as a video.
     pub fn of_animation(sampling: &Sampling, timeline: &Timeline) -> Result<Self, MediaError> {
         Selection::of_timeline(b"animation", sampling, timeline)
     }
 
-    /// A list is spread to the model's number, or to what the request asks for. `fps` is the rate that the list itself was
-    /// sampled at; with it, or with timestamps, `start` and `end` have a meaning.
+    /// Spreads a list to the model's number of frames, or to the number that the request asks for.
+    /// `fps` is the rate at which the client sampled the list. `start` and `end` need it, or
+    /// timestamps.
     pub fn of_list(
         request: FrameSampling,
         list: PictureList<'_>,
@@ -69,7 +72,7 @@ impl Selection {
         if let Some(max_frames) = max_frames {
             sampling = sampling.bounded(max_frames);
         }
-        // Frames without times count as sampled at the model's own rate.
+        // Frames without times are taken as sampled at the model's own rate.
         let rate = config.default_fps.unwrap_or(1.0);
         let timeline = known.clone().unwrap_or_else(|| constant_rate(list.num_pictures, rate));
         let mut selection = Selection::of_timeline(b"list", &sampling, &timeline)?;
@@ -77,7 +80,7 @@ impl Selection {
         if known.is_none() {
             (selection.duration, selection.times) = (None, Vec::new());
         }
-        // The times that are told are part of the reply.
+        // The reply depends on the times.
         selection.digest_bytes.extend(selection.times.iter().flat_map(|time| time.to_bits().to_le_bytes()));
         Ok(selection)
     }
@@ -96,7 +99,7 @@ impl Selection {
 }
 
 impl PictureList<'_> {
-    /// `None`: nobody said when the pictures are shown.
+    /// Returns `None` if the times of the pictures are unknown.
     fn timeline(&self, fps: Option<f64>) -> Result<Option<Timeline>, MediaError> {
         let Some(timestamps) = self.timestamps else {
             return Ok(fps.map(|fps| constant_rate(self.num_pictures, fps)));
@@ -113,7 +116,7 @@ impl PictureList<'_> {
         }
         let (first, last) = (timestamps.first().copied(), timestamps.last().copied());
         let (first, last) = (first.unwrap_or_default(), last.unwrap_or_default());
-        // The last one is shown as long as the others are on average.
+        // The last picture lasts as long as the others on average.
         let each = (last - first) / self.num_pictures.saturating_sub(1).max(1) as f64;
         Ok(Some(Timeline { times: timestamps.to_vec(), duration: last + each }))
     }

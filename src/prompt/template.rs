@@ -16,7 +16,7 @@ pub const THINK_INSTRUCTION: &str =
 /// Asks for the option alone, as the family's models before reinforcement learning were asked.
 pub const OPTION_ONLY_INSTRUCTION: &str = "Answer with the option's letter from the given choices directly.";
 
-/// Stands for a video in the original's texts, and here in rendered prompts only.
+/// Placeholder of a video in rendered prompts, and in the texts of the original.
 const PLACEHOLDER: &str = "<image>";
 
 /// How a reply that thinks begins.
@@ -124,9 +124,10 @@ pub(super) fn pieces(conversation: &Conversation) -> Result<Vec<Piece>, PromptEr
     Ok(pieces)
 }
 
-/// "USER: … ASSISTANT:". A video comes first in its turn, whatever the client's order; the question is then rid of typed
-/// placeholders, as in the original, and stripped, and follows on the next line. A question without a video stays as it
-/// is: there the original would take a typed placeholder for a video.
+/// Renders "USER: … ASSISTANT:". A video comes first in its turn, whatever the client's order. The
+/// question follows on the next line, without typed placeholders and stripped, as in the original.
+/// A question without a video stays unchanged: the original would read a typed placeholder as a
+/// video.
 fn push_user(turn: &Turn, text: &mut String, pieces: &mut Vec<Piece>) {
     text.push_str("USER: ");
     if turn.num_videos == 0 {
@@ -186,7 +187,7 @@ mod tests {
             ("<image>\nWhat?", 1, "\nWhat?"),
             ("What?\n<image> <image>", 2, "\nWhat?"),
             ("<image>", 1, ""),
-            // Removed once, as in the original: what comes together then is text.
+            // One pass, as in the original: a placeholder that results stays text.
             ("<im<image>age> it", 1, "\n<image> it"),
             ("What <image> is it?", 0, "What <image> is it?"),
         ] {

@@ -1,5 +1,5 @@
-//! Pictures in a message are the frames of one video, in the shapes that real clients send; and how many videos a
-//! conversation may have.
+//! Consecutive pictures of a message are the frames of one video, in the shapes that real clients
+//! send; and the limits on the videos of a conversation.
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 use serde_json::{Value, json};
@@ -26,7 +26,7 @@ fn text(text: &str) -> Value {
     json!({"type": "text", "text": text})
 }
 
-/// Several parts, `frames` pictures among them where `null` stands.
+/// Replaces each `null` in `parts` by `frames` pictures.
 fn content(parts: Value, frames: usize) -> Value {
     let parts = parts.as_array().unwrap().iter().flat_map(|part| match part {
         Value::Null => (0..frames).map(image_url).collect(),
@@ -55,17 +55,17 @@ async fn frames_that_clients_send_as_pictures_are_one_video() {
         let reply = server.ask(&request(content(parts, 8), json!({}))).await;
         assert_eq!(reply["video"], list["video"], "{client}");
         assert_eq!(reply["usage"]["prompt_tokens_details"]["video_tokens"], 8, "{client}");
-        // The same prompt to the last token, but for the lone space of one.
+        // The prompts differ at most by a space.
         assert!(reply["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64() > Some(100), "{client}");
     }
     let times = (0..8).flat_map(|i| [text(&format!("<{i}.0 seconds>")), image_url(i)]);
     let times: Vec<Value> = times.chain([text("What?")]).collect();
     let captioned = server.ask(&request(json!(times), json!({}))).await;
-    assert_eq!(captioned["video"], list["video"], "captions do not part the frames");
+    assert_eq!(captioned["video"], list["video"], "captions do not separate frames");
     let elements: Vec<Value> = (0..8).map(image_url).collect();
     let elements = json!([text("What?"), {"type": "video", "video": elements}]);
     assert_eq!(server.ask(&request(elements, json!({}))).await["video"], list["video"]);
-    // OpenAI's cookbook of today, on /v1/responses.
+    // OpenAI's current cookbook uses /v1/responses.
     let frames = (0..8).map(|i| json!({"type": "input_image", "image_url": url(i)}));
     let parts: Vec<Value> =
         [json!({"type": "input_text", "text": "What?"})].into_iter().chain(frames).collect();
@@ -128,12 +128,12 @@ async fn pictures_are_stills_where_asked() {
             );
         }
     }
-    // By default a server takes one video a message: pictures that are parted by a sentence are two.
+    // A sentence separates two pictures, and the default limit is one video per message.
     let server = simple_server().await;
     let parted = json!([image_url(0), text("and then"), image_url(1)]);
     let (status, refused) = refused(&server, &request(parted, json!({}))).await;
     assert_eq!((status, &refused["param"]), (400, &json!("messages[0].content[2]")));
-    assert!(refused["message"].as_str().unwrap().contains("pictures in a row are one video"), "{refused}");
+    assert!(refused["message"].as_str().unwrap().contains("consecutive pictures are one video"), "{refused}");
 }
 
 #[tokio::test]
@@ -162,7 +162,7 @@ async fn a_history_of_videos_is_no_reason_to_refuse_the_next() {
         let reply = server.ask(&conversation(turns)).await;
         assert_eq!(reply["usage"]["prompt_tokens_details"]["video_tokens"], 8 * turns);
     }
-    // Each clip is decoded once, in whichever request it came first.
+    // Each clip is decoded once over all requests.
     assert_eq!(server.metric("tinyllava_stage_seconds_count{stage=\"decode\"}").await, 5.0);
     let (status, refused) = refused(&server, &conversation(17)).await;
     assert_eq!((status, &refused["param"]), (400, &json!("messages[32].content[1]")));

@@ -1,4 +1,5 @@
-//! Animated WebP, PNG and GIF are videos, whatever they are sent as; what is transparent is seen on white.
+//! Animated WebP, PNG and GIF are videos in every kind of part; transparent pixels are composited
+//! on white.
 
 use std::{io::Cursor, path::Path, process::Command, sync::Arc};
 
@@ -13,7 +14,7 @@ use tinyllava::{
 
 use crate::media_clips::{Clip, SIZE, loader, loader_with, numbers};
 
-/// A trial file's bytes.
+/// Reads a trial file.
 fn trial(name: &str) -> Vec<u8> {
     std::fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/trials").join(name)).unwrap()
 }
@@ -30,7 +31,7 @@ async fn load(loader: &MediaLoader, source: VideoSource) -> Result<Arc<VideoFram
     loader.load(source, FrameSampling::default()).await
 }
 
-/// The number in each frame of a trial file: 5 x 4 cells, the last four check the others.
+/// Reads the number in each frame of a trial file: 5 x 4 cells, of which the last four are a check.
 fn trial_numbers(frames: &VideoFrames) -> Vec<usize> {
     let side = frames.size;
     let number = |frame: &[u8]| {
@@ -47,8 +48,8 @@ fn trial_numbers(frames: &VideoFrames) -> Vec<usize> {
     frames.rgb.chunks_exact(side * side * 3).map(number).collect()
 }
 
-/// `animation.webp` in every way that a file can come.
-fn ways(bytes: &[u8]) -> Vec<VideoSource> {
+/// Returns `bytes` as every kind of source.
+fn sources(bytes: &[u8]) -> Vec<VideoSource> {
     let mut upload = tempfile::NamedTempFile::new().unwrap();
     std::io::Write::write_all(&mut upload, bytes).unwrap();
     vec![
@@ -64,7 +65,7 @@ fn ways(bytes: &[u8]) -> Vec<VideoSource> {
 #[tokio::test]
 async fn animated_webp_is_a_video_whatever_it_is_sent_as() {
     let (loader, bytes) = (loader(), trial("animation.webp"));
-    for source in ways(&bytes) {
+    for source in sources(&bytes) {
         let name = format!("{source:.40?}");
         let frames = load(&loader, source).await.unwrap();
         assert_eq!(trial_numbers(&frames), spread(50, 16), "{name}");
@@ -151,7 +152,7 @@ async fn animations_that_are_cut_off_or_too_large_are_refused() {
         let small = loader_with(MediaConfig { max_frame_pixels: 96 * 64 - 1, ..MediaConfig::default() });
         let error = load(&small, picture(&bytes)).await.unwrap_err();
         assert!(matches!(&error, MediaError::Undecodable(m) if m.contains("too large")), "{name}: {error}");
-        // Damage within must never be more than an error.
+        // Damaged frames are an error, too.
         let mut damaged = bytes.clone();
         damaged[bytes.len() / 2..][..200].fill(0x55);
         let error = load(&loader(), picture(&damaged)).await.unwrap_err();
@@ -162,13 +163,13 @@ async fn animations_that_are_cut_off_or_too_large_are_refused() {
     assert!(matches!(&error, MediaError::Unsupported(m) if m.contains("8 bits")), "{error}");
 }
 
-/// The one frame of a picture.
+/// Returns the one frame of a picture.
 async fn pixels_of(bytes: &[u8]) -> Vec<u8> {
     let once = FrameSampling { num_frames: Some(1), ..FrameSampling::default() };
     loader().load(picture(bytes), once).await.unwrap().rgb.to_vec()
 }
 
-/// `picture` on white, at the loader's size.
+/// Composites `picture` on white and resizes it.
 fn seen_on_white(picture: &RgbaImage) -> Vec<u8> {
     let over = |level: u8, alpha: u8| {
         let (level, alpha) = (f64::from(level), f64::from(alpha) / 255.0);
@@ -220,7 +221,7 @@ async fn every_kind_of_transparency_is_seen_on_white() {
     assert_eq!(pixels_of(&bytes).await, seen_on_white(&expected.into_rgba8()), "a palette with transparency");
 }
 
-/// A still whose palette has transparent colors.
+/// Makes a still image whose palette has transparent colors.
 fn palette_png() -> Vec<u8> {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("palette.png");
@@ -242,7 +243,7 @@ fn palette_png() -> Vec<u8> {
 #[tokio::test]
 async fn transparent_animations_are_seen_on_white() {
     let directory = tempfile::tempdir().unwrap();
-    // A black square that moves over nothing: what it leaves must be white again.
+    // A black bar moves over a transparent background: the columns it leaves are white again.
     for (name, options) in [
         ("a.webp", "-c:v libwebp_anim -lossless 1 -pix_fmt bgra"),
         ("a.png", "-f apng -pix_fmt rgba"),

@@ -162,7 +162,7 @@ async fn what_is_no_picture_or_too_large_is_refused() {
             "{error}"
         );
     }
-    // A video that is sent as a picture is judged as one.
+    // A video sent as a picture is decoded as a video.
     for bytes in [&b"GIF89a\x10\0\x10\0"[..], b"\0\0\0\x20ftypisom"] {
         let error = still(bytes).await.unwrap_err();
         assert!(matches!(error, MediaError::Undecodable(_)), "{error}");

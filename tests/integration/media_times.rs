@@ -1,4 +1,4 @@
-//! Times are those of a player: they count from the file's start, and a rate is one of time.
+//! Times count from the file's start, as in players, and a requested rate selects by time.
 
 use std::path::{Path, PathBuf};
 
@@ -22,10 +22,10 @@ async fn an_asked_rate_is_one_of_time() {
     let info = load(&trial("burst_then_still.mkv"), sampling).await.info.clone();
     let in_burst = info.sampled_timestamps.iter().filter(|&&time| time < 2.0).count();
     assert!((1..=3).contains(&in_burst), "{info:?}");
-    // One frame every 2 s from there on, each once.
+    // After the burst, each frame (one every 2 s) once.
     assert_eq!(info.num_frames, in_burst + 20, "{info:?}");
     assert!(info.sampled_timestamps.windows(2).all(|pair| pair[1] - pair[0] <= 2.05), "{info:?}");
-    // The model's own number stays by index.
+    // The default number of frames is spread by index.
     let by_index = load(&trial("burst_then_still.mkv"), FrameSampling::default()).await.info.clone();
     assert_eq!(by_index.sampled_indices, tinyllava::media::frame_sampling::spread(info.source_frames, 16));
 }
@@ -39,7 +39,7 @@ async fn times_count_from_the_sound_where_it_begins_first() {
     assert_eq!(all.info.source_frames, 100);
     let from = FrameSampling { start: Some(6.5), num_frames: Some(4), ..FrameSampling::default() };
     let info = load(&late, from).await.info.clone();
-    // The picture begins at 3 s, 25 frames a second.
+    // The video starts at 3 s, at 25 frames per second.
     assert_eq!(info.sampled_indices, [88, 91, 95, 99], "{info:?}");
     assert!(info.sampled_timestamps.iter().all(|&time| (6.5..7.05).contains(&time)), "{info:?}");
 }
@@ -67,7 +67,7 @@ async fn every_container_tells_how_late_its_picture_is() {
         let path = remux(&clip, name, sound, &options);
         let seconds = FrameSampling { fps: Some(1.0), ..FrameSampling::default() };
         let frames = load(&path, seconds).await;
-        // At 0, 1 and 2 s there is no picture yet, or the first one. A frame on the border may be a frame off.
+        // Time bases round: a frame on the border may be one off.
         assert!((frames.info.sampled_timestamps[0] - 3.0).abs() < 0.1, "{name}: {:?}", frames.info);
         assert!((frames.info.duration.unwrap() - 7.0).abs() < 0.15, "{name}: {:?}", frames.info);
         let from = FrameSampling { start: Some(6.0), num_frames: Some(1), ..FrameSampling::default() };

@@ -144,7 +144,7 @@ fn template_cases_have_the_original_text_and_ids() {
     assert!(cases.len() >= 6);
 }
 
-/// The original is given texts with its placeholder typed in; here that is a client's text, beside a video of its own.
+/// Texts with a typed placeholder and a video part, as the original takes them.
 #[test]
 fn a_typed_placeholder_beside_a_video_gives_the_original_ids() {
     let cases: Vec<TemplateCase> = read("template_cases.json");

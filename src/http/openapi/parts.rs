@@ -130,7 +130,7 @@ fn null() -> ObjectBuilder {
 
 /// `messages[].content`
 pub fn content() -> Schema {
-    let text = string().description(Some("The same as a part of type text."));
+    let text = string().description(Some("Shorthand for a part of type text."));
     let part = OneOfBuilder::new().item(text).item(Ref::from_schema_name("ContentPart"));
     let max_parts = Config::default().max_content_parts;
     let list: Array = ArrayBuilder::new().items(part).max_items(Some(max_parts)).build();

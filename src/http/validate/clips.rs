@@ -1,7 +1,8 @@
-//! Joins the pictures of a message to clips: two and more in a row are the frames of one video.
+//! Joins consecutive pictures of a message to one video of these frames (a clip).
 //!
-//! Called by `messages.rs`. Clients without a way to send a video sample it and send its frames as pictures; separate
-//! stills would each take the place of a whole video. Must never join what is no picture, as far as its URL tells.
+//! Called by `messages.rs`. Clients that cannot send a video sample it themselves and send its
+//! frames as pictures; each separate still image would cost as much as a video. Must never join a
+//! part whose URL names a video or a GIF.
 
 use super::{
     InvalidRequest,
@@ -9,17 +10,17 @@ use super::{
 };
 use crate::media::VideoSource;
 
-/// Longest text that may stand between two frames of a clip.
+/// Longest caption between two frames of a clip.
 const MAX_CAPTION_BYTES: usize = 64;
 
 /// A part and its path, as in `messages[0].content[1]`.
 pub type Placed = (String, Part);
 
-/// The parts of a message with its pictures joined. A caption between two pictures does not part them: clients write a
-/// frame's number or time before it.
+/// Returns the parts of a message with consecutive pictures joined. A caption does not separate two
+/// pictures: clients write a frame's number or time before the frame.
 ///
 /// # Errors
-/// A clip of more than `max_frames` pictures.
+/// More than `max_frames` consecutive pictures.
 pub fn join(parts: Vec<Placed>, max_frames: usize) -> Result<Vec<Placed>, InvalidRequest> {
     let mut joined = Vec::with_capacity(parts.len());
     let mut run: Vec<(String, VideoPart)> = Vec::new();
@@ -48,7 +49,7 @@ pub fn join(parts: Vec<Placed>, max_frames: usize) -> Result<Vec<Placed>, Invali
     Ok(joined)
 }
 
-/// Takes all of `run`: nothing, a still, or a clip in the place of its first picture.
+/// Empties `run` and returns it as a still image or a clip, at the position of its first picture.
 fn clip(run: &mut Vec<(String, VideoPart)>, max_frames: usize) -> Result<Option<Placed>, InvalidRequest> {
     let num_pictures = run.len();
     let mut pictures = std::mem::take(run).into_iter();
@@ -73,7 +74,7 @@ fn clip(run: &mut Vec<(String, VideoPart)>, max_frames: usize) -> Result<Option<
     Ok(Some((path, Part::Video(first))))
 }
 
-/// Whether a part is a picture that can be a frame. Videos and animations that are sent as pictures are not.
+/// Returns true for a picture that can be a frame: no video and no GIF that is sent as a picture.
 fn is_picture(part: &VideoPart) -> bool {
     const OTHERS: [&str; 2] = ["data:video/", "data:image/gif"];
     let Some(VideoSource::Image(url)) = &part.source else { return false };
@@ -82,7 +83,7 @@ fn is_picture(part: &VideoPart) -> bool {
     !OTHERS.iter().any(|start| starts_with(start))
 }
 
-/// Whether a text is the number or the time of a frame: short, with a digit, and no question.
+/// Returns true for a frame number or time: a short text with a digit that is no question.
 fn is_caption(text: &str) -> bool {
     text.len() <= MAX_CAPTION_BYTES && text.bytes().any(|byte| byte.is_ascii_digit()) && !text.contains('?')
 }
@@ -111,7 +112,7 @@ mod tests {
         video(VideoSource::Image(url.into()))
     }
 
-    /// Texts as they are, stills as their URL, clips as those of their pictures, other videos as "video".
+    /// Returns texts unchanged, still images and clips as their URLs, other videos as "video".
     fn joined(parts: Vec<Placed>) -> Vec<String> {
         let shown = |(_, part)| match part {
             Part::Text(text) => text,

@@ -18,8 +18,8 @@ use crate::{
     prompt::{Conversation, Turn},
 };
 
-/// Checks roles, parts and sizes. With `upload`, a request without a video part gets it in its last turn. `as_stills`:
-/// pictures in a row are not one video.
+/// Checks roles, parts and sizes. With `upload`, a request without a video part gets the upload in
+/// its last turn. `as_stills` keeps consecutive pictures separate.
 pub fn validate(
     messages: Vec<Message>,
     upload: bool,
@@ -162,7 +162,7 @@ impl Builder {
         Ok(())
     }
 
-    /// Keeps the video of the part at `path`. `before`: how many earlier messages have.
+    /// Stores the video of the part at `path`. `before` counts the videos of earlier messages.
     fn video(
         &mut self,
         path: String,
@@ -213,8 +213,8 @@ impl Builder {
 
 fn too_many_videos(config: &Config) -> String {
     format!(
-        "this server accepts at most {} videos in a message (--max-videos-per-request), where pictures in a row are one \
-         video and a picture alone is one too; send fewer",
+        "this server accepts at most {} videos in a message (--max-videos-per-request), where consecutive pictures are \
+         one video and a single picture is one too; send fewer",
         config.max_videos_per_request
     )
 }

@@ -38,9 +38,9 @@ pub struct VideoPart {
     pub source: Option<VideoSource>,
     /// Knobs and the paths of the objects they are in.
     pub knobs: Vec<(String, SamplingKnobs)>,
-    /// When the frames of a list are shown, and the path of the field that says so.
+    /// Presentation times of the frames of a list, and the path of their field.
     pub timestamps: Option<(String, Vec<f64>)>,
-    /// Whether it is several pictures of a message.
+    /// True for consecutive pictures of a message.
     pub is_clip: bool,
 }
 
@@ -191,7 +191,7 @@ fn qwen_video(path: &str, video: TextOr<Vec<TextOr<ListedFrame>>>) -> Result<Vid
     }
 }
 
-/// The URL of a frame in a list.
+/// Returns the URL of a frame in a list.
 fn listed_frame(path: &str, frame: TextOr<ListedFrame>) -> Result<String, InvalidRequest> {
     let frame = match frame {
         TextOr::Text(url) => return check_url(path, url),

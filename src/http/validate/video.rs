@@ -16,7 +16,7 @@ use crate::{
 
 /// Where the knobs of the whole request are.
 const TOP_LEVEL: &str = "media_io_kwargs.video";
-/// Where the knobs of pictures are.
+/// Path of the settings for pictures.
 const PICTURES: &str = "media_io_kwargs.image";
 /// The part of a multipart body with the video.
 const UPLOAD: &str = "video";
@@ -44,7 +44,7 @@ struct Knobs {
 /// Knobs and the path of the object they are in.
 type Placed = (String, Knobs);
 
-/// Whether pictures in a row are stills of their own.
+/// Returns true if consecutive pictures are separate still images.
 pub fn as_stills(top_level: Option<&MediaIoKwargs>, config: &Config) -> bool {
     let as_video = top_level.and_then(|kwargs| kwargs.image.as_ref()).and_then(|image| image.as_video);
     as_video.map_or(config.images_as_stills, |as_video| !as_video)
@@ -108,7 +108,8 @@ pub fn validate(
         .collect()
 }
 
-/// Puts the rate of pictures among `places`, in place of that of videos; gives their timestamps, and where they are.
+/// Replaces the rate of videos in `places` by the rate of pictures. Returns the timestamps of the
+/// pictures and the path of their field.
 fn of_clip(
     pictures: &ImageKnobs,
     places: &mut Vec<Placed>,
@@ -127,7 +128,7 @@ fn of_clip(
     Ok(timestamps)
 }
 
-/// A list of frames with the times at which they are shown.
+/// Attaches presentation times to a list of frames.
 fn timed(
     path: &str,
     times: Vec<f64>,
