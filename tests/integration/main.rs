@@ -43,6 +43,7 @@ mod media_limits;
 mod media_pictures;
 mod media_seeking;
 mod media_sources;
+mod media_streams;
 mod nano_demo;
 mod nano_endpoints;
 mod output_golden;
