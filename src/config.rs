@@ -187,9 +187,8 @@ pub struct MediaConfig {
     pub allow_remote_urls: bool,
     /// Whether URLs may resolve to private, loopback or link-local addresses (tests, closed networks).
     pub allow_private_addresses: bool,
-    /// The ffmpeg binary; none: found on PATH (ffprobe likewise).
+    /// The ffmpeg binary; none: found on PATH.
     pub ffmpeg_path: Option<PathBuf>,
-    pub ffprobe_path: Option<PathBuf>,
     pub files: FilesConfig,
 }
 
@@ -358,7 +357,6 @@ impl Default for MediaConfig {
             allow_remote_urls: true,
             allow_private_addresses: false,
             ffmpeg_path: None,
-            ffprobe_path: None,
             files: FilesConfig::default(),
         }
     }

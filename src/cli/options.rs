@@ -179,9 +179,7 @@ impl ModelOptions {
 
     /// `media` with what was said on the command line.
     pub fn media(&self, media: MediaConfig) -> MediaConfig {
-        let beside = |ffmpeg: &PathBuf| ffmpeg.with_file_name("ffprobe");
         MediaConfig {
-            ffprobe_path: self.ffmpeg.as_ref().map(beside),
             ffmpeg_path: self.ffmpeg.clone(),
             hwaccel: self.hwaccel,
             default_fps: self.variant().and_then(Variant::fps),

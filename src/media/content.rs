@@ -12,11 +12,15 @@ use std::{
 
 use image::ImageFormat;
 
-use super::{MediaError, frame_sampling::Timeline, pictures, probe::Container, source::LocalFile};
+use super::{
+    MediaError,
+    container::{Container, HEAD_BYTES},
+    frame_sampling::Timeline,
+    pictures,
+    source::LocalFile,
+};
 use crate::config::MediaConfig;
 
-/// Bytes that identify a file (a transport stream needs the most).
-const HEAD_BYTES: u64 = 256;
 /// Most chunks read per picture; cameras and editors write a few thousand at most.
 const MAX_CHUNKS: usize = 1 << 20;
 /// Bytes read per chunk: the fields that describe a frame.
@@ -63,15 +67,15 @@ pub fn of(file: &LocalFile, config: &MediaConfig) -> Result<Content, MediaError>
         MediaError::Internal("the file could not be read; try again".into())
     };
     let mut reader = File::open(file.path()).map_err(unreadable)?;
-    let mut head = Vec::with_capacity(HEAD_BYTES as usize);
-    reader.by_ref().take(HEAD_BYTES).read_to_end(&mut head).map_err(unreadable)?;
+    let mut head = Vec::with_capacity(HEAD_BYTES);
+    reader.by_ref().take(HEAD_BYTES as u64).read_to_end(&mut head).map_err(unreadable)?;
     if head.get(4..8) == Some(b"ftyp") && PICTURE_BRANDS.iter().any(|brand| head.get(8..12) == Some(*brand)) {
         return Err(MediaError::Unsupported(
             "HEIC and AVIF pictures are not accepted; send jpeg, png or webp".into(),
         ));
     }
     let Some((format, _)) = pictures::format(&head) else {
-        return Ok(if Container::sniff(&head).is_some() { Content::Video } else { Content::Unknown });
+        return Ok(if Container::sniff(&head).is_ok() { Content::Video } else { Content::Unknown });
     };
     let delays = Chunks::open(reader, format)
         .and_then(|chunks| chunks.map_or(Ok(None), |chunks| chunks.delays(config)));

@@ -16,12 +16,13 @@ use tokio::{io::AsyncReadExt, process::ChildStdout, task::JoinHandle};
 
 use super::{
     MediaError,
+    container::Container,
     ffmpeg::{Manner, Tools, finish, pipe_failed, read_lines},
     frame_sampling::{Sampling, Timeline},
     packet_feed::Feed,
     packet_table::{PacketTable, Segment},
     places::DecoderPlaces,
-    probe::{Container, Probe, file_url},
+    probe::{Probe, file_url},
 };
 use crate::telemetry::Trail;
 
@@ -172,8 +173,8 @@ impl Decoder<'_> {
         if !can_be_told_apart {
             return None;
         }
-        let (file, wanted) = (self.file.to_owned(), distinct(indices));
-        self.on_packets(move |packets| Feed::plan(File::open(file).ok()?, packets, &wanted)).await
+        let (file, wanted, track) = (self.file.to_owned(), distinct(indices), self.probe.track_id?);
+        self.on_packets(move |packets| Feed::plan(File::open(file).ok()?, track, packets, &wanted)).await
     }
 
     /// The wanted frames of `feed`; none unless exactly the fed frames came out.
@@ -194,8 +195,7 @@ impl Decoder<'_> {
     }
 
     async fn seek_plan(&self, indices: &[usize]) -> Option<Vec<Segment>> {
-        // Pictures of a GIF are patches on the one before, whatever its packets claim.
-        if self.probe.container == Container::Gif {
+        if !self.probe.container.seeks() {
             return None;
         }
         let indexed = self.probe.container != Container::MpegTs;
@@ -336,7 +336,9 @@ impl Decoder<'_> {
         }
         filters.extend(self.probe.orientation.filters);
         filters.extend([scale.as_str(), "format=rgb24"]);
-        command.args(["-map", "0:V:0", "-an", "-sn", "-dn", "-vf", &filters.join(",")]);
+        // A feed has one stream.
+        let stream = if matches!(pass.input, Input::Fed(_)) { 0 } else { self.probe.stream_index };
+        command.args(["-map", &format!("0:{stream}"), "-an", "-sn", "-dn", "-vf", &filters.join(",")]);
         if pass.stop_early {
             command.args(["-frames:v", &pass.select.len().to_string()]);
         }

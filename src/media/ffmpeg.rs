@@ -1,4 +1,4 @@
-//! Finds, starts and stops the ffmpeg and ffprobe processes.
+//! Finds, starts and stops the ffmpeg processes.
 //!
 //! Called by `probe.rs` and `decode.rs`, and by the commands to check or download the tools. Must never decode
 //! in-process, never leave a child behind (a dropped [`Running`] kills it) and never keep a child's output unbounded.
@@ -19,7 +19,6 @@ use ffmpeg_sidecar::{
         FfmpegDownloadProgressEvent, download_ffmpeg_package_with_progress, ffmpeg_download_url,
         unpack_ffmpeg,
     },
-    ffprobe::ffprobe_sidecar_path,
     paths::{sidecar_dir, sidecar_path},
 };
 use tokio::{
@@ -34,18 +33,35 @@ use super::{
 use crate::config::{HwAccel, MediaConfig};
 
 /// Demuxers that may open a video (ffmpeg's names); playlists and scripts, which open other files, are not among them.
-const ALLOWED_DEMUXERS: &str = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts";
-/// Decoders that may run (ffmpeg's names; AV1 has several).
-const VIDEO_DECODERS: &str = "h264,hevc,vp8,vp9,av1,libdav1d,libaom-av1,mpeg4,mpeg2video,mjpeg,gif";
-/// What ffprobe may open besides, for it gives up on a file with any stream that it may not: usual sound, subtitles
-/// and covers.
-const OTHER_DECODERS: &str = "aac,aac_latm,mp3,mp3float,mp2,mp2float,ac3,eac3,dca,opus,libopus,vorbis,libvorbis,\
-    flac,alac,amrnb,amrwb,libopencore_amrnb,libopencore_amrwb,adpcm_ms,adpcm_ima_wav,adpcm_ima_qt,pcm_alaw,\
-    pcm_mulaw,pcm_u8,pcm_s8,pcm_s16le,pcm_s16be,pcm_s24le,pcm_s24be,pcm_s32le,pcm_s32be,pcm_f32le,pcm_f32be,\
-    mov_text,subrip,srt,ass,ssa,webvtt,dvbsub,dvdsub,pgssub,cc_dec,png";
+const ALLOWED_DEMUXERS: &str = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts,mpeg,asf,flv,ogg";
+/// Decoders that may run (ffmpeg's names; AV1 has several). No other is ever opened, whatever a file holds besides its video.
+const VIDEO_DECODERS: &str = "h264,hevc,vp8,vp9,av1,libdav1d,libaom-av1,mpeg4,mpeg2video,mjpeg,gif,mpeg1video,h263,flv,\
+    msmpeg4v1,msmpeg4v2,msmpeg4,wmv1,wmv2,wmv3,vc1,theora,prores,dnxhd";
 /// The same for people, and as ffprobe names the codecs.
-pub const ALLOWED_CODECS: [&str; 9] =
-    ["h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mpeg2video", "mjpeg", "gif"];
+pub const ALLOWED_CODECS: [&str; 22] = [
+    "h264",
+    "hevc",
+    "vp8",
+    "vp9",
+    "av1",
+    "mpeg4",
+    "mpeg2video",
+    "mjpeg",
+    "gif",
+    "mpeg1video",
+    "h263",
+    "flv1",
+    "msmpeg4v1",
+    "msmpeg4v2",
+    "msmpeg4v3",
+    "wmv1",
+    "wmv2",
+    "wmv3",
+    "vc1",
+    "theora",
+    "prores",
+    "dnxhd",
+];
 /// Longer lines of a child's output are cut: no field that is read is near this.
 const MAX_LINE_BYTES: usize = 4096;
 
@@ -53,7 +69,6 @@ const MAX_LINE_BYTES: usize = 4096;
 #[derive(Debug, Clone)]
 pub struct Tools {
     ffmpeg: Option<PathBuf>,
-    ffprobe: Option<PathBuf>,
     max_frame_pixels: usize,
     pub threads: usize,
     sandbox: Sandbox,
@@ -66,11 +81,8 @@ impl Tools {
     pub fn new(config: &MediaConfig) -> Self {
         // More threads than this hardly help one decoder, and several decoders run at the same time.
         let threads = std::thread::available_parallelism().map_or(1, usize::from).min(4);
-        // A configured ffmpeg usually has its ffprobe beside it.
-        let beside = config.ffmpeg_path.as_ref().map(|path| path.with_file_name("ffprobe"));
         Tools {
             ffmpeg: config.ffmpeg_path.clone(),
-            ffprobe: config.ffprobe_path.clone().or(beside.filter(|path| path.is_file())),
             max_frame_pixels: config.max_frame_pixels,
             threads,
             sandbox: Sandbox::new(config.max_decoder_memory_bytes, config.decode_timeout, threads),
@@ -79,18 +91,9 @@ impl Tools {
         }
     }
 
-    /// Whether both tools are there; the error says how to get them.
-    pub fn check(&self) -> Result<(), MediaError> {
-        self.ffmpeg_path()?;
-        self.ffprobe_path().map(|_| ())
-    }
-
-    fn ffmpeg_path(&self) -> Result<PathBuf, MediaError> {
-        find_tool("ffmpeg", self.ffmpeg.as_deref(), sidecar_path().ok())
-    }
-
-    fn ffprobe_path(&self) -> Result<PathBuf, MediaError> {
-        find_tool("ffprobe", self.ffprobe.as_deref(), ffprobe_sidecar_path().ok())
+    /// Where ffmpeg is; the error says how to get it.
+    pub fn ffmpeg_path(&self) -> Result<PathBuf, MediaError> {
+        find_ffmpeg(self.ffmpeg.as_deref(), sidecar_path().ok())
     }
 
     /// An `ffmpeg` whose next argument is an input option; it logs `[level] message` lines.
@@ -98,7 +101,7 @@ impl Tools {
         let mut command = FfmpegCommand::new_with_path(self.ffmpeg_path()?);
         command.hide_banner().args(["-nostdin", "-nostats", "-threads", &threads.to_string()]);
         let mut command = Command::from(command);
-        self.guard_input(&mut command, VIDEO_DECODERS);
+        self.guard_input(&mut command);
         Ok(command)
     }
 
@@ -109,19 +112,11 @@ impl Tools {
         Ok(self.sandbox.wrap(command, false))
     }
 
-    /// An `ffprobe` whose next argument is an input option.
-    pub fn ffprobe(&self) -> Result<Command, MediaError> {
-        let mut command = Command::new(self.ffprobe_path()?);
-        command.args(["-hide_banner", "-loglevel", "level+error"]);
-        self.guard_input(&mut command, &format!("{VIDEO_DECODERS},{OTHER_DECODERS}"));
-        Ok(command)
-    }
-
     /// What an input may make the tools open, allocate and run.
-    fn guard_input(&self, command: &mut Command, decoders: &str) {
+    fn guard_input(&self, command: &mut Command) {
         command
             .args(["-protocol_whitelist", "file,pipe", "-format_whitelist", ALLOWED_DEMUXERS])
-            .args(["-codec_whitelist", decoders])
+            .args(["-codec_whitelist", VIDEO_DECODERS])
             .arg("-max_pixels")
             .arg(self.max_frame_pixels.to_string());
     }
@@ -232,31 +227,26 @@ pub fn pipe_failed(error: &io::Error) -> MediaError {
     MediaError::Internal("reading from the video decoder failed; try again later".into())
 }
 
-fn find_tool(
-    name: &str,
-    configured: Option<&Path>,
-    beside_us: Option<PathBuf>,
-) -> Result<PathBuf, MediaError> {
+fn find_ffmpeg(configured: Option<&Path>, beside_us: Option<PathBuf>) -> Result<PathBuf, MediaError> {
     let found = match configured {
         Some(path) => path.is_file().then(|| path.to_owned()),
-        None => beside_us.filter(|path| path.is_file()).or_else(|| find_on_path(name)),
+        None => beside_us.filter(|path| path.is_file()).or_else(|| find_on_path("ffmpeg")),
     };
     found.ok_or_else(|| {
         let place = configured.map_or("on PATH".into(), |path| format!("at {}", path.display()));
         MediaError::Internal(format!(
-            "{name} was not found {place}: install it (`apt-get install ffmpeg`) or start the server with \
+            "ffmpeg was not found {place}: install it (`apt-get install ffmpeg`) or start the server with \
              `--download-ffmpeg`"
         ))
     })
 }
 
-/// Where ffmpeg and ffprobe are, for commands that tell of them.
+/// Where ffmpeg is, for commands that tell of it.
 ///
 /// # Errors
-/// When one of them is missing.
-pub fn tool_paths(config: &MediaConfig) -> Result<(PathBuf, PathBuf), MediaError> {
-    let tools = Tools::new(config);
-    Ok((tools.ffmpeg_path()?, tools.ffprobe_path()?))
+/// When it is missing.
+pub fn ffmpeg_path(config: &MediaConfig) -> Result<PathBuf, MediaError> {
+    Tools::new(config).ffmpeg_path()
 }
 
 /// The first file of that name in the directories of `PATH`.
@@ -265,8 +255,7 @@ pub fn find_on_path(name: &str) -> Option<PathBuf> {
     std::env::split_paths(&path).map(|directory| directory.join(name)).find(|file| file.is_file())
 }
 
-/// Puts ffmpeg and ffprobe beside this executable, whatever is installed: for when [`Tools::check`] finds either
-/// missing. Blocks; `progress` gets the bytes so far and in all (0: unknown).
+/// Puts ffmpeg beside this executable, whatever is installed: for when [`Tools::ffmpeg_path`] finds none. Blocks; `progress` gets the bytes so far and in all (0: unknown).
 pub fn download_ffmpeg(progress: impl Fn(u64, u64)) -> Result<(), MediaError> {
     let download = || {
         let directory = sidecar_dir()?;
@@ -291,7 +280,7 @@ mod tests {
     #[test]
     fn a_missing_tool_says_how_to_get_it() {
         let missing = MediaConfig { ffmpeg_path: Some("/nowhere/ffmpeg".into()), ..Default::default() };
-        let message = Tools::new(&missing).check().unwrap_err().to_string();
+        let message = Tools::new(&missing).ffmpeg_path().unwrap_err().to_string();
         for part in ["/nowhere/ffmpeg", "apt-get install ffmpeg", "start the server with `--download-ffmpeg`"]
         {
             assert!(message.contains(part), "{message}");

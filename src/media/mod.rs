@@ -4,6 +4,7 @@
 
 mod address;
 mod caller;
+mod container;
 mod content;
 mod decode;
 mod error;
@@ -13,7 +14,9 @@ mod file_store;
 mod flights;
 mod frame_cache;
 pub mod frame_sampling;
+mod mp4_boxes;
 mod packet_feed;
+mod packet_list;
 mod packet_table;
 mod picture_loader;
 mod pictures;
@@ -23,6 +26,7 @@ mod probe;
 mod sandbox;
 mod selection;
 mod source;
+mod streams;
 mod tools;
 
 use std::{path::PathBuf, sync::Arc, time::Instant};
@@ -125,6 +129,9 @@ pub struct VideoInfo {
     /// animation.
     pub container: String,
     pub codec: String,
+    /// Kinds of the file's other streams, which nothing was made of: "audio", "subtitle", "video" (another rendition), "picture"
+    /// (a cover), "data", "attachment"; each once.
+    pub ignored_streams: Vec<String>,
     /// How many frames the model saw.
     pub num_frames: usize,
     /// The rate asked for, frames a second; of a list: its own. `None` where a number of frames was asked for.
@@ -354,6 +361,7 @@ fn video_info(probe: &Probe, decoded: &Decoded, sampling: &Sampling) -> VideoInf
         height: probe.height,
         container: probe.container.name().to_owned(),
         codec: probe.codec.clone(),
+        ignored_streams: probe.ignored_streams.clone(),
         sampled_timestamps: decoded.indices.iter().map(|&index| timeline.times[index]).collect(),
         ..applied(sampling.applied(), decoded.indices.clone())
     }

@@ -15,17 +15,14 @@ use tokio::{io::AsyncWriteExt, process::ChildStdin, sync::mpsc, task::spawn_bloc
 use super::{
     MediaError,
     ffmpeg::pipe_failed,
+    mp4_boxes::{Span, tracks},
     packet_table::{NeededGroup, PacketTable},
 };
 
-/// H.264 parameter sets are a few hundred bytes; a box that claims more is not what it seems.
-const MAX_CONFIGURATION_BYTES: u64 = 64 << 10;
 /// A larger packet is not worth holding: 4K pictures have a few megabytes.
 const MAX_PACKET_BYTES: usize = 32 << 20;
 /// NAL units looked at for one video: half an hour of four slices a picture, and half a second's work.
 const MAX_UNITS: usize = 1_000_000;
-/// Boxes looked at on one level: a file has some ten.
-const MAX_BOXES: usize = 1000;
 /// Bytes of a `VisualSampleEntry` before the boxes in it (ISO/IEC 14496-12, 12.1.3).
 const SAMPLE_ENTRY_BYTES: u64 = 78;
 
@@ -48,10 +45,10 @@ struct FedPacket {
 }
 
 impl Feed {
-    /// The packets for the frames at display indices `wanted` (ascending, distinct), if this file can be fed. Reads the
-    /// file's header and the first bytes of each slice: blocks.
-    pub fn plan(file: File, table: &PacketTable, wanted: &[usize]) -> Option<Feed> {
-        let track = Track::find(&file)?;
+    /// The packets of track `track_id` for the frames at display indices `wanted` (ascending, distinct), if this file can be
+    /// fed. Reads the file's header and the first bytes of each slice: blocks.
+    pub fn plan(file: File, track_id: u32, table: &PacketTable, wanted: &[usize]) -> Option<Feed> {
+        let track = Track::find(&file, track_id)?;
         let head = track.matroska_head();
         let mut units = UnitReader { file: &file, length_bytes: track.length_bytes, units_left: MAX_UNITS };
         let (mut packets, mut wanted_times) = (Vec::new(), Vec::new());
@@ -185,7 +182,7 @@ impl UnitReader<'_> {
     }
 }
 
-/// The one video track of an MP4 file, as far as a decoder must know it.
+/// A video track of an MP4 file, as far as a decoder must know it.
 #[derive(Debug)]
 struct Track {
     width: u16,
@@ -207,19 +204,11 @@ struct Colour {
 }
 
 impl Track {
-    /// None where there are several, or several descriptions of one, or it is not plain H.264.
-    fn find(file: &File) -> Option<Self> {
-        let whole = Span { start: 0, end: file.metadata().ok()?.len() };
-        let movie = whole.only(file, b"moov")?;
-        let is_video = |media: &Span| {
-            let mut kind = [0; 4];
-            let handler = media.only(file, b"hdlr");
-            let read = handler.and_then(|handler| file.read_exact_at(&mut kind, handler.start + 8).ok());
-            read.is_some() && &kind == b"vide"
-        };
-        let tracks = movie.boxes(file)?.into_iter().filter(|(kind, _)| kind == b"trak");
-        let mut videos = tracks.filter_map(|(_, track)| track.only(file, b"mdia")).filter(is_video);
-        let (media, None) = (videos.next()?, videos.next()) else { return None };
+    /// None where there are several of this id, or several descriptions of it, or it is not plain H.264.
+    fn find(file: &File, id: u32) -> Option<Self> {
+        let mut found = tracks(file)?.into_iter().filter(|track| track.id == id);
+        let (track, None) = (found.next()?, found.next()) else { return None };
+        let media = track.span.only(file, b"mdia")?;
         let table = media.only(file, b"minf")?.only(file, b"stbl")?;
         // Version, flags and the number of entries, which must be 1, come first.
         let descriptions = table.only(file, b"stsd")?;
@@ -305,67 +294,6 @@ impl Colour {
     }
 }
 
-/// A part of a file; of a box, what is in it.
-#[derive(Debug, Clone, Copy)]
-struct Span {
-    start: u64,
-    end: u64,
-}
-
-impl Span {
-    /// The boxes side by side here (ISO/IEC 14496-12, 4.2), none if they do not fit or are too many.
-    fn boxes(&self, file: &File) -> Option<Vec<([u8; 4], Span)>> {
-        let (mut boxes, mut at) = (Vec::new(), self.start);
-        // QuickTime ends some lists with four zero bytes.
-        while self.end.saturating_sub(at) >= 8 {
-            let mut head = [0; 8];
-            file.read_exact_at(&mut head, at).ok()?;
-            let [a, b, c, d, kind @ ..] = head;
-            let (len, header) = match u32::from_be_bytes([a, b, c, d]) {
-                0 => (self.end - at, 8),
-                1 => {
-                    let mut long = [0; 8];
-                    file.read_exact_at(&mut long, at + 8).ok()?;
-                    (u64::from_be_bytes(long), 16)
-                }
-                len => (len.into(), 8),
-            };
-            let end = at.checked_add(len)?;
-            if len < header || end > self.end || boxes.len() == MAX_BOXES {
-                return None;
-            }
-            boxes.push((kind, Span { start: at + header, end }));
-            at = end;
-        }
-        Some(boxes)
-    }
-
-    /// The first box of a kind.
-    fn only(&self, file: &File, kind: &[u8; 4]) -> Option<Span> {
-        self.boxes(file)?.into_iter().find(|(found, _)| found == kind).map(|(_, span)| span)
-    }
-
-    /// The one box here.
-    fn single(&self, file: &File) -> Option<([u8; 4], Span)> {
-        match self.boxes(file)?.as_slice() {
-            [one] => Some(*one),
-            _ => None,
-        }
-    }
-
-    fn after(&self, bytes: u64) -> Option<Span> {
-        let start = self.start.checked_add(bytes)?;
-        (start <= self.end).then_some(Span { start, ..*self })
-    }
-
-    fn read(&self, file: &File) -> Option<Vec<u8>> {
-        let len = self.end - self.start;
-        let mut bytes = vec![0; usize::try_from(len.min(MAX_CONFIGURATION_BYTES)).ok()?];
-        file.read_exact_at(&mut bytes, self.start).ok()?;
-        (len <= MAX_CONFIGURATION_BYTES).then_some(bytes)
-    }
-}
-
 /// An EBML element (RFC 8794): its id, its length in eight bytes, what is in it.
 fn element(id: &[u8], content: &[u8]) -> Vec<u8> {
     let len = (content.len() as u64 | 1 << 56).to_be_bytes();
@@ -374,17 +302,15 @@ fn element(id: &[u8], content: &[u8]) -> Vec<u8> {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
-
     use proptest::prelude::*;
 
-    use super::{super::packet_table::Packet, *};
-
-    fn file(bytes: &[u8]) -> File {
-        let mut file = tempfile::tempfile().unwrap();
-        file.write_all(bytes).unwrap();
-        file
-    }
+    use super::{
+        super::{
+            mp4_boxes::tests::{file, mp4_box, track_header},
+            packet_table::Packet,
+        },
+        *,
+    };
 
     fn unit(head: u8, len: u32) -> Vec<u8> {
         let mut unit = len.to_be_bytes().to_vec();
@@ -439,29 +365,25 @@ mod tests {
         assert_eq!(fed(0x05, &[2]).unwrap().0[0], (0, 100), "one that claims that nothing refers to it");
     }
 
-    fn mp4_box(kind: &[u8; 4], content: &[u8]) -> Vec<u8> {
-        [&(content.len() as u32 + 8).to_be_bytes()[..], kind, content].concat()
-    }
-
-    fn track(handler: &[u8; 4], entry_kind: &[u8; 4], boxes: &[Vec<u8>]) -> Vec<u8> {
+    fn track(id: u8, entry_kind: &[u8; 4], boxes: &[Vec<u8>]) -> Vec<u8> {
         let mut entry = vec![0; SAMPLE_ENTRY_BYTES as usize];
         entry[24..28].copy_from_slice(&[5, 0, 2, 208]);
         entry.extend(boxes.concat());
         let descriptions = [&[0, 0, 0, 0, 0, 0, 0, 1], &mp4_box(entry_kind, &entry)[..]].concat();
         let table = mp4_box(b"stbl", &mp4_box(b"stsd", &descriptions));
-        let handler = mp4_box(b"hdlr", &[&[0; 8], &handler[..], &[0; 13]].concat());
-        mp4_box(b"trak", &mp4_box(b"mdia", &[handler, mp4_box(b"minf", &table)].concat()))
+        let media = mp4_box(b"mdia", &mp4_box(b"minf", &table));
+        mp4_box(b"trak", &[mp4_box(b"tkhd", &track_header(id, &[0; 9])), media].concat())
     }
 
     #[test]
     fn the_video_track_is_found_among_others() {
         let configuration = mp4_box(b"avcC", &[1, 100, 0, 31, 0xff, 0xe1]);
         let colour = mp4_box(b"colr", &[b"nclx", &[0, 9, 0, 16, 0, 9, 0x80][..]].concat());
-        let video = track(b"vide", b"avc1", &[colour, configuration.clone()]);
-        let sound = track(b"soun", b"mp4a", &[]);
+        let video = track(2, b"avc1", &[colour, configuration.clone()]);
+        let sound = track(1, b"mp4a", &[]);
         let movie = |tracks: &[Vec<u8>]| {
             let bytes = [mp4_box(b"ftyp", b"isom"), mp4_box(b"moov", &tracks.concat())].concat();
-            Track::find(&file(&bytes))
+            Track::find(&file(&bytes), 2)
         };
         let found = movie(&[sound.clone(), video.clone()]).unwrap();
         assert_eq!((found.width, found.height, found.length_bytes), (1280, 720, 4));
@@ -469,10 +391,12 @@ mod tests {
         let colour = found.colour.unwrap();
         assert_eq!((colour.primaries, colour.transfer, colour.matrix), (9, 16, 9));
         assert_eq!(colour.full_range, Some(true));
-        assert!(movie(&[video.clone(), video]).is_none());
+        let preview = track(3, b"avc1", &[configuration.clone()]);
+        assert!(movie(&[preview, video.clone()]).unwrap().colour.is_some(), "another video track");
+        assert!(movie(&[video.clone(), video]).is_none(), "two tracks of one id");
         assert!(movie(&[sound]).is_none());
-        assert!(movie(&[track(b"vide", b"avc1", &[])]).is_none());
-        assert!(movie(&[track(b"vide", b"encv", &[configuration])]).is_none());
+        assert!(movie(&[track(2, b"avc1", &[])]).is_none());
+        assert!(movie(&[track(2, b"encv", &[configuration])]).is_none());
     }
 
     proptest! {
@@ -481,8 +405,8 @@ mod tests {
             bytes in proptest::collection::vec(any::<u8>(), 0..300), length_bytes in 1usize..5, at in 0u64..400,
         ) {
             let movie = file(&[mp4_box(b"ftyp", b"isom"), mp4_box(b"moov", &bytes)].concat());
-            Track::find(&movie);
-            Track::find(&file(&bytes));
+            Track::find(&movie, 2);
+            Track::find(&file(&bytes), 2);
             UnitReader { file: &movie, length_bytes, units_left: 400 }.pictures((at, bytes.len()));
         }
     }

@@ -12,6 +12,8 @@ const PROCESS_START_PIXELS: usize = 27_000_000;
 const SEEK_BACKOFF_SECONDS: f64 = 0.14;
 /// Transport streams have no index: decoding starts at any packet this long before the keyframe.
 const UNINDEXED_LEAD_SECONDS: f64 = 0.5;
+/// A last frame may be shown for this long, or as long as any other.
+const MAX_LAST_FRAME_SECONDS: f64 = 10.0;
 /// Frames beyond the plan that a decoder may go through before the plan counts as failed.
 const OVERRUN_SLACK: usize = 64;
 
@@ -119,16 +121,26 @@ impl PacketTable {
     }
 
     fn timeline_of(&self, pts: Vec<i64>) -> Timeline {
-        let (Some(&first), Some(&last)) = (pts.first(), pts.last()) else {
-            return self.nominal_timeline(0);
-        };
-        let stored = self.packets.iter().find(|packet| packet.pts == Some(last)).map_or(0, |p| p.duration);
-        let last_seconds = if stored > 0 { self.seconds(stored as f64) } else { 1.0 / self.nominal_rate };
+        let Some(&first) = pts.first() else { return self.nominal_timeline(0) };
+        let last_seconds = self.last_frame_seconds(&pts);
         let offset = self.offset(first);
         let times: Vec<f64> =
             pts.iter().map(|&pts| offset + self.seconds((pts as i128 - first as i128) as f64)).collect();
         let duration = times[times.len() - 1] + last_seconds;
         Timeline { times, duration }
+    }
+
+    /// How long the last of the frames at `pts` (not empty) is shown. Some demuxers stretch it to the length that the container
+    /// claims, which may be anything: what is far longer than any other frame is no packet's own word.
+    fn last_frame_seconds(&self, pts: &[i64]) -> f64 {
+        let last = pts.last().copied();
+        let stored =
+            self.packets.iter().find(|packet| packet.pts == last).map_or(0, |packet| packet.duration);
+        let stored = self.seconds(stored as f64);
+        let gaps = pts.windows(2).map(|pair| (pair[1] as i128 - pair[0] as i128) as f64);
+        let longest = gaps.fold(0.0, f64::max);
+        let bound = self.seconds(longest).max(MAX_LAST_FRAME_SECONDS);
+        if stored > 0.0 && stored <= bound { stored } else { 1.0 / self.nominal_rate }
     }
 
     fn nominal_timeline(&self, frames: usize) -> Timeline {
@@ -311,6 +323,17 @@ mod tests {
         assert_eq!(timeline.times.len(), 20);
         assert!(timeline.times.iter().enumerate().all(|(i, &t)| (t - i as f64 * 0.04).abs() < 1e-9));
         assert!((timeline.duration - 0.8).abs() < 1e-9);
+    }
+
+    #[test]
+    fn a_last_frame_that_is_stretched_to_the_claimed_length_is_not_believed() {
+        let duration = |last: i64| {
+            let mut packets = stream(2, 10);
+            packets.iter_mut().find(|packet| packet.pts == Some(19 * 40 + 80)).unwrap().duration = last;
+            table(packets).timeline().duration
+        };
+        assert!((duration(5000) - 5.76).abs() < 1e-9, "a picture held at the end");
+        assert!((duration(40_000_000) - 0.8).abs() < 1e-9);
     }
 
     #[test]

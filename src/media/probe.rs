@@ -1,87 +1,25 @@
 //! Looks into a video file before anything is decoded: what it is, how large, and when its frames are shown.
 //!
-//! Called by `mod.rs`. Must never let ffmpeg guess the container (its guess would include playlists): the file's
-//! first bytes choose the demuxer, and a file that begins like none of them is refused without starting a process.
+//! Called by `mod.rs`. ffmpeg lists the file's streams, and copies the packets of one of them, of which it prints numbers only.
+//! So no decoder is opened but those on the list, for the video's own parameters; a stream that is not looked at may have any
+//! codec. Must never let ffmpeg guess the container: `container.rs` chooses the demuxer.
 
 use std::{fs::File, io::Read, path::Path, sync::Arc};
 
-use image::ImageFormat;
-
 use super::{
     MediaError,
+    container::{Container, HEAD_BYTES, HOW_TO_CONVERT},
     ffmpeg::{ALLOWED_CODECS, Tools, finish, read_lines},
     frame_sampling::Timeline,
-    packet_table::{Packet, PacketTable},
+    mp4_boxes::{Matrix, display_matrix},
+    packet_list::{PRINT_PACKETS, PacketList},
+    packet_table::PacketTable,
+    streams::{Stream, StreamList},
 };
 use crate::config::MediaConfig;
 
-/// What ffprobe is asked for. Packets come first, then the stream, then the container.
-const ENTRIES: &str = "packet=pts,dts,duration,size,pos,flags\
-    :stream=codec_name,pix_fmt,width,height,time_base,avg_frame_rate,r_frame_rate,has_b_frames\
-    :stream_side_data=displaymatrix:format=duration,start_time";
-
-/// Containers by their first bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Container {
-    Mp4,
-    Mov,
-    Matroska,
-    WebM,
-    Avi,
-    Gif,
-    MpegTs,
-}
-
-impl Container {
-    /// From the first bytes of a file (64 are enough).
-    pub fn sniff(head: &[u8]) -> Option<Self> {
-        let at = |offset: usize, bytes: &[u8]| head[offset.min(head.len())..].starts_with(bytes);
-        if at(4, b"ftypqt  ") {
-            Some(Container::Mov)
-        } else if at(4, b"ftyp") {
-            Some(Container::Mp4)
-        } else if [b"moov", b"mdat", b"wide", b"free", b"skip"].iter().any(|tag| at(4, *tag)) {
-            // QuickTime files older than the `ftyp` atom.
-            Some(Container::Mov)
-        } else if at(0, b"\x1a\x45\xdf\xa3") {
-            let webm = head.windows(4).any(|word| word == b"webm");
-            Some(if webm { Container::WebM } else { Container::Matroska })
-        } else if at(0, b"RIFF") && at(8, b"AVI ") {
-            Some(Container::Avi)
-        } else if at(0, b"GIF87a") || at(0, b"GIF89a") {
-            Some(Container::Gif)
-        } else if at(0, b"G") && at(188, b"G") || at(4, b"G") && at(196, b"G") {
-            // A sync byte each 188 bytes, or 192 with the time stamps of recorders.
-            Some(Container::MpegTs)
-        } else {
-            None
-        }
-    }
-
-    /// ffmpeg's name of the demuxer.
-    pub fn demuxer(self) -> &'static str {
-        match self {
-            Container::Mp4 | Container::Mov => "mov",
-            Container::Matroska | Container::WebM => "matroska",
-            Container::Avi => "avi",
-            Container::Gif => "gif",
-            Container::MpegTs => "mpegts",
-        }
-    }
-
-    /// As people call it.
-    pub fn name(self) -> &'static str {
-        match self {
-            Container::Mp4 => "mp4",
-            Container::Mov => "mov",
-            Container::Matroska => "mkv",
-            Container::WebM => "webm",
-            Container::Avi => "avi",
-            Container::Gif => "gif",
-            Container::MpegTs => "ts",
-        }
-    }
-}
+/// Video streams of one file among which is chosen: more are no renditions of one video.
+const MAX_RENDITIONS: usize = 16;
 
 /// How a stored picture is turned for display: ffmpeg filters, applied to sampled frames only.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -92,8 +30,7 @@ pub struct Orientation {
 
 impl Orientation {
     /// From the display matrix `[a b u; c d v; x y w]`, row by row. Anything but quarter turns and mirrors is ignored.
-    fn from_matrix(matrix: &[i64]) -> Self {
-        let &[a, b, _, c, d, ..] = matrix else { return Orientation::default() };
+    fn from_matrix(&[a, b, _, c, d, ..]: &Matrix) -> Self {
         let filters: &[&str] = match (a.signum(), b.signum(), c.signum(), d.signum()) {
             (-1, 0, 0, 1) => &["hflip"],
             (1, 0, 0, -1) => &["vflip"],
@@ -106,6 +43,31 @@ impl Orientation {
         };
         Orientation { filters, swaps_sides: filters.iter().any(|filter| filter.starts_with("transpose")) }
     }
+    /// From the angle that ffmpeg prints, which does not tell mirrors.
+    fn from_degrees(degrees: f64) -> Self {
+        let filters: &[&str] = match degrees.round() as i64 {
+            -90 | 270 => &["transpose=clock"],
+            90 | -270 => &["transpose=cclock"],
+            180 | -180 => &["hflip", "vflip"],
+            _ => &[],
+        };
+        Orientation { filters, swaps_sides: filters.len() == 1 }
+    }
+
+    /// Reads the header of an MP4 or MOV file: blocks.
+    fn find(file: &Path, container: Container, stream: &Stream) -> Self {
+        let Some(degrees) = stream.rotation_degrees else { return Orientation::default() };
+        let matrix = match (container, stream.id) {
+            (Container::Mp4 | Container::Mov, Some(id)) => {
+                File::open(file).ok().and_then(|file| display_matrix(&file, id))
+            }
+            _ => None,
+        };
+        match matrix {
+            Some(matrix) => Orientation::from_matrix(&matrix),
+            None => Orientation::from_degrees(degrees),
+        }
+    }
 }
 
 /// What is known of a video before decoding it.
@@ -113,6 +75,12 @@ impl Orientation {
 pub struct Probe {
     pub container: Container,
     pub codec: String,
+    /// ffmpeg's number of the stream that is the video.
+    pub stream_index: usize,
+    /// The container's number of it: in MP4 and MOV the track's.
+    pub track_id: Option<u32>,
+    /// Kinds of the file's other streams, each once.
+    pub ignored_streams: Vec<String>,
     /// ffmpeg's name of it.
     pixel_format: String,
     /// Displayed size, pixels (the stored size turned by `orientation`).
@@ -137,30 +105,25 @@ impl Probe {
 /// Probes `file`. The errors are the client's: not a video, not allowed, damaged, too long or too large.
 pub async fn probe(tools: &Tools, file: &Path, config: &MediaConfig) -> Result<Probe, MediaError> {
     let container = sniff_file(file).await?;
-    let mut command = tools.ffprobe()?;
-    command
-        .args(["-f", container.demuxer(), "-select_streams", "V:0", "-show_entries", ENTRIES])
-        .args(["-of", "compact"])
-        .arg(file_url(file));
-    let running = tools.start(command)?;
-    let mut report = Report { max_packets: config.max_video_packets, ..Report::default() };
-    let mut complaints = Complaints::default();
-    tokio::try_join!(
-        read_lines(running.stdout, |line| report.take(line)),
-        read_lines(running.stderr, |line| {
-            complaints.take(line);
-            Ok(())
-        })
-    )?;
-    let status = finish(running.child).await?;
-    complaints.judge(config)?;
-    if !status.success() {
+    let prober = Prober { tools, file, container, config };
+    let mut listing = prober.list(&["0:V:0".to_owned()], &PRINT_PACKETS).await?;
+    if listing.streams.streams.is_empty() {
+        listing.complaints.judge()?;
         return Err(damaged());
     }
-    let config = config.clone();
+    let stream = prober.choose(&listing.streams).await?;
+    refuse_codec(&stream)?;
+    if listing.streams.first_video().map(|first| first.index) != Some(stream.index) {
+        listing = prober.list(&[format!("0:{}", stream.index)], &PRINT_PACKETS).await?;
+    }
+    listing.complaints.judge()?;
+    if !listing.succeeded {
+        return Err(damaged());
+    }
+    let (file, config) = (file.to_owned(), config.clone());
     // Sorting a long video's packets takes up to 100 ms.
-    let check = tokio::task::spawn_blocking(move || report.check(container, &config));
-    check.await.expect("checking a report does not panic: this is a bug")
+    let check = tokio::task::spawn_blocking(move || listing.check(&stream, container, &file, &config));
+    check.await.expect("checking a listing does not panic: this is a bug")
 }
 
 /// An input name that ffmpeg cannot take for an option or another protocol.
@@ -173,23 +136,87 @@ pub fn file_url(file: &Path) -> std::ffi::OsString {
 async fn sniff_file(file: &Path) -> Result<Container, MediaError> {
     let file = file.to_owned();
     let read = tokio::task::spawn_blocking(move || {
-        let mut head = Vec::with_capacity(256);
-        File::open(file)?.take(256).read_to_end(&mut head)?;
+        let mut head = Vec::with_capacity(HEAD_BYTES);
+        File::open(file)?.take(HEAD_BYTES as u64).read_to_end(&mut head)?;
         Ok::<_, std::io::Error>(head)
     });
     let head = read.await.expect("reading a file does not panic: this is a bug").map_err(|error| {
         tracing::error!(%error, "a video file vanished");
         MediaError::Internal("the video file could not be read; try again".into())
     })?;
-    Container::sniff(&head).ok_or_else(|| {
-        let message = match image::guess_format(&head) {
-            Ok(ImageFormat::Jpeg | ImageFormat::Png | ImageFormat::WebP) => {
-                "this is a picture, not a video; send it as an image_url part"
+    Container::sniff(&head)
+}
+
+/// Runs of ffmpeg on one file that decode nothing.
+struct Prober<'a> {
+    tools: &'a Tools,
+    file: &'a Path,
+    container: Container,
+    config: &'a MediaConfig,
+}
+
+/// What such a run tells.
+#[derive(Debug, Default)]
+struct Listing {
+    streams: StreamList,
+    packets: PacketList,
+    complaints: Complaints,
+    succeeded: bool,
+}
+
+impl Prober<'_> {
+    /// Lists all streams, and copies those that `streams` name, in ffmpeg's words, each once for each of `filters`.
+    async fn list(&self, streams: &[String], filters: &[&str]) -> Result<Listing, MediaError> {
+        let mut command = self.tools.ffmpeg(1)?;
+        command.arg("-copyts").args(["-f", self.container.demuxer(), "-i"]).arg(file_url(self.file));
+        for stream in streams {
+            for _ in 0..filters.len().max(1) {
+                command.args(["-map", stream]);
             }
-            _ => "this is not a video file that is accepted; send mp4, mov, mkv, webm, avi, gif or ts",
-        };
-        MediaError::Unsupported(message.into())
-    })
+        }
+        // A packet that is no keyframe may be the first: the decoder will see it too. Times stay in the container's unit.
+        command.args(["-c", "copy", "-copyinkf", "-copytb", "1"]);
+        for (output, filter) in filters.iter().enumerate() {
+            command.args([&format!("-bsf:{output}"), *filter]);
+        }
+        command.args(["-flush_packets", "0", "-f", "framecrc", "pipe:1"]);
+        let running = self.tools.start(command)?;
+        let mut packets = PacketList::new(self.config.max_video_packets);
+        let (mut list, mut complaints) = (StreamList::default(), Complaints::default());
+        tokio::try_join!(
+            read_lines(running.stdout, |line| packets.take(line)),
+            read_lines(running.stderr, |line| {
+                complaints.take(line);
+                if !list.take(line) {
+                    return Ok(());
+                }
+                match list.candidates()[..] {
+                    // Nothing more needs to be read of a file that is refused.
+                    [only] => refuse_codec(only),
+                    _ => Ok(()),
+                }
+            })
+        )?;
+        let succeeded = finish(running.child).await?.success();
+        Ok(Listing { streams: list, packets, complaints, succeeded })
+    }
+
+    /// The stream that is the video. Where there are several, counts their frames first.
+    async fn choose(&self, streams: &StreamList) -> Result<Stream, MediaError> {
+        let candidates = streams.candidates();
+        let mut frames = Vec::new();
+        if candidates.len() > 1 {
+            let copied = candidates.iter().take(MAX_RENDITIONS);
+            let names: Vec<String> = copied.map(|stream| format!("0:{}", stream.index)).collect();
+            frames = self.list(&names, &[]).await?.packets.counts;
+        }
+        let position = |index| candidates.iter().position(|stream| stream.index == index);
+        let count = |index| position(index).and_then(|position| frames.get(position).copied()).unwrap_or(0);
+        streams
+            .best(count)
+            .cloned()
+            .ok_or_else(|| MediaError::Undecodable("the file has no video stream; send a video".into()))
+    }
 }
 
 fn damaged() -> MediaError {
@@ -198,36 +225,35 @@ fn damaged() -> MediaError {
     )
 }
 
-/// ffprobe's error lines that say what is wrong with a file.
+fn refuse_codec(stream: &Stream) -> Result<(), MediaError> {
+    if ALLOWED_CODECS.contains(&stream.codec.as_str()) {
+        return Ok(());
+    }
+    let name = match &stream.tag {
+        Some(tag) if stream.codec == "none" => format!("{tag:?}"),
+        _ => stream.codec.clone(),
+    };
+    let name: String = name.chars().take(40).collect();
+    Err(MediaError::Unsupported(format!("the video's codec {name} is not accepted; {HOW_TO_CONVERT}")))
+}
+
+/// ffmpeg's lines that say what is wrong with a file.
 #[derive(Debug, Default)]
 struct Complaints {
     container_refused: bool,
-    /// The first codec that is not on the list: of the video or of another stream.
-    codec_refused: Option<String>,
     too_many_pixels: bool,
     truncated: bool,
 }
 
 impl Complaints {
     fn take(&mut self, line: &str) {
-        tracing::debug!(line, "ffprobe");
+        tracing::trace!(line, "ffmpeg");
         self.too_many_pixels |= line.contains("exceeds specified max pixel count");
         self.truncated |= line.contains("partial file") || line.contains("File ended prematurely");
         self.container_refused |= line.contains("Format not on whitelist");
-        if let Some((_, rest)) = line.split_once("Codec (")
-            && let Some((codec, _)) = rest.split_once(") not on whitelist")
-        {
-            self.codec_refused.get_or_insert_with(|| codec.to_owned());
-        }
     }
 
-    fn judge(&self, config: &MediaConfig) -> Result<(), MediaError> {
-        if self.too_many_pixels {
-            return Err(too_large(config));
-        }
-        if let Some(codec) = &self.codec_refused {
-            return Err(codec_refused(codec));
-        }
+    fn judge(&self) -> Result<(), MediaError> {
         if self.container_refused {
             return Err(MediaError::Unsupported("this container is not accepted; send mp4 or webm".into()));
         }
@@ -238,13 +264,6 @@ impl Complaints {
     }
 }
 
-fn codec_refused(codec: &str) -> MediaError {
-    let allowed = ALLOWED_CODECS.join(", ");
-    MediaError::Unsupported(format!(
-        "the file's codec {codec} is not accepted; send video as one of {allowed}"
-    ))
-}
-
 fn too_large(config: &MediaConfig) -> MediaError {
     MediaError::Undecodable(format!(
         "the video's frames are too large: at most {} pixels a side and {} in all are accepted",
@@ -252,176 +271,60 @@ fn too_large(config: &MediaConfig) -> MediaError {
     ))
 }
 
-/// ffprobe's output, collected.
-#[derive(Debug, Default)]
-struct Report {
-    max_packets: usize,
-    packets: Vec<Packet>,
-    codec: Option<String>,
-    pixel_format: String,
-    width: usize,
-    height: usize,
-    time_base: Option<(u32, u32)>,
-    frame_rates: Vec<f64>,
-    has_b_frames: bool,
-    matrix: Vec<i64>,
-    /// Seconds, as the container claims.
-    duration: Option<f64>,
-    /// Earliest start of all streams, seconds.
-    start: Option<f64>,
-}
-
-impl Report {
-    fn take(&mut self, line: &str) -> Result<(), MediaError> {
-        if let Some(fields) = line.strip_prefix("packet|") {
-            if self.packets.len() == self.max_packets {
-                return Err(MediaError::Undecodable(format!(
-                    "the video has more than {} frames; send a shorter one",
-                    self.max_packets
-                )));
-            }
-            self.packets.push(packet(fields));
-        } else if let Some(fields) = line.strip_prefix("stream|") {
-            for (key, value) in pairs(fields) {
-                self.take_stream_field(key, value);
-            }
-            if let Some((_, row)) = fields.split_once("displaymatrix=") {
-                self.take_matrix_row(row);
-            }
-        } else if let Some(fields) = line.strip_prefix("format|") {
-            let seconds =
-                |name| pairs(fields).find(|(key, _)| *key == name).and_then(|(_, v)| v.parse().ok());
-            (self.duration, self.start) = (seconds("duration"), seconds("start_time"));
-        } else if line.starts_with("0000000") {
-            self.take_matrix_row(line);
-        }
-        Ok(())
-    }
-
-    fn take_stream_field(&mut self, key: &str, value: &str) {
-        match key {
-            "codec_name" => self.codec = Some(value.to_owned()),
-            "pix_fmt" => self.pixel_format = value.to_owned(),
-            "width" => self.width = value.parse().unwrap_or(0),
-            "height" => self.height = value.parse().unwrap_or(0),
-            "has_b_frames" => self.has_b_frames = value != "0",
-            "time_base" => self.time_base = fraction(value),
-            "avg_frame_rate" | "r_frame_rate" => {
-                self.frame_rates.extend(fraction(value).map(|(n, d)| f64::from(n) / f64::from(d)));
-            }
-            _ => {}
-        }
-    }
-
-    /// A row of the display matrix, `00000001:  0  65536  0`; in some versions the rows come with `\n` written out.
-    fn take_matrix_row(&mut self, text: &str) {
-        for row in text.split("\\n") {
-            if let Some((_, numbers)) = row.split_once(':') {
-                let numbers = numbers.split(|c: char| c != '-' && !c.is_ascii_digit());
-                self.matrix.extend(numbers.filter_map(|number| number.parse::<i64>().ok()).take(3));
-            }
-        }
-    }
-
-    fn check(self, container: Container, config: &MediaConfig) -> Result<Probe, MediaError> {
-        let Some(codec) = self.codec else {
-            return Err(MediaError::Undecodable("the file has no video stream; send a video".into()));
+impl Listing {
+    /// Reads the header of the file once more: blocks.
+    fn check(
+        self,
+        stream: &Stream,
+        container: Container,
+        file: &Path,
+        config: &MediaConfig,
+    ) -> Result<Probe, MediaError> {
+        let Listing { streams, packets, complaints, .. } = self;
+        let (width, height) = packets.size;
+        let (Some(time_base), 1.., 1..) = (packets.time_base, width, height) else {
+            return Err(if complaints.too_many_pixels { too_large(config) } else { damaged() });
         };
-        if !ALLOWED_CODECS.contains(&codec.as_str()) {
-            return Err(codec_refused(&codec));
-        }
-        let (Some(time_base), 1.., 1..) = (self.time_base, self.width, self.height) else {
-            return Err(damaged());
-        };
-        let pixels = self.width.saturating_mul(self.height);
-        if self.width.max(self.height) > config.max_frame_side || pixels > config.max_frame_pixels {
+        if width.max(height) > config.max_frame_side || width.saturating_mul(height) > config.max_frame_pixels
+        {
             return Err(too_large(config));
         }
-        if self.packets.is_empty() {
+        if packets.packets.is_empty() {
             return Err(damaged());
         }
-        // The average is what players count by; files without one have a base rate at least.
-        let rate = self.frame_rates.iter().copied().find(|rate| (0.01..1000.0).contains(rate));
-        let packets = PacketTable::new(self.packets, time_base, rate.unwrap_or(25.0), self.has_b_frames)
-            .starting_at(self.start);
-        let timeline = packets.timeline();
-        let seconds = timeline.duration.max(self.duration.unwrap_or(0.0));
-        if seconds > config.max_video_seconds {
+        let rate = stream.frame_rate.filter(|rate| (0.01..1000.0).contains(rate)).unwrap_or(25.0);
+        let table = PacketTable::new(packets.packets, time_base, rate, packets.reorders)
+            .starting_at(streams.start_seconds);
+        let timeline = table.timeline();
+        if timeline.duration > config.max_video_seconds {
             return Err(MediaError::Undecodable(format!(
-                "the video lasts {seconds:.0} s; at most {:.0} s are accepted",
-                config.max_video_seconds
+                "the video lasts {:.0} s; at most {:.0} s are accepted",
+                timeline.duration, config.max_video_seconds
             )));
         }
-        let orientation = Orientation::from_matrix(&self.matrix);
-        let (mut width, mut height) = (self.width, self.height);
-        if orientation.swaps_sides {
-            (width, height) = (height, width);
-        }
-        let (packets, timeline, pixel_format) = (Arc::new(packets), Arc::new(timeline), self.pixel_format);
-        Ok(Probe { container, codec, pixel_format, width, height, orientation, packets, timeline })
+        let orientation = Orientation::find(file, container, stream);
+        let (width, height) = if orientation.swaps_sides { (height, width) } else { (width, height) };
+        let start = streams.start_seconds;
+        tracing::debug!(stream = stream.index, start, codec = stream.codec, "probed");
+        Ok(Probe {
+            container,
+            codec: stream.codec.clone(),
+            stream_index: stream.index,
+            track_id: stream.id,
+            ignored_streams: streams.others(stream.index),
+            pixel_format: stream.pixel_format.clone(),
+            width,
+            height,
+            orientation,
+            packets: Arc::new(table),
+            timeline: Arc::new(timeline),
+        })
     }
-}
-
-/// `key=value` fields of ffprobe's compact writer.
-fn pairs(fields: &str) -> impl Iterator<Item = (&str, &str)> {
-    fields.split('|').filter_map(|field| field.split_once('='))
-}
-
-/// `25/1` -> (25, 1); none if either is 0.
-fn fraction(text: &str) -> Option<(u32, u32)> {
-    let (numerator, denominator) = text.split_once('/')?;
-    let (n, d) = (numerator.parse().ok()?, denominator.parse().ok()?);
-    (n > 0 && d > 0).then_some((n, d))
-}
-
-fn packet(fields: &str) -> Packet {
-    let mut packet = Packet::default();
-    let (mut position, mut len) = (None, None);
-    for (key, value) in pairs(fields) {
-        match key {
-            "pts" => packet.pts = value.parse().ok(),
-            "dts" => packet.dts = value.parse().ok(),
-            "duration" => packet.duration = value.parse().unwrap_or(0),
-            "pos" => position = value.parse().ok(),
-            "size" => len = value.parse().ok(),
-            "flags" => {
-                packet.key = value.contains('K');
-                packet.discard = value.contains('D');
-            }
-            _ => {}
-        }
-    }
-    packet.place = position.zip(len);
-    packet
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn containers_are_known_by_their_first_bytes() {
-        let mut ts = vec![0u8; 256];
-        (ts[0], ts[188]) = (b'G', b'G');
-        let cases: [(&[u8], Option<Container>); 10] = [
-            (b"\0\0\0\x20ftypisom....", Some(Container::Mp4)),
-            (b"\0\0\0\x14ftypqt  ....", Some(Container::Mov)),
-            (b"\0\0\0\x08wide\0\0\0\0mdat", Some(Container::Mov)),
-            (b"\x1a\x45\xdf\xa3\x9fB\x86\x81\x01B\x82\x84webmB", Some(Container::WebM)),
-            (b"\x1a\x45\xdf\xa3\x9fB\x86\x81\x01B\x82\x88matroska", Some(Container::Matroska)),
-            (b"RIFF\0\0\0\0AVI LIST", Some(Container::Avi)),
-            (b"GIF89a\x10\0", Some(Container::Gif)),
-            (&ts, Some(Container::MpegTs)),
-            (b"#EXTM3U\n#EXT-X-VERSION:3\n", None),
-            (b"ffconcat version 1.0\nfile /etc/passwd\n", None),
-        ];
-        for (head, expected) in cases {
-            assert_eq!(Container::sniff(head), expected, "{:?}", String::from_utf8_lossy(head));
-        }
-        for length in 0..12 {
-            Container::sniff(&ts[..length]);
-        }
-    }
 
     #[test]
     fn quarter_turns_and_mirrors_become_filters() {
@@ -436,37 +339,27 @@ mod tests {
     }
 
     #[test]
-    fn ffprobe_output_is_read_field_by_field() {
-        let mut report = Report { max_packets: 2, ..Report::default() };
-        for line in [
-            "packet|pts=512|dts=-512|duration=512|size=99|pos=48|flags=KD_|side_data|",
-            "packet|pts=N/A|dts=0|duration=N/A|size=99|pos=N/A|flags=__",
-            "",
-            "program|stream|codec_name=wrong",
-            "stream|codec_name=h264|width=64|height=36|time_base=1/12800|avg_frame_rate=0/0|r_frame_rate=25/1\
-             |has_b_frames=2|side_data|displaymatrix=",
-            "00000000:            0       65536           0",
-            "00000001:       -65536           0           0",
-            "00000002:            0           0  1073741824",
-            "",
-            "format|duration=10.5",
-        ] {
-            report.take(line).unwrap();
-        }
-        let first = Packet {
-            pts: Some(512),
-            dts: Some(-512),
-            duration: 512,
-            key: true,
-            discard: true,
-            place: Some((48, 99)),
+    fn a_turn_told_in_degrees_is_the_same_turn() {
+        let filters = |degrees| Orientation::from_degrees(degrees).filters;
+        assert_eq!(filters(-90.0), ["transpose=clock"]);
+        assert_eq!(filters(90.0), ["transpose=cclock"]);
+        assert_eq!(filters(-180.0), ["hflip", "vflip"]);
+        assert_eq!(filters(0.0), [""; 0]);
+        assert!(Orientation::from_degrees(90.0).swaps_sides && !Orientation::from_degrees(180.0).swaps_sides);
+    }
+
+    #[test]
+    fn a_codec_that_is_not_accepted_is_named_with_the_line_that_converts_it() {
+        let refused = |codec: &str, tag: Option<&str>| {
+            let stream = Stream { codec: codec.into(), tag: tag.map(str::to_owned), ..Stream::default() };
+            refuse_codec(&stream).unwrap_err().to_string()
         };
-        assert_eq!(report.packets, [first, Packet { dts: Some(0), ..Packet::default() }]);
-        assert_eq!(report.matrix[..5], [0, 65536, 0, -65536, 0]);
-        assert_eq!((report.duration, report.has_b_frames), (Some(10.5), true));
-        assert_eq!(report.frame_rates, [25.0]);
-        assert!(report.take("packet|pts=3").is_err());
-        let probe = report.check(Container::Mp4, &MediaConfig::default()).unwrap();
-        assert_eq!((probe.width, probe.height, probe.codec.as_str()), (36, 64, "h264"));
+        for (message, name) in [
+            (refused("ffv1", Some("FFV1")), "codec ffv1 "),
+            (refused("none", Some("DIVF")), "codec \"DIVF\" "),
+        ] {
+            assert!(message.contains(name) && message.contains("ffmpeg -i input"), "{message}");
+        }
+        assert!(refused(&"x".repeat(5000), None).len() < 300);
     }
 }

@@ -46,12 +46,12 @@ pub struct SamplingBenchmark {
     pub duration: f64,
 }
 
-/// Whether ffmpeg and ffprobe are there; the error says how to get them.
+/// Whether ffmpeg is there; the error says how to get it.
 ///
 /// # Errors
-/// When one of them is missing.
+/// When it is missing.
 pub fn check_tools(config: &MediaConfig) -> Result<(), MediaError> {
-    Tools::new(config).check()
+    Tools::new(config).ffmpeg_path().map(|_| ())
 }
 
 /// Starts ffmpeg under the limits of decoders, with nothing to decode.

@@ -18,7 +18,7 @@ pub enum Stage {
     Fetch,
     /// Waiting for a place among the decoders.
     DecodeWait,
-    /// ffprobe.
+    /// Listing a video's streams and packets.
     Probe,
     /// ffmpeg, or the picture decoder.
     Decode,

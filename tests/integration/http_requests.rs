@@ -1,6 +1,6 @@
 //! Requests in all their forms: every kind of video part, several videos, conversations, salts and timeouts.
 
-use std::{os::unix::fs::symlink, path::PathBuf, time::Duration};
+use std::{os::unix::fs::symlink, time::Duration};
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 use futures_util::future::join_all;
@@ -228,18 +228,14 @@ async fn requests_for_one_url_at_the_same_time_download_decode_and_encode_once()
 async fn a_known_video_is_answered_without_ffmpeg() {
     let tools = tempfile::tempdir().unwrap();
     let path = std::env::var_os("PATH").unwrap();
-    for name in ["ffmpeg", "ffprobe"] {
-        let found = std::env::split_paths(&path).map(|dir| dir.join(name)).find(|file| file.is_file());
-        symlink(found.unwrap(), tools.path().join(name)).unwrap();
-    }
-    let tool = |name: &str| -> PathBuf { tools.path().join(name) };
+    let found = std::env::split_paths(&path).map(|dir| dir.join("ffmpeg")).find(|file| file.is_file());
+    let ffmpeg = tools.path().join("ffmpeg");
+    symlink(found.unwrap(), &ffmpeg).unwrap();
     let mut config = config();
-    (config.media.ffmpeg_path, config.media.ffprobe_path) = (Some(tool("ffmpeg")), Some(tool("ffprobe")));
+    config.media.ffmpeg_path = Some(ffmpeg.clone());
     let server = server(config, FakeModel::saying(REPLY)).await;
     let first = server.ask(&about(&clip_url(), json!({}))).await;
-    for name in ["ffmpeg", "ffprobe"] {
-        std::fs::remove_file(tool(name)).unwrap();
-    }
+    std::fs::remove_file(ffmpeg).unwrap();
     let again = server.ask(&about(&clip_url(), json!({"max_tokens": 3}))).await;
     assert_eq!(again["video"], first["video"]);
     let other = server.post(&about(&clip_url(), json!({"media_io_kwargs": {"video": {"num_frames": 2}}})));

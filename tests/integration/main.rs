@@ -49,6 +49,7 @@ mod media_limits;
 mod media_pictures;
 mod media_seeking;
 mod media_sources;
+mod media_streams;
 mod media_times;
 mod nano_demo;
 mod nano_endpoints;

@@ -87,6 +87,41 @@ async fn older_codecs_are_exact() {
 }
 
 #[tokio::test]
+async fn containers_and_codecs_of_older_devices_are_exact() {
+    let in_asf = "-c:v libx264 -preset veryfast -pix_fmt yuv420p -bf 0 -f asf";
+    assert_all_exact(&[
+        ("mpeg1.mpg", "-c:v mpeg1video -q:v 3 -bf 2 -g 12".into()),
+        ("mpeg2.mpg", "-c:v mpeg2video -q:v 3 -bf 2 -g 12".into()),
+        ("mpeg2.vob", "-c:v mpeg2video -q:v 3 -bf 2 -g 12 -f vob".into()),
+        ("h264.mpg", format!("{H264} -f mpeg")),
+        ("mpeg1.ts", "-c:v mpeg1video -q:v 3 -g 12".into()),
+        ("mpeg1.mkv", "-c:v mpeg1video -q:v 3 -bf 2 -g 12".into()),
+        ("sorenson.flv", "-c:v flv -q:v 3".into()),
+        ("h264.flv", H264.into()),
+        ("mpeg4.3gp", MPEG4.into()),
+        ("wmv1.wmv", "-c:v wmv1 -q:v 3".into()),
+        ("wmv2.wmv", "-c:v wmv2 -q:v 3".into()),
+        ("wmv2.avi", "-c:v wmv2 -q:v 3".into()),
+        ("h264.asf", in_asf.into()),
+        ("divx2.avi", "-c:v msmpeg4v2 -q:v 3".into()),
+        ("divx3.avi", "-c:v msmpeg4 -q:v 3".into()),
+        ("divx3.wmv", "-c:v msmpeg4 -q:v 3".into()),
+        ("theora.ogv", "-c:v libtheora -q:v 9 -g 30 -pix_fmt yuv420p".into()),
+        ("theora.mkv", "-c:v libtheora -q:v 9 -g 30 -pix_fmt yuv420p".into()),
+        ("vp8.ogv", "-c:v libvpx -f ogg".into()),
+        ("prores.mov", "-c:v prores_ks -pix_fmt yuv422p10".into()),
+        ("prores4444.mkv", "-c:v prores_ks -pix_fmt yuva444p10".into()),
+    ])
+    .await;
+    let directory = tempfile::tempdir().unwrap();
+    let h263 = Clip { width: 176, height: 144, ..Clip::default() };
+    assert_exact(&h263.encode(directory.path(), "h263.3gp", "-c:v h263 -q:v 3"), 97).await;
+    let dnxhr = Clip { width: 256, height: 128, ..Clip::default() };
+    let options = "-c:v dnxhd -profile:v dnxhr_lb -pix_fmt yuv422p";
+    assert_exact(&dnxhr.encode(directory.path(), "dnxhr.mov", options), 97).await;
+}
+
+#[tokio::test]
 async fn sound_subtitles_and_covers_do_not_matter() {
     let directory = tempfile::tempdir().unwrap();
     let write = |name: &str, text: &str| {

@@ -51,10 +51,20 @@ async fn assert_no_process_stays(path: &Path) {
     panic!("a decoder outlived its request");
 }
 
-/// A stand-in for ffmpeg or ffprobe that never ends; it keeps its arguments for `processes_on` to see.
+/// A stand-in for ffmpeg that never ends; it keeps its arguments for `processes_on` to see.
 fn stuck_tool(directory: &Path) -> PathBuf {
     use std::os::unix::fs::PermissionsExt;
     let path = write(directory, "stuck", b"#!/bin/sh\nwhile :; do sleep 0.05; done\n");
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+    path
+}
+
+/// An ffmpeg that lists packets, but never ends when it is to decode.
+fn stuck_decoder(directory: &Path) -> PathBuf {
+    use std::os::unix::fs::PermissionsExt;
+    let script =
+        "#!/bin/sh\ncase \"$*\" in *framecrc*) exec ffmpeg \"$@\";; esac\nwhile :; do sleep 0.05; done\n";
+    let path = write(directory, "stuck-decoder", script.as_bytes());
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
     path
 }
@@ -177,12 +187,13 @@ async fn a_missing_ffmpeg_says_how_to_get_it() {
 async fn the_time_limit_kills_a_stuck_decoder() {
     let directory = tempfile::tempdir().unwrap();
     let path = Clip::default().encode(directory.path(), "timeout.mp4", H264);
-    let stuck = stuck_tool(directory.path());
-    for config in [
-        MediaConfig { ffmpeg_path: Some(stuck.clone()), ..MediaConfig::default() },
-        MediaConfig { ffprobe_path: Some(stuck.clone()), ..MediaConfig::default() },
-    ] {
-        let config = MediaConfig { decode_timeout: Duration::from_millis(700), ..config };
+    // One that hangs while it lists packets, and one that hangs while it decodes.
+    for stuck in [stuck_tool(directory.path()), stuck_decoder(directory.path())] {
+        let config = MediaConfig {
+            ffmpeg_path: Some(stuck),
+            decode_timeout: Duration::from_millis(1500),
+            ..MediaConfig::default()
+        };
         let error = load_with(config, &path).await.unwrap_err();
         assert!(matches!(error, MediaError::DecodeTimeout { .. }), "{error:?}");
         assert_no_process_stays(&path).await;

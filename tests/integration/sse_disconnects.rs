@@ -17,20 +17,21 @@ use tokio::{io::AsyncWriteExt, net::TcpStream};
 
 use crate::http_setup::*;
 
-/// A directory of its own with the real tools under names that are found in the process list.
+/// A directory of its own with the real ffmpeg under a name that is found in the process list.
 fn own_tools(dir: &Path) {
-    for tool in ["ffmpeg", "ffprobe"] {
-        let path = std::env::var_os("PATH").unwrap();
-        let real =
-            std::env::split_paths(&path).map(|dir| dir.join(tool)).find(|path| path.is_file()).unwrap();
-        std::os::unix::fs::symlink(real, dir.join(tool)).unwrap();
-    }
+    let path = std::env::var_os("PATH").unwrap();
+    let real =
+        std::env::split_paths(&path).map(|dir| dir.join("ffmpeg")).find(|path| path.is_file()).unwrap();
+    std::os::unix::fs::symlink(real, dir.join("ffmpeg")).unwrap();
 }
 
-/// A decoder that never ends.
+const HANGING_DECODER: &str =
+    "#!/bin/bash\ncase \"$*\" in *framecrc*) exec ffmpeg \"$@\";; esac\nexec -a \"$0\" sleep 600\n";
+
+/// An ffmpeg that lists packets, but never ends when it is to decode.
 fn hanging_tool(dir: &Path) -> PathBuf {
     let hanging = dir.join("hanging-ffmpeg");
-    std::fs::write(&hanging, "#!/bin/bash\nexec -a \"$0\" sleep 600\n").unwrap();
+    std::fs::write(&hanging, HANGING_DECODER).unwrap();
     std::fs::set_permissions(&hanging, std::fs::Permissions::from_mode(0o755)).unwrap();
     hanging
 }
@@ -79,11 +80,9 @@ async fn thirty_two_streams_left_at_random_points_leave_nothing_behind() {
 async fn leaving_while_the_video_is_decoded_kills_the_decoder() {
     for stream in [false, true] {
         let tools = tempfile::tempdir().unwrap();
-        own_tools(tools.path());
         let hanging = hanging_tool(tools.path());
         let mut config = config();
         config.keep_alive_interval = Duration::from_millis(50);
-        config.media.ffprobe_path = Some(tools.path().join("ffprobe"));
         config.media.ffmpeg_path = Some(hanging.clone());
         let server = server(config, FakeModel::saying(REPLY)).await;
         let body = about(&clip_url(), json!({"stream": stream}));
@@ -104,10 +103,8 @@ async fn leaving_while_the_video_is_decoded_kills_the_decoder() {
 #[tokio::test]
 async fn leaving_after_a_chunked_upload_kills_the_decoder() {
     let tools = tempfile::tempdir().unwrap();
-    own_tools(tools.path());
     let hanging = hanging_tool(tools.path());
     let mut config = config();
-    config.media.ffprobe_path = Some(tools.path().join("ffprobe"));
     config.media.ffmpeg_path = Some(hanging.clone());
     let server = server(config, FakeModel::saying(REPLY)).await;
     let mut body = format!(

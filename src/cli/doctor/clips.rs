@@ -13,7 +13,7 @@ use crate::{
     config::{FilesConfig, MediaConfig},
     media::{
         FrameSampling, MediaError, MediaLoader, check_limits, check_tools,
-        ffmpeg::{ALLOWED_CODECS, find_on_path, tool_paths},
+        ffmpeg::{ALLOWED_CODECS, ffmpeg_path, find_on_path},
     },
 };
 
@@ -24,15 +24,15 @@ const IMAGE_SIZE: usize = 64;
 
 pub async fn check(options: &ModelOptions, config: &MediaConfig) -> Vec<Finding> {
     if let Err(error) = check_tools(config) {
-        let found = "ffmpeg or ffprobe is missing";
+        let found = "ffmpeg is missing";
         return vec![if options.download_ffmpeg {
             Finding::warning("ffmpeg", found, "`serve` downloads it first, as --download-ffmpeg says")
         } else {
             Finding::problem("ffmpeg", found, error.to_string())
         }];
     }
-    let ffmpeg = match tool_paths(config) {
-        Ok((ffmpeg, _)) => ffmpeg,
+    let ffmpeg = match ffmpeg_path(config) {
+        Ok(ffmpeg) => ffmpeg,
         Err(error) => return vec![Finding::problem("ffmpeg", error.to_string(), "install ffmpeg")],
     };
     let mut findings = vec![version(&ffmpeg).await];
@@ -84,6 +84,12 @@ fn encoder(codec: &str) -> (&str, &[&str]) {
         "vp8" => ("libvpx", &["-deadline", "realtime"]),
         "vp9" => ("libvpx-vp9", &["-deadline", "realtime"]),
         "av1" => ("libaom-av1", &["-cpu-used", "8"]),
+        "mpeg1video" => ("mpeg1video", &["-r", "25"]),
+        "h263" => ("h263", &["-s", "128x96"]),
+        "flv1" => ("flv", &[]),
+        "msmpeg4v3" => ("msmpeg4", &[]),
+        "theora" => ("libtheora", &[]),
+        "dnxhd" => ("dnxhd", &["-profile:v", "dnxhr_lb", "-s", "256x128"]),
         other => (other, &[]),
     }
 }
@@ -168,8 +174,12 @@ async fn make_clip(ffmpeg: &Path, codec: &str, clip: &Path) -> bool {
     let mut arguments =
         vec!["-loglevel", "error", "-y", "-f", "lavfi", "-i", "testsrc=s=64x64:r=8:d=1", "-c:v", encoder];
     arguments.extend(options);
-    if codec != "gif" {
-        arguments.extend(["-pix_fmt", if codec == "mjpeg" { "yuvj420p" } else { "yuv420p" }]);
+    match codec {
+        "gif" => {}
+        "mjpeg" => arguments.extend(["-pix_fmt", "yuvj420p"]),
+        "prores" => arguments.extend(["-pix_fmt", "yuv422p10"]),
+        "dnxhd" => arguments.extend(["-pix_fmt", "yuv422p"]),
+        _ => arguments.extend(["-pix_fmt", "yuv420p"]),
     }
     let Some(path) = clip.to_str() else { return false };
     arguments.push(path);
