@@ -86,3 +86,11 @@ def each_question(request):
 @pytest.fixture
 def question():
     return QUESTIONS[0]
+
+
+@pytest.fixture(scope="session")
+def picture():
+    """The first frame of a clip, as PNG."""
+    still = ["-frames:v", "1", "-f", "image2pipe", "-c:v", "png", "-"]
+    command = ["ffmpeg", "-v", "error", "-i", QUESTIONS[0].clip, *still]
+    return subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
