@@ -67,7 +67,7 @@ fn sampling(c: &mut Criterion) {
     }
     let reporting = SamplingParams { top_logprobs: Some(5), ..greedy };
     group.bench_function("5 log probabilities", |b| {
-        b.iter(|| logprobs::report(black_box(&logits), &reporting, 7));
+        b.iter(|| logprobs::report(black_box(&logits), &[], &reporting, 7));
     });
     group.finish();
 }

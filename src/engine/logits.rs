@@ -14,8 +14,8 @@ use crate::{
 /// One row of a step.
 #[derive(Debug)]
 pub(super) enum Row<'a> {
-    /// Logits of the ids that may be sampled, as the model gave them.
-    Logits(&'a [f32]),
+    /// Logits as the model gave them: of the ids that may be sampled, and of the `others` it has.
+    Logits { logits: &'a [f32], others: &'a [f32] },
     /// The same, adjusted, and without what its mask does not allow.
     Adjusted(&'a [f32]),
     /// The token.
@@ -107,13 +107,14 @@ impl Logits {
         if rows.is_empty() {
             return Ok(());
         }
-        let values = select_rows(&self.tensor, rows)?.narrow(1, 0, self.num_ids)?.to_vec2::<f32>()?;
-        for (&row, logits) in rows.iter().zip(values) {
+        let values = select_rows(&self.tensor, rows)?.to_vec2::<f32>()?;
+        for (&row, all) in rows.iter().zip(values) {
+            let logits = &all[..self.num_ids];
             let is_any = logits.iter().any(|&logit| logit > f32::NEG_INFINITY);
             // That a mask leaves nothing is not the model's fault: what it allows first is taken.
             let is_masked = self.choices[row].as_ref().is_some_and(|choice| choice.mask.is_some());
             let is_ruled_out = is_masked && !logits.iter().any(|logit| logit.is_nan());
-            self.rows[row] = if is_any || is_ruled_out { Place::Host(logits) } else { Place::Nothing };
+            self.rows[row] = if is_any || is_ruled_out { Place::Host(all) } else { Place::Nothing };
         }
         Ok(())
     }
@@ -123,8 +124,14 @@ impl Logits {
         match &self.rows[index] {
             Place::Token(id) => Row::Token(*id),
             Place::Nothing => Row::Nothing,
-            Place::Host(logits) if self.choices[index].is_none() => Row::Logits(logits),
-            Place::Host(logits) => Row::Adjusted(logits),
+            Place::Host(all) => {
+                let (logits, others) = all.split_at(self.num_ids);
+                if self.choices[index].is_none() {
+                    Row::Logits { logits, others }
+                } else {
+                    Row::Adjusted(logits)
+                }
+            }
         }
     }
 }
@@ -163,9 +170,9 @@ mod tests {
     #[test]
     fn whole_rows_are_as_they_were_without_the_ids_that_may_not_be_sampled() {
         let whole = Logits::whole(&logits(), 3).unwrap();
-        assert!(matches!(whole.row(0), Row::Logits([1.0, 5.0, 2.0])));
+        assert!(matches!(whole.row(0), Row::Logits { logits: [1.0, 5.0, 2.0], others: [9.0] }));
         assert!(matches!(whole.row(2), Row::Nothing));
-        assert!(matches!(whole.row(3), Row::Logits([0.0, 1.0, 7.0])));
+        assert!(matches!(whole.row(3), Row::Logits { logits: [0.0, 1.0, 7.0], others: [8.0] }));
     }
 
     #[test]
@@ -183,7 +190,9 @@ mod tests {
                 match chosen.row(row) {
                     Row::Nothing => assert_eq!(row, 2),
                     Row::Token(token) => assert!(choices[row] == largest() && token == *id),
-                    Row::Logits(values) => assert!(choices[row].is_none() && values == logits),
+                    Row::Logits { logits: values, .. } => {
+                        assert!(choices[row].is_none() && values == logits);
+                    }
                     // Nothing is drawn without a GPU.
                     Row::Adjusted(values) => {
                         assert!(choices[row] == drawn() && values == logits)
@@ -210,7 +219,7 @@ mod tests {
             chosen.row(2),
             Row::Adjusted([f32::NEG_INFINITY, f32::NEG_INFINITY, f32::NEG_INFINITY])
         ));
-        assert!(matches!(chosen.row(3), Row::Logits([0.0, 1.0, 7.0])));
+        assert!(matches!(chosen.row(3), Row::Logits { logits: [0.0, 1.0, 7.0], .. }));
         chosen.fetch_whole(&[0]).unwrap();
         assert!(matches!(chosen.row(0), Row::Adjusted([4.5, 5.0, 2.0])));
         let masked = choose(&[None, None, None, Some(Choice { adjustments, mask, draw: None })]);

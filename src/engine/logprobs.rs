@@ -10,13 +10,19 @@ pub fn is_asked_for(params: &SamplingParams) -> bool {
 }
 
 /// Log probabilities of the `chosen` token and of those that `params` asks for; `None` when it asks for none.
-/// `logits` holds the ids that may be sampled, and no others.
-pub fn report(logits: &[f32], params: &SamplingParams, chosen: TokenId) -> Option<Box<TokenLogprobs>> {
+/// `logits` holds the ids that may be sampled; `others`, which no tokenizer knows, have their part in the distribution too.
+pub fn report(
+    logits: &[f32],
+    others: &[f32],
+    params: &SamplingParams,
+    chosen: TokenId,
+) -> Option<Box<TokenLogprobs>> {
     if !is_asked_for(params) {
         return None;
     }
-    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sum: f64 = logits.iter().map(|&logit| f64::from(logit - largest).exp()).filter(|e| !e.is_nan()).sum();
+    let all = || logits.iter().chain(others).copied();
+    let largest = all().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f64 = all().map(|logit| f64::from(logit - largest).exp()).filter(|e| !e.is_nan()).sum();
     let log_sum = f64::from(largest) + sum.ln();
     let logprob = |id: TokenId| {
         logits.get(id as usize).map_or(f32::NEG_INFINITY, |&logit| (f64::from(logit) - log_sum) as f32)
@@ -56,8 +62,8 @@ mod tests {
 
     #[test]
     fn nothing_is_reported_that_is_not_asked_for() {
-        assert!(report(&[1.0, 2.0], &asking(None, vec![]), 1).is_none());
-        let only_chosen = report(&[0.0, 0.0], &asking(Some(0), vec![]), 1).expect("asked for");
+        assert!(report(&[1.0, 2.0], &[], &asking(None, vec![]), 1).is_none());
+        let only_chosen = report(&[0.0, 0.0], &[], &asking(Some(0), vec![]), 1).expect("asked for");
         assert!((only_chosen.chosen - 0.5f32.ln()).abs() < 1e-6);
         assert!(only_chosen.top.is_empty() && only_chosen.watched.is_empty());
     }
@@ -67,12 +73,21 @@ mod tests {
         let params = asking(Some(2), vec![2]);
         let hot = SamplingParams { temperature: 2.0, logit_bias: vec![(0, 50.0)], ..params.clone() };
         let logits = [1.0, 3.0, 2.0];
-        assert_eq!(report(&logits, &params, 0), report(&logits, &hot, 0));
+        assert_eq!(report(&logits, &[], &params, 0), report(&logits, &[], &hot, 0));
+    }
+
+    #[test]
+    fn ids_that_no_tokenizer_knows_have_their_part_in_the_distribution() {
+        let whole = report(&[1.0, 2.0, 0.5], &[], &asking(Some(1), vec![]), 1).unwrap();
+        let known = report(&[1.0, 2.0], &[0.5], &asking(Some(1), vec![]), 1).unwrap();
+        assert_eq!(whole, known);
+        assert_eq!(report(&[1.0], &[9.0], &asking(Some(2), vec![]), 0).unwrap().top.len(), 1);
     }
 
     #[test]
     fn impossible_ids_have_no_probability() {
-        let reported = report(&[f32::NEG_INFINITY, 0.0, f32::NAN], &asking(Some(2), vec![0, 7]), 1).unwrap();
+        let reported =
+            report(&[f32::NEG_INFINITY, 0.0, f32::NAN], &[], &asking(Some(2), vec![0, 7]), 1).unwrap();
         assert_eq!(reported.top[0], (1, 0.0));
         assert_eq!(reported.watched, [f32::NEG_INFINITY; 2]);
     }
@@ -81,12 +96,12 @@ mod tests {
         #[test]
         fn all_probabilities_together_are_one(logits in prop::collection::vec(-30.0f32..30.0, 1..300), chosen: prop::sample::Index) {
             let chosen = chosen.index(logits.len()) as TokenId;
-            let all = report(&logits, &asking(Some(logits.len()), vec![chosen]), chosen).unwrap();
+            let all = report(&logits, &[], &asking(Some(logits.len()), vec![chosen]), chosen).unwrap();
             let total: f64 = all.top.iter().map(|(_, logprob)| f64::from(*logprob).exp()).sum();
             prop_assert!((total - 1.0).abs() < 1e-4, "{}", total);
             prop_assert!(all.top.is_sorted_by(|a, b| a.1 >= b.1));
             prop_assert_eq!(all.watched[0], all.chosen);
-            let few = report(&logits, &asking(Some(3), vec![]), chosen).unwrap();
+            let few = report(&logits, &[], &asking(Some(3), vec![]), chosen).unwrap();
             prop_assert_eq!(&few.top[..], &all.top[..logits.len().min(3)]);
         }
     }

@@ -95,10 +95,11 @@ impl NextToken<'_> {
                     |allowed: Allowed<'_>| sampler::sample_adjusted(row, params, tokens.len(), allowed);
                 Ok(Some(plain(self.guided(sample))))
             }
-            Row::Logits(row) => {
-                let sample = |allowed: Allowed<'_>| sampler::sample(row, params, tokens, num_prompt, allowed);
+            Row::Logits { logits, others } => {
+                let sample =
+                    |allowed: Allowed<'_>| sampler::sample(logits, params, tokens, num_prompt, allowed);
                 let token = self.guided(sample);
-                Ok(Some(Sampled { token, logprobs: logprobs::report(row, params, token) }))
+                Ok(Some(Sampled { token, logprobs: logprobs::report(logits, others, params, token) }))
             }
         }
     }
@@ -185,7 +186,7 @@ mod tests {
         assert!(next.sample(Row::Token(END)).unwrap().is_none());
         let logits = logits(&[END, b'}'.into(), b'<'.into()]);
         let token = next.sample(Row::Adjusted(&logits)).unwrap().unwrap().token;
-        assert_eq!(token, other.sample(Row::Logits(&logits)).unwrap().unwrap().token);
+        assert_eq!(token, other.sample(Row::Logits { logits: &logits, others: &[] }).unwrap().unwrap().token);
         assert_eq!(token, u32::from(b'<'));
         assert_eq!(third.sample(Row::Token(token)).unwrap().unwrap().token, token);
     }

@@ -52,13 +52,14 @@ pub(super) fn scores(
     tokens: Vec<ScoredToken>,
     requests: &dyn Requests,
 ) -> Result<Vec<PromptScore>> {
-    let rows = logits.narrow(1, 0, num_ids)?.to_vec2::<f32>()?;
-    if rows.par_iter().any(|row| !row.iter().any(|logit| logit.is_finite())) {
+    let rows = logits.to_vec2::<f32>()?;
+    if rows.par_iter().any(|row| !row[..num_ids].iter().any(|logit| logit.is_finite())) {
         return Err(ModelError::Msg("the model produced no finite logit".into()));
     }
     let scored = tokens.into_par_iter().zip(&rows).filter_map(|(token, row)| {
         let ScoredToken { sequence, position, token } = token;
-        let logprobs = logprobs::report(row, requests.sampling(sequence), token)?;
+        let (logits, others) = row.split_at(num_ids);
+        let logprobs = logprobs::report(logits, others, requests.sampling(sequence), token)?;
         Some(PromptScore { sequence, position, logprobs })
     });
     Ok(scored.collect())

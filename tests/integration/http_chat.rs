@@ -102,9 +102,11 @@ async fn limits_of_the_completion_are_kept() {
     assert_eq!(cut["choices"][0]["message"]["content"], "");
     assert_eq!(cut["choices"][0]["message"]["reasoning_content"], "The p");
     assert_eq!(cut["usage"]["completion_tokens"], 12);
-    let stopped = ask(json!({"stop": "person"})).await;
+    let stopped = ask(json!({"stop": ["person", "C"]})).await;
     assert_eq!(stopped["choices"][0]["finish_reason"], "stop");
-    assert_eq!(stopped["choices"][0]["message"]["reasoning_content"], "The");
+    assert_eq!(stopped["choices"][0]["message"]["reasoning_content"], "The person bends.");
+    assert_eq!(stopped["choices"][0]["message"]["content"], "");
+    assert_eq!(stopped["usage"]["completion_tokens"], REPLY.find("</answer>").unwrap());
     server.until_idle().await;
 }
 
