@@ -94,7 +94,9 @@ impl PacketTable {
     /// Sets the start of the file: `container_start` is the earliest start of all streams, seconds,
     /// from where players count. A negative start is audio encoder priming, which players drop.
     pub fn starting_at(mut self, container_start: Option<f64>) -> Self {
-        self.zero = container_start.map(|start| start.max(0.0));
+        // Without a pts on the first packet (AVI with B-frames), the clock of decoded frames is a guess.
+        let is_timed = self.packets.first().is_some_and(|packet| packet.pts.is_some());
+        self.zero = container_start.filter(|_| is_timed).map(|start| start.max(0.0));
         self
     }
 
