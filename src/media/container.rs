@@ -1,22 +1,24 @@
 //! Containers by the first bytes of a file: which demuxer reads it, or why none does.
 //!
-//! Called by `probe.rs` and `decode.rs`. Must never leave the choice to ffmpeg (its guess would include playlists): a file
-//! that begins like none of these is refused without starting a process.
+//! Called by `probe.rs` and `decode.rs`. Must never leave the choice to ffmpeg, whose guess
+//! includes playlists: a file that begins like none of these is refused without starting a
+//! process.
 
 use image::ImageFormat;
 
 use super::MediaError;
 
-/// What makes any video that ffmpeg can read one that is accepted; ends messages about those that are not.
+/// Advice that ends every refusal: the command that makes an accepted file of any video.
 pub const HOW_TO_CONVERT: &str = "convert it with `ffmpeg -i input -c:v libx264 -pix_fmt yuv420p output.mp4`";
-/// Bytes of a file that tell its container: several packets of a transport stream that starts midway.
+/// Bytes that tell a file's container: enough for several packets of a transport stream.
 pub const HEAD_BYTES: usize = 2048;
-/// Bytes between two sync bytes of a transport stream: plain, with time stamps of recorders, with error correction.
+/// Bytes between two sync bytes of a transport stream: plain, with timestamps, with error
+/// correction.
 const TS_PACKET_BYTES: [usize; 3] = [188, 192, 204];
-/// Sync bytes in a row that tell a transport stream from anything else that has this byte.
+/// Consecutive sync bytes that identify a transport stream.
 const TS_SYNC_BYTES: usize = 5;
 
-/// Containers that are known and not accepted, and files that people take for videos: offset, first bytes, name.
+/// Known containers that are not accepted: offset, first bytes, name.
 const REFUSED: [(usize, &[u8], &str); 18] = [
     (0, b"\x06\x0e\x2b\x34", "an MXF file"),
     (0, b".RMF", "a RealMedia file"),
@@ -58,10 +60,10 @@ pub enum Container {
 }
 
 impl Container {
-    /// From the first [`HEAD_BYTES`] of a file, or all of a shorter one.
+    /// Recognizes the first [`HEAD_BYTES`] of a file, or all of a shorter one.
     ///
     /// # Errors
-    /// Names what the file is, if known, and what to do.
+    /// The message names the file's format, if known, and says what to do.
     pub fn sniff(head: &[u8]) -> Result<Self, MediaError> {
         Self::known(head).ok_or_else(|| MediaError::Unsupported(refusal(head)))
     }
@@ -112,7 +114,7 @@ impl Container {
         }
     }
 
-    /// As people call it.
+    /// Short name for replies.
     pub fn name(self) -> &'static str {
         match self {
             Container::Mp4 => "mp4",
@@ -129,8 +131,8 @@ impl Container {
         }
     }
 
-    /// Whether decoding may start midway: seeking lands on a keyframe, and every frame has a time of its own. Pictures of a
-    /// GIF are patches on the one before, whatever its packets claim.
+    /// Returns true if decoding may start at any keyframe. A GIF's pictures are patches on the one
+    /// before, whatever its packets claim; the others have no reliable index or timestamps.
     pub fn seeks(self) -> bool {
         !matches!(self, Container::Gif | Container::MpegPs | Container::Asf | Container::Flv | Container::Ogg)
     }
@@ -140,7 +142,8 @@ fn begins(head: &[u8], offset: usize, bytes: &[u8]) -> bool {
     head[offset.min(head.len())..].starts_with(bytes)
 }
 
-/// A recording may begin anywhere in a packet. A short head needs a sync byte at each packet's start instead.
+/// Returns true for a transport stream, which may start anywhere in a packet. A short head must
+/// have a sync byte at the start of each packet.
 fn is_transport_stream(head: &[u8]) -> bool {
     let at = |offset: usize| begins(head, offset, b"G");
     if at(0) && at(188) || at(4) && at(196) {

@@ -34,7 +34,8 @@ use crate::config::{HwAccel, MediaConfig};
 
 /// Demuxers that may open a video (ffmpeg's names); playlists and scripts, which open other files, are not among them.
 const ALLOWED_DEMUXERS: &str = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts,mpeg,asf,flv,ogg";
-/// Decoders that may run (ffmpeg's names; AV1 has several). No other is ever opened, whatever a file holds besides its video.
+/// Decoders that may run (ffmpeg's names; AV1 has several). No other is ever opened, whatever other
+/// streams a file has.
 const VIDEO_DECODERS: &str = "h264,hevc,vp8,vp9,av1,libdav1d,libaom-av1,mpeg4,mpeg2video,mjpeg,gif,mpeg1video,h263,flv,\
     msmpeg4v1,msmpeg4v2,msmpeg4,wmv1,wmv2,wmv3,vc1,theora,prores,dnxhd";
 /// The same for people, and as ffprobe names the codecs.
@@ -91,7 +92,7 @@ impl Tools {
         }
     }
 
-    /// Where ffmpeg is; the error says how to get it.
+    /// Finds ffmpeg; the error says how to install it.
     pub fn ffmpeg_path(&self) -> Result<PathBuf, MediaError> {
         find_ffmpeg(self.ffmpeg.as_deref(), sidecar_path().ok())
     }
@@ -241,7 +242,7 @@ fn find_ffmpeg(configured: Option<&Path>, beside_us: Option<PathBuf>) -> Result<
     })
 }
 
-/// Where ffmpeg is, for commands that tell of it.
+/// Finds ffmpeg, for commands that report it.
 ///
 /// # Errors
 /// When it is missing.
@@ -255,7 +256,8 @@ pub fn find_on_path(name: &str) -> Option<PathBuf> {
     std::env::split_paths(&path).map(|directory| directory.join(name)).find(|file| file.is_file())
 }
 
-/// Puts ffmpeg beside this executable, whatever is installed: for when [`Tools::ffmpeg_path`] finds none. Blocks; `progress` gets the bytes so far and in all (0: unknown).
+/// Downloads ffmpeg into the directory of this executable. Blocks; `progress` gets the bytes so
+/// far and the total (0: unknown).
 pub fn download_ffmpeg(progress: impl Fn(u64, u64)) -> Result<(), MediaError> {
     let download = || {
         let directory = sidecar_dir()?;

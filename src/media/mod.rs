@@ -129,8 +129,8 @@ pub struct VideoInfo {
     /// animation.
     pub container: String,
     pub codec: String,
-    /// Kinds of the file's other streams, which nothing was made of: "audio", "subtitle", "video" (another rendition), "picture"
-    /// (a cover), "data", "attachment"; each once.
+    /// Kinds of the file's streams that the model does not get, each once: "audio", "subtitle",
+    /// "data", "attachment", "picture" (a cover), "video" (another rendition).
     pub ignored_streams: Vec<String>,
     /// How many frames the model saw.
     pub num_frames: usize,

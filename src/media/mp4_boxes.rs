@@ -1,16 +1,16 @@
-//! The boxes of MP4 and MOV files: finds tracks, and how they are turned.
+//! The boxes of MP4 and MOV files: finds tracks and their display matrices.
 //!
-//! Called by `packet_feed.rs` and `probe.rs` on the blocking pool. Must never read more of a file than the headers on its way,
-//! nor trust a length: whatever does not fit gives nothing.
+//! Called by `packet_feed.rs` and `probe.rs` on the blocking pool. Must never read more of a file
+//! than the headers it needs, and never trust a length: a box that does not fit gives `None`.
 
 use std::{fs::File, os::unix::fs::FileExt};
 
 /// Boxes looked at on one level: a file has some ten.
 const MAX_BOXES: usize = 1000;
-/// H.264 parameter sets, the largest of what is read, are a few hundred bytes; a box that claims more is not what it seems.
+/// Longest box content that is read. The largest, H.264 parameter sets, has a few hundred bytes.
 const MAX_READ_BYTES: u64 = 64 << 10;
 
-/// A display matrix `[a b u; c d v; x y w]`, row by row; a, b, c and d are 16.16 fixed-point numbers.
+/// A display matrix `[a b u; c d v; x y w]`, row by row; a, b, c and d are 16.16 fixed-point.
 pub type Matrix = [i64; 9];
 
 /// A track of a movie.
@@ -21,17 +21,17 @@ pub struct TrackBox {
     matrix: Matrix,
 }
 
-/// The tracks of a file, none if it has no header that can be read.
+/// Returns the tracks of a file; `None` if its header cannot be read.
 pub fn tracks(file: &File) -> Option<Vec<TrackBox>> {
     let tracks = movie(file)?.boxes(file)?.into_iter().filter(|(kind, _)| kind == b"trak");
     Some(tracks.filter_map(|(_, span)| TrackBox::read(file, span)).collect())
 }
 
-/// How the pictures of track `id` are turned: by the track, then by the movie.
+/// Returns the display matrix of track `id`: the track's, then the movie's.
 pub fn display_matrix(file: &File, id: u32) -> Option<Matrix> {
     let track = tracks(file)?.into_iter().find(|track| track.id == id)?;
     let header = movie(file)?.only(file, b"mvhd")?.read(file)?;
-    // Times, time scale and duration; then the rate, the volume and ten bytes that are reserved.
+    // Times, time scale and duration; then rate, volume and ten reserved bytes.
     let times = if *header.first()? == 1 { 28 } else { 16 };
     Some(product(&track.matrix, &matrix_at(&header, 4 + times + 16)?))
 }
@@ -41,10 +41,11 @@ fn movie(file: &File) -> Option<Span> {
 }
 
 impl TrackBox {
-    /// From the track's header (ISO/IEC 14496-12, 8.3.2).
+    /// Reads the track's header (ISO/IEC 14496-12, 8.3.2).
     fn read(file: &File, span: Span) -> Option<Self> {
         let header = span.only(file, b"tkhd")?.read(file)?;
-        // The first two times have 4 or 8 bytes each, and so has the duration, four reserved bytes after the id.
+        // Two times, the id, four reserved bytes, the duration: times and duration have 4 or 8
+        // bytes.
         let time = if *header.first()? == 1 { 8 } else { 4 };
         let id = u32::from_be_bytes(header.get(4 + 2 * time..8 + 2 * time)?.try_into().ok()?);
         Some(TrackBox { id, span, matrix: matrix_at(&header, 4 + 3 * time + 8 + 16)? })
@@ -59,7 +60,7 @@ fn matrix_at(header: &[u8], at: usize) -> Option<Matrix> {
     Some(matrix)
 }
 
-/// Both turns one after the other. Only a, b, c and d count.
+/// Multiplies the parts a, b, c and d of two matrices.
 fn product(first: &Matrix, second: &Matrix) -> Matrix {
     let mut product = Matrix::default();
     for row in 0..2 {
@@ -79,7 +80,8 @@ pub struct Span {
 }
 
 impl Span {
-    /// The boxes side by side here (ISO/IEC 14496-12, 4.2), none if they do not fit or are too many.
+    /// Returns the boxes of this level (ISO/IEC 14496-12, 4.2); `None` if they do not fit or are
+    /// too many.
     pub fn boxes(&self, file: &File) -> Option<Vec<([u8; 4], Span)>> {
         let (mut boxes, mut at) = (Vec::new(), self.start);
         // QuickTime ends some lists with four zero bytes.
@@ -156,7 +158,7 @@ pub mod tests {
         matrix.iter().flat_map(|&value| (value as i32).to_be_bytes()).collect()
     }
 
-    /// What is in a `tkhd` box of version 0.
+    /// Content of a `tkhd` box of version 0.
     pub fn track_header(id: u8, matrix: &Matrix) -> Vec<u8> {
         [&[0; 15][..], &[id], &[0; 24], &matrix_bytes(matrix), &[0; 8]].concat()
     }
@@ -192,7 +194,7 @@ pub mod tests {
     proptest! {
         #[test]
         fn any_bytes_are_read_without_harm(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
-            for header in [mp4_box(b"moov", &bytes), movie(0, &UPRIGHT, &[bytes.clone()]), bytes] {
+            for header in [mp4_box(b"moov", &bytes), movie(0, &UPRIGHT, std::slice::from_ref(&bytes)), bytes] {
                 display_matrix(&file(&header), 0);
             }
         }

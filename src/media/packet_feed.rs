@@ -45,8 +45,9 @@ struct FedPacket {
 }
 
 impl Feed {
-    /// The packets of track `track_id` for the frames at display indices `wanted` (ascending, distinct), if this file can be
-    /// fed. Reads the file's header and the first bytes of each slice: blocks.
+    /// Plans the packets of track `track_id` for the frames at display indices `wanted` (ascending,
+    /// distinct); `None` if this file cannot be fed. Reads the file's header and the first bytes of
+    /// each slice: blocks.
     pub fn plan(file: File, track_id: u32, table: &PacketTable, wanted: &[usize]) -> Option<Feed> {
         let track = Track::find(&file, track_id)?;
         let head = track.matroska_head();
@@ -204,7 +205,7 @@ struct Colour {
 }
 
 impl Track {
-    /// None where there are several of this id, or several descriptions of it, or it is not plain H.264.
+    /// Finds track `id`; `None` if it is not plain H.264, not unique, or has several descriptions.
     fn find(file: &File, id: u32) -> Option<Self> {
         let mut found = tracks(file)?.into_iter().filter(|track| track.id == id);
         let (track, None) = (found.next()?, found.next()) else { return None };
@@ -391,7 +392,7 @@ mod tests {
         let colour = found.colour.unwrap();
         assert_eq!((colour.primaries, colour.transfer, colour.matrix), (9, 16, 9));
         assert_eq!(colour.full_range, Some(true));
-        let preview = track(3, b"avc1", &[configuration.clone()]);
+        let preview = track(3, b"avc1", std::slice::from_ref(&configuration));
         assert!(movie(&[preview, video.clone()]).unwrap().colour.is_some(), "another video track");
         assert!(movie(&[video.clone(), video]).is_none(), "two tracks of one id");
         assert!(movie(&[sound]).is_none());

@@ -1,14 +1,16 @@
-//! The packets of a stream, read from what ffmpeg's `framecrc` muxer prints of copies of it.
+//! The packets of a stream, parsed from the output of ffmpeg's `framecrc` muxer.
 //!
-//! Called by `probe.rs`. A line of that muxer has room for one free number besides the packet's own number, length and flags.
-//! So the stream is copied three times, and a filter puts another number of each packet into each copy. ffprobe would print
-//! all of them at once, but it opens a decoder for every stream of the file and gives up if one is not allowed.
-//! Must never keep more packets than the limit.
+//! Called by `probe.rs`. A line of that muxer has one free field besides the packet's number, size
+//! and flags. So ffmpeg copies the stream three times, and a bitstream filter puts another
+//! property of the packet into that field of each copy. ffprobe prints all properties at once, but
+//! opens a decoder for every stream of the file and exits if one is not allowed. Must never keep
+//! more packets than the limit.
 
 use super::{MediaError, packet_table::Packet};
 
-/// What a copy has as its decoding time: the packet's number, from far below zero on. Muxers want decoding times in order and
-/// before display times, and would change others.
+/// Decoding time of each copy's first packet; the next ones count up from here. Muxers change
+/// decoding times that are out of order or after the display time, so these numbers are far below
+/// zero.
 const FIRST_NUMBER: i64 = -1_000_000_000_000_000;
 /// Bitstream filters of the three copies: display time, decoding time, position in the file.
 pub const PRINT_PACKETS: [&str; 3] =
@@ -19,7 +21,7 @@ const NONE: i64 = i64::MIN;
 const KEY: u32 = 1;
 const DISCARD: u32 = 4;
 
-/// The output of one run, collected.
+/// The collected output of one run.
 #[derive(Debug, Default)]
 pub struct PacketList {
     max_packets: usize,
@@ -30,11 +32,13 @@ pub struct PacketList {
     pub time_base: Option<(u32, u32)>,
     /// Stored width and height of the pictures, pixels; 0 if unknown.
     pub size: (usize, usize),
-    /// Frames are stored in another order than shown, and so a decoding time does not stand for a display time.
+    /// Frames are stored in another order than shown: a decoding time is no substitute for a
+    /// missing display time.
     pub reorders: bool,
 }
 
-/// `0, -999999999999999, 80, 40, 38, 0x08bb0eb0, F=0x0`: copy, number, free number, duration, bytes, checksum, flags.
+/// A line `0, -999999999999999, 80, 40, 38, 0x08bb0eb0, F=0x0`: copy, number, free field, duration,
+/// bytes, checksum, flags.
 struct Line {
     copy: usize,
     number: i64,
@@ -92,7 +96,7 @@ impl PacketList {
         }
         let Some(packet) = self.packets.get_mut(number) else { return };
         match line.copy {
-            // A missing display time is filled in by the muxer, with the decoding time that it sees, unless frames are reordered.
+            // Without reordering, the muxer replaces a missing display time by the decoding time.
             0 if line.value == NONE => self.reorders = true,
             0 if line.value == line.number => {}
             0 => packet.pts = Some(line.value),

@@ -12,7 +12,7 @@ const PROCESS_START_PIXELS: usize = 27_000_000;
 const SEEK_BACKOFF_SECONDS: f64 = 0.14;
 /// Transport streams have no index: decoding starts at any packet this long before the keyframe.
 const UNINDEXED_LEAD_SECONDS: f64 = 0.5;
-/// A last frame may be shown for this long, or as long as any other.
+/// Longest duration of a last frame that is believed, unless another frame is as long.
 const MAX_LAST_FRAME_SECONDS: f64 = 10.0;
 /// Frames beyond the plan that a decoder may go through before the plan counts as failed.
 const OVERRUN_SLACK: usize = 64;
@@ -132,8 +132,9 @@ impl PacketTable {
         Timeline { times, duration }
     }
 
-    /// How long the last of the frames at `pts` (not empty) is shown. Some demuxers stretch it to the length that the container
-    /// claims, which may be anything: what is far longer than any other frame is no packet's own word.
+    /// Returns the duration of the last of the frames at `pts` (not empty), seconds. Some demuxers
+    /// stretch it to the duration that the container claims: a value far above that of every other
+    /// frame is not used.
     fn last_frame_seconds(&self, pts: &[i64]) -> f64 {
         let last = pts.last().copied();
         let stored =

@@ -1,7 +1,7 @@
 //! Looks into a video file before anything is decoded: what it is, how large, and when its frames are shown.
 //!
-//! Called by `mod.rs`. ffmpeg lists the file's streams, and copies the packets of one of them, of which it prints numbers only.
-//! So no decoder is opened but those on the list, for the video's own parameters; a stream that is not looked at may have any
+//! Called by `mod.rs`. ffmpeg lists the file's streams and copies the packets of the video,
+//! printing their properties. It opens the decoders on the list only: other streams may have any
 //! codec. Must never let ffmpeg guess the container: `container.rs` chooses the demuxer.
 
 use std::{fs::File, io::Read, path::Path, sync::Arc};
@@ -18,7 +18,7 @@ use super::{
 };
 use crate::config::MediaConfig;
 
-/// Video streams of one file among which is chosen: more are no renditions of one video.
+/// Most video streams of one file whose frames are counted.
 const MAX_RENDITIONS: usize = 16;
 
 /// How a stored picture is turned for display: ffmpeg filters, applied to sampled frames only.
@@ -43,7 +43,8 @@ impl Orientation {
         };
         Orientation { filters, swaps_sides: filters.iter().any(|filter| filter.starts_with("transpose")) }
     }
-    /// From the angle that ffmpeg prints, which does not tell mirrors.
+
+    /// Converts the angle that ffmpeg prints, which does not tell mirrors.
     fn from_degrees(degrees: f64) -> Self {
         let filters: &[&str] = match degrees.round() as i64 {
             -90 | 270 => &["transpose=clock"],
@@ -54,7 +55,7 @@ impl Orientation {
         Orientation { filters, swaps_sides: filters.len() == 1 }
     }
 
-    /// Reads the header of an MP4 or MOV file: blocks.
+    /// Reads the display matrix of an MP4 or MOV file, or uses the printed angle. Blocks.
     fn find(file: &Path, container: Container, stream: &Stream) -> Self {
         let Some(degrees) = stream.rotation_degrees else { return Orientation::default() };
         let matrix = match (container, stream.id) {
@@ -75,13 +76,13 @@ impl Orientation {
 pub struct Probe {
     pub container: Container,
     pub codec: String,
-    /// ffmpeg's number of the stream that is the video.
+    /// ffmpeg's index of the video stream.
     pub stream_index: usize,
-    /// The container's number of it: in MP4 and MOV the track's.
+    /// The container's id of the video stream: in MP4 and MOV the track id.
     pub track_id: Option<u32>,
-    /// Kinds of the file's other streams, each once.
+    /// Kinds of the other streams, each once.
     pub ignored_streams: Vec<String>,
-    /// ffmpeg's name of it.
+    /// ffmpeg's name of the pixel format.
     pixel_format: String,
     /// Displayed size, pixels (the stored size turned by `orientation`).
     pub width: usize,
@@ -155,7 +156,7 @@ struct Prober<'a> {
     config: &'a MediaConfig,
 }
 
-/// What such a run tells.
+/// The result of such a run.
 #[derive(Debug, Default)]
 struct Listing {
     streams: StreamList,
@@ -165,7 +166,7 @@ struct Listing {
 }
 
 impl Prober<'_> {
-    /// Lists all streams, and copies those that `streams` name, in ffmpeg's words, each once for each of `filters`.
+    /// Lists all streams and copies `streams` (ffmpeg's stream specifiers), each once per filter.
     async fn list(&self, streams: &[String], filters: &[&str]) -> Result<Listing, MediaError> {
         let mut command = self.tools.ffmpeg(1)?;
         command.arg("-copyts").args(["-f", self.container.demuxer(), "-i"]).arg(file_url(self.file));
@@ -174,7 +175,7 @@ impl Prober<'_> {
                 command.args(["-map", stream]);
             }
         }
-        // A packet that is no keyframe may be the first: the decoder will see it too. Times stay in the container's unit.
+        // The decoder sees packets before the first keyframe too. Times keep the container's unit.
         command.args(["-c", "copy", "-copyinkf", "-copytb", "1"]);
         for (output, filter) in filters.iter().enumerate() {
             command.args([&format!("-bsf:{output}"), *filter]);
@@ -191,7 +192,7 @@ impl Prober<'_> {
                     return Ok(());
                 }
                 match list.candidates()[..] {
-                    // Nothing more needs to be read of a file that is refused.
+                    // Ends the run early if the file is refused.
                     [only] => refuse_codec(only),
                     _ => Ok(()),
                 }
@@ -201,7 +202,7 @@ impl Prober<'_> {
         Ok(Listing { streams: list, packets, complaints, succeeded })
     }
 
-    /// The stream that is the video. Where there are several, counts their frames first.
+    /// Chooses the video stream. If there are several, counts their frames first.
     async fn choose(&self, streams: &StreamList) -> Result<Stream, MediaError> {
         let candidates = streams.candidates();
         let mut frames = Vec::new();
@@ -272,7 +273,7 @@ fn too_large(config: &MediaConfig) -> MediaError {
 }
 
 impl Listing {
-    /// Reads the header of the file once more: blocks.
+    /// Checks the limits and builds the packet table. Blocks.
     fn check(
         self,
         stream: &Stream,

@@ -1,4 +1,4 @@
-//! What a decoder process may use: the one place where limits are put around ffmpeg.
+//! Limits of decoder processes: the one place where limits are put around ffmpeg.
 //!
 //! Called by `ffmpeg.rs` for every child. Must never start a decoder with the server's environment (it holds keys)
 //! or with a terminal. Limits are set through `prlimit` where it is installed; the wall clock and the kill on drop

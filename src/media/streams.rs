@@ -1,26 +1,26 @@
-//! The streams of a file, as ffmpeg lists them in its log, and which of them is the video.
+//! The streams of a file, parsed from ffmpeg's log, and the choice of the video stream.
 //!
-//! Called by `probe.rs`. Pure: no files, no processes. Must never open a stream: the list is made of the container's own
-//! words, so that a stream's codec does not matter unless the stream is chosen.
+//! Called by `probe.rs`. Pure: no files, no processes. Must never refuse a file for a stream that
+//! is not chosen.
 
-/// Streams that are looked at; ffmpeg stops at as many.
+/// Most streams that are kept, as in ffmpeg.
 const MAX_STREAMS: usize = 1000;
-/// More frames than this do not make a stream a better one.
+/// Streams of at least this many frames count as equal in this respect.
 const ENOUGH_FRAMES: usize = 5;
-/// What ffmpeg says of video streams that are no video: covers, previews, and layers of another stream.
+/// Dispositions of video streams that are not videos: covers, previews, layers of another stream.
 const NOT_VIDEO: [&str; 4] = ["(attached pic)", "(still image)", "(timed thumbnails)", "(dependent)"];
 
 /// One stream of a file.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Stream {
-    /// ffmpeg's number of it.
+    /// ffmpeg's index.
     pub index: usize,
-    /// The container's, where it has one: in MP4 and MOV the track's.
+    /// The container's id, if it has ids: in MP4 and MOV the track id.
     pub id: Option<u32>,
     /// "video", "audio", "subtitle", "data", "attachment".
     pub kind: String,
     pub codec: String,
-    /// What the container calls the codec, where it is one that ffmpeg does not know.
+    /// The container's name of the codec (FourCC).
     pub tag: Option<String>,
     pub pixel_format: String,
     /// Stored size, pixels; 0 if unknown.
@@ -28,32 +28,32 @@ pub struct Stream {
     pub height: usize,
     /// Average or, where there is none, base rate, frames a second.
     pub frame_rate: Option<f64>,
-    /// As the container tells it; 0 if unknown.
+    /// Bit rate stated by the container; 0 if unknown.
     pub kilobits_per_second: u64,
-    /// How it is turned for display, degrees counterclockwise.
+    /// Rotation for display, degrees counterclockwise.
     pub rotation_degrees: Option<f64>,
-    /// Among [`Stream::is_attached`] ones there are pictures that ffmpeg does not count as streams to choose from.
+    /// An attached picture, which ffmpeg's specifier `V` leaves out.
     pub is_attached: bool,
-    /// A cover, a preview or a layer: never the video.
+    /// One of [`NOT_VIDEO`].
     pub is_picture: bool,
     pub is_default: bool,
     pub is_for_impaired: bool,
 }
 
-/// What ffmpeg tells of a file before it reads on.
+/// The header of ffmpeg's log.
 #[derive(Debug, Default)]
 pub struct StreamList {
     pub streams: Vec<Stream>,
-    /// Where the file's clock starts, seconds.
+    /// The file's start time, seconds.
     pub start_seconds: Option<f64>,
     is_complete: bool,
     is_listing: bool,
-    /// Position in `streams` that lines of details belong to.
+    /// Position in `streams` of the last stream listed.
     current: Option<usize>,
 }
 
 impl StreamList {
-    /// Takes a line of ffmpeg's log, `[info]   Stream #0:0…`. Returns true once, when it has listed all streams.
+    /// Takes a line of ffmpeg's log. Returns true once, when all streams are listed.
     pub fn take(&mut self, line: &str) -> bool {
         let line = line.strip_prefix("[info] ").unwrap_or(line);
         let ends = line.starts_with("Output #0") || line.starts_with("Stream mapping");
@@ -89,19 +89,20 @@ impl StreamList {
         }
     }
 
-    /// Streams of which one is the video.
+    /// Returns the streams that can be the video.
     pub fn candidates(&self) -> Vec<&Stream> {
         self.streams.iter().filter(|stream| stream.kind == "video" && !stream.is_picture).collect()
     }
 
-    /// The stream that `0:V:0` means to ffmpeg.
+    /// Returns the stream that ffmpeg's specifier `0:V:0` selects.
     pub fn first_video(&self) -> Option<&Stream> {
         self.streams.iter().find(|stream| stream.kind == "video" && !stream.is_attached)
     }
 
-    /// The video, as libavformat's `av_find_best_stream` chooses it (and so players and decord): the default one, then one of
-    /// several frames, then the one of the highest bit rate. Among equals, as ffmpeg does, the largest, then the first.
-    /// `frames` tells how many frames the stream of an index has.
+    /// Chooses the video as libavformat's `av_find_best_stream` does, which players and decord
+    /// use: the default stream, then one of several frames, then the one of the highest bit rate.
+    /// Among equals it chooses, as ffmpeg does, the largest, then the first. `frames` returns the
+    /// number of frames of the stream of an index.
     pub fn best(&self, frames: impl Fn(usize) -> usize) -> Option<&Stream> {
         let mut best = None;
         let mut best_rank = None;
@@ -110,7 +111,7 @@ impl StreamList {
                 usize::from(!stream.is_for_impaired) + usize::from(stream.is_default),
                 frames(stream.index).min(ENOUGH_FRAMES),
                 stream.kilobits_per_second,
-                stream.width * stream.height,
+                stream.width.saturating_mul(stream.height),
             ));
             if rank > best_rank {
                 (best, best_rank) = (Some(stream), rank);
@@ -119,7 +120,7 @@ impl StreamList {
         best
     }
 
-    /// Kinds of the streams other than `chosen`, each once, in the file's order; of covers "picture".
+    /// Returns the kinds of all streams but `chosen`, each once, in the file's order.
     pub fn others(&self, chosen: usize) -> Vec<String> {
         let mut kinds = Vec::new();
         for stream in self.streams.iter().filter(|stream| stream.index != chosen) {
@@ -133,8 +134,8 @@ impl StreamList {
 }
 
 impl Stream {
-    /// `Stream #0:1[0x2](und): Video: h264 (High) (avc1 / 0x31637661), yuv420p(tv, bt709), 320x256 [SAR 1:1 DAR 5:4],
-    /// 14 kb/s, 25 fps, 25 tbr, 12800 tbn (default)`.
+    /// Parses `Stream #0:1[0x2](und): Video: h264 (High) (avc1 / 0x31637661), yuv420p(tv, bt709),
+    /// 320x256 [SAR 1:1 DAR 5:4], 14 kb/s, 25 fps, 25 tbr, 12800 tbn (default)`.
     fn parse(line: &str) -> Option<Self> {
         let rest = line.strip_prefix("Stream #0:")?;
         let index_digits = rest.find(|c: char| !c.is_ascii_digit())?;
@@ -183,7 +184,7 @@ impl Stream {
     }
 }
 
-/// Parts between commas that are not in brackets.
+/// Splits at commas outside of brackets.
 fn split_outside_brackets(text: &str) -> Vec<&str> {
     let (mut parts, mut depth, mut start) = (Vec::new(), 0usize, 0);
     for (position, byte) in text.bytes().enumerate() {
@@ -201,16 +202,15 @@ fn split_outside_brackets(text: &str) -> Vec<&str> {
     parts
 }
 
-/// A rate as ffmpeg prints it, of at most two decimals or in thousands; the rates of television (30000/1001 and its kin) are
-/// given back in full.
+/// Parses a rate that ffmpeg prints with at most two decimals, or in thousands. NTSC rates
+/// (30000/1001 and the like) get their exact value.
 fn frame_rate(text: &str) -> Option<f64> {
     let rate: f64 = match text.strip_suffix('k') {
         Some(thousands) => thousands.parse::<f64>().ok()? * 1000.0,
         None => text.parse().ok()?,
     };
-    let of_television = (rate.round() * 1000.0) / 1001.0;
-    let exact =
-        if rate != rate.round() && (of_television - rate).abs() <= 0.0051 { of_television } else { rate };
+    let ntsc = (rate.round() * 1000.0) / 1001.0;
+    let exact = if rate != rate.round() && (ntsc - rate).abs() <= 0.0051 { ntsc } else { rate };
     (exact > 0.0).then_some(exact)
 }
 
@@ -294,7 +294,8 @@ mod tests {
         #[test]
         fn any_line_is_read_without_harm(line in "(Stream #0:)?.{0,200}") {
             let mut list = StreamList::default();
-            for line in ["Input #0", &line, &format!("[info]   Stream #0:3: {line}")] {
+            let huge = format!("Stream #0:4: Video: h264, {0}x{0}", usize::MAX);
+            for line in ["Input #0", &line, &format!("[info]   Stream #0:3: {line}"), &huge] {
                 list.take(line);
             }
             list.best(|index| index);

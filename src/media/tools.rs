@@ -46,7 +46,7 @@ pub struct SamplingBenchmark {
     pub duration: f64,
 }
 
-/// Whether ffmpeg is there; the error says how to get it.
+/// Checks that ffmpeg is installed; the error says how to install it.
 ///
 /// # Errors
 /// When it is missing.

@@ -1,4 +1,4 @@
-//! Which stream of a file is the video, and how little the others matter.
+//! The choice of the video stream, and files with other streams of any codec.
 
 use std::path::{Path, PathBuf};
 
@@ -92,7 +92,7 @@ async fn subtitles_data_fonts_and_covers_do_not_matter() {
     }
 }
 
-/// Replaces what a file has under one name by another of the same length.
+/// Replaces all occurrences of `from` by `to` of the same length.
 fn replace_all(path: &Path, from: &[u8], to: &[u8]) {
     let mut bytes = std::fs::read(path).unwrap();
     let places: Vec<usize> =
@@ -118,21 +118,22 @@ async fn sound_of_a_codec_that_nobody_knows_does_not_matter() {
     }
 }
 
-/// Makes of the sound with descriptor `BSSD` in a transport stream's program map a stream of the descriptor `tag`.
+/// Replaces the descriptor `BSSD` of the sound in a transport stream's program map by descriptor
+/// `tag`.
 fn set_descriptor(path: &Path, tag: u8) {
     let mut bytes = std::fs::read(path).unwrap();
     let mut changed = 0;
     for packet in bytes.chunks_exact_mut(188) {
-        // The program map comes in packets of 0x1000: header, pointer, then the section, whose last four bytes are its CRC.
+        // Packet id 0x1000: header, pointer, section. The section's last four bytes are its CRC.
         if packet[1] & 0x5f != 0x50 || packet[2] != 0 {
             continue;
         }
         let section = &mut packet[5..];
-        let end = 3 + (usize::from(section[1] & 15) << 8 | usize::from(section[2])) - 4;
+        let end = 3 + ((usize::from(section[1] & 15) << 8) | usize::from(section[2])) - 4;
         let at = section[..end].windows(6).position(|word| word == b"\x05\x04BSSD").unwrap();
         section[at] = tag;
         let crc = section[..end].iter().fold(u32::MAX, |crc, &byte| {
-            (0..8).fold(crc ^ u32::from(byte) << 24, |crc, _| crc << 1 ^ (crc >> 31) * 0x04c1_1db7)
+            (0..8).fold(crc ^ (u32::from(byte) << 24), |crc, _| (crc << 1) ^ ((crc >> 31) * 0x04c1_1db7))
         });
         section[end..end + 4].copy_from_slice(&crc.to_be_bytes());
         changed += 1;
@@ -148,7 +149,7 @@ async fn subtitles_of_television_do_not_matter() {
     // Teletext and DVB subtitles, which ffmpeg cannot make of text.
     for tag in [0x56, 0x59] {
         let name = format!("{tag}.ts");
-        let sound = "-c:v copy -c:a s302m -strict -2 -ar 48000 -map 1 -map 0";
+        let sound = "-c:v copy -c:a s302m -ac 2 -strict -2 -ar 48000 -map 1 -map 0";
         let path = remux(&silent, &name, "-f lavfi -i sine=duration=2", sound);
         set_descriptor(&path, tag);
         assert_eq!(assert_is_the_clip(&path, 96).await, ["subtitle"], "{name}");

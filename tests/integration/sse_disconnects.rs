@@ -17,7 +17,7 @@ use tokio::{io::AsyncWriteExt, net::TcpStream};
 
 use crate::http_setup::*;
 
-/// A directory of its own with the real ffmpeg under a name that is found in the process list.
+/// Links the real ffmpeg into `dir`, so that the process list shows which test started it.
 fn own_tools(dir: &Path) {
     let path = std::env::var_os("PATH").unwrap();
     let real =
