@@ -2,10 +2,14 @@
 //!
 //! Built by `cli/serve.rs` from the command line, or from [`Default`] in tests; read by everyone, changed by nobody.
 
+mod stores;
+
 use std::{fmt, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 
 use axum::http::HeaderValue;
 use url::Url;
+
+pub use stores::{FilesConfig, NamedMediaConfig};
 
 /// Most threads that serve connections. They only pass tokens on: with as many as there are cores, they would take those
 /// from the model's.
@@ -168,6 +172,7 @@ pub struct MediaConfig {
     pub ffmpeg_path: Option<PathBuf>,
     pub ffprobe_path: Option<PathBuf>,
     pub files: FilesConfig,
+    pub named_media: NamedMediaConfig,
 }
 
 /// Help for the video decoder.
@@ -199,19 +204,6 @@ impl FromStr for HwAccel {
         };
         gpu.map(HwAccel::Cuda).ok_or_else(|| "give none, cuda or cuda:N".into())
     }
-}
-
-/// Limits of the files that clients upload to keep.
-#[derive(Debug, Clone)]
-pub struct FilesConfig {
-    /// Where they are kept; none: in a temporary directory that goes with the server.
-    pub dir: Option<PathBuf>,
-    /// Bytes of all of them (of one: `max_video_bytes`).
-    pub max_bytes: u64,
-    /// Most files.
-    pub max_files: usize,
-    /// How long a file is kept.
-    pub max_age: Duration,
 }
 
 /// Limits of the engine.
@@ -363,17 +355,7 @@ impl Default for MediaConfig {
             ffmpeg_path: None,
             ffprobe_path: None,
             files: FilesConfig::default(),
-        }
-    }
-}
-
-impl Default for FilesConfig {
-    fn default() -> Self {
-        FilesConfig {
-            dir: None,
-            max_bytes: 4 << 30,
-            max_files: 1000,
-            max_age: Duration::from_secs(24 * 3600),
+            named_media: NamedMediaConfig::default(),
         }
     }
 }

@@ -21,6 +21,7 @@ use super::{
     choices::speakable,
     error::ApiError,
     generation::{Generation, finish_reason},
+    json_fault::JsonFault,
     openapi::Refused,
     pipeline::{self, Begun, Preparing},
     record::RequestRecord,
@@ -176,11 +177,8 @@ fn check(
         RawPrompt::Text(text) => text.clone(),
         RawPrompt::Tokens(ids) => loaded.tokenizer.decode_named(ids),
     });
-    let chat: ChatRequest =
-        serde_path_to_error::deserialize(Value::Object(to_chat(request)?)).map_err(|error| {
-            let path = error.path().to_string();
-            InvalidRequest::field(&path, format!("{path}: {}", error.inner()))
-        })?;
+    let chat: ChatRequest = serde_path_to_error::deserialize(Value::Object(to_chat(request)?))
+        .map_err(|error| InvalidRequest::from(JsonFault::new(error)))?;
     let valid = validate::validate_raw(chat, prompt, limits)?;
     let shape = Shape {
         stream: valid.stream,

@@ -54,7 +54,12 @@ pub use responses::{NotReady, NotRunning, Refused};
         super::probes::version,
         json,
     ),
-    components(schemas(super::types::ContentPart, super::types::ImageUrl, super::types::VideoUrl)),
+    components(schemas(
+        super::types::ContentPart,
+        super::types::ImageUrl,
+        super::types::InputVideo,
+        super::types::VideoUrl,
+    )),
     modifiers(&Finish),
 )]
 struct Api;

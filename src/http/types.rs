@@ -12,7 +12,7 @@ use serde::{
 use serde_json::{Map, Number, Value};
 use utoipa::ToSchema;
 
-use super::openapi::parts;
+use super::{json_fault::expected_of, openapi::parts};
 
 /// Fields without a place of their own.
 pub type Extra = Map<String, Value>;
@@ -169,16 +169,20 @@ pub struct ContentPart {
     pub text: Option<String>,
     #[schema(schema_with = parts::video_url, required = false)]
     pub video_url: Option<TextOr<VideoUrl>>,
-    /// llama.cpp's.
-    pub input_video: Option<InputVideo>,
+    /// llama.cpp's: a URL, bare base64, or an object with either.
+    #[schema(schema_with = parts::input_video, required = false)]
+    pub input_video: Option<TextOr<InputVideo>>,
     /// Qwen's: a URL, or the URLs of frames.
     #[schema(schema_with = parts::url_or_frames, required = false)]
     pub video: Option<TextOr<Vec<String>>>,
     /// OpenAI's.
     pub file: Option<FilePart>,
-    /// A still: a video of one frame.
+    /// A still, which is a video of one frame; or a video or GIF, known by its first bytes.
     #[schema(schema_with = parts::image_url, required = false)]
     pub image_url: Option<TextOr<ImageUrl>>,
+    /// The client's own name for this video or picture. A later request may send the name without the content; a name stands
+    /// for what was sent under it last, for the same API key and `cache_salt` only.
+    #[schema(min_length = 1, max_length = 256)]
     pub uuid: Option<String>,
     // Qwen's clients send the knobs beside the video.
     pub num_frames: Option<i64>,
@@ -195,8 +199,10 @@ pub struct ContentPart {
 // The knobs are listed again and not flattened: a flattened structure loses the path of a fault.
 #[derive(Debug, Default, Deserialize, ToSchema)]
 pub struct VideoUrl {
-    /// May be left out when the video comes as a part of a multipart body.
+    /// May be left out when the video comes as a part of a multipart body, or was sent before under this `uuid`.
     pub url: Option<String>,
+    /// As `uuid` beside the object.
+    #[schema(min_length = 1, max_length = 256)]
     pub uuid: Option<String>,
     pub num_frames: Option<i64>,
     pub fps: Option<f64>,
@@ -230,7 +236,14 @@ impl ContentPart {
 #[derive(Debug, Deserialize, ToSchema)]
 pub struct InputVideo {
     pub url: Option<String>,
+    /// Bare base64, or a `data:` URL.
     pub data: Option<String>,
+    /// Without effect, as in `mp4`: containers are known by their bytes.
+    #[expect(dead_code, reason = "containers are known by their bytes, whatever the client calls them")]
+    pub format: Option<String>,
+    /// As `uuid` beside the object.
+    #[schema(min_length = 1, max_length = 256)]
+    pub uuid: Option<String>,
     #[serde(flatten)]
     #[schema(ignore)]
     pub extra: Extra,
@@ -252,7 +265,11 @@ pub struct FilePart {
 /// A still.
 #[derive(Debug, Deserialize, ToSchema)]
 pub struct ImageUrl {
+    /// May be left out when the picture was sent before under this `uuid`.
     pub url: Option<String>,
+    /// As `uuid` beside the object.
+    #[schema(min_length = 1, max_length = 256)]
+    pub uuid: Option<String>,
     /// auto, low or high: one and the same here, for the model has one input size.
     pub detail: Option<String>,
     #[serde(flatten)]
@@ -293,7 +310,7 @@ impl<'de, T: Deserialize<'de>> Visitor<'de> for TextOrVisitor<T> {
     type Value = TextOr<T>;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("text or a structure")
+        write!(f, "text or {}", expected_of::<T>())
     }
 
     fn visit_str<E>(self, text: &str) -> Result<Self::Value, E> {

@@ -4,6 +4,7 @@
 
 mod address;
 mod caller;
+mod data_url;
 mod decode;
 mod error;
 mod fetch;
@@ -12,6 +13,9 @@ mod file_store;
 mod flights;
 mod frame_cache;
 pub mod frame_sampling;
+mod inflate;
+mod local_file;
+mod named_media;
 mod packet_feed;
 mod packet_table;
 mod pictures;
@@ -21,10 +25,10 @@ mod probe;
 mod sandbox;
 mod source;
 mod tools;
+mod video_source;
 
-use std::{path::PathBuf, sync::Arc, time::Instant};
+use std::{sync::Arc, time::Instant};
 
-use bytes::Bytes;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 use tokio::sync::OwnedSemaphorePermit;
@@ -35,11 +39,12 @@ use self::{
     ffmpeg::Tools,
     frame_cache::FrameCache,
     frame_sampling::{Applied, Sampling},
+    local_file::LocalFile,
     pictures::{CancelOnDrop, Pictures, Selection},
     pixels::Resizer,
     places::DecoderPlaces,
     probe::Probe,
-    source::{LocalFile, SourceReader, is_picture_list},
+    source::{Fetched, SourceReader},
 };
 use crate::{
     config::MediaConfig,
@@ -53,42 +58,11 @@ pub use self::{
     file_store::{FileLabel, FileRecord, FileStore, FileStoreError, Upload},
     places::DecoderLoad,
     tools::{SamplingBenchmark, SourceFrames, check_limits, check_tools},
+    video_source::VideoSource,
 };
 
 /// Goes into every digest: changes whenever the same video would give other pixels.
 const PREPROCESSING_VERSION: u32 = 1;
-
-/// Where a video comes from. `http` has checked the form, this module checks the policy.
-#[derive(Debug)]
-pub enum VideoSource {
-    /// `https:`, `http:`, `file:` or `data:`; `data:video/jpeg;base64,<picture>,<picture>,…` is a list of frames.
-    Url(String),
-    /// Frames that the client sampled itself, in order, by URL. `fps` of their sampling is their own rate.
-    Frames(Vec<String>),
-    /// A still, by URL: a video of one frame.
-    Image(String),
-    /// The bytes in base64.
-    Base64(String),
-    /// The bytes themselves (decoded base64, small uploads).
-    Bytes(Bytes),
-    /// An upload already on disk; removed when dropped.
-    TempFile(tempfile::NamedTempFile),
-    /// A file of the store, by its id.
-    FileId(String),
-    /// A local file named by the operator on the command line (never by a client).
-    LocalFile(PathBuf),
-}
-
-impl VideoSource {
-    /// Whether its frames were sampled by the client.
-    pub fn is_frame_list(&self) -> bool {
-        match self {
-            VideoSource::Frames(_) => true,
-            VideoSource::Url(url) => is_picture_list(url),
-            _ => false,
-        }
-    }
-}
 
 /// What a request asks of the sampling; `None` = the server's own.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -196,20 +170,43 @@ impl MediaLoader {
         sampling: FrameSampling,
         caller: &Caller,
     ) -> Result<Arc<VideoFrames>, MediaError> {
-        let (is_list, is_still) = (source.is_frame_list(), self.sources.is_still(&source).await?);
-        if is_list || is_still {
-            let still = is_still.then(|| Selection::of_still(sampling, &self.config)).transpose()?;
-            let files = self.fetched(source, caller).await?;
-            let selection = still.map_or_else(|| Selection::of_list(sampling, files.len()), Ok)?;
-            let digest = self.digest(&files, &selection.digest_bytes, &caller.salt);
-            let load = self.decode_pictures(files, selection, is_list, digest, &caller.trail);
+        if !source.is_frame_list() {
+            // A fault of the request is found before anything is downloaded.
+            Sampling::resolve(sampling, &self.config)?;
+        }
+        let fetched = self.fetched(source, caller).await?;
+        let frames = self.sampled(&fetched, sampling, caller).await?;
+        self.sources.keep(fetched, caller).await?;
+        Ok(frames)
+    }
+
+    /// Frames of what was fetched: a list, a still or a video, as its bytes say.
+    async fn sampled(
+        &self,
+        fetched: &Fetched,
+        sampling: FrameSampling,
+        caller: &Caller,
+    ) -> Result<Arc<VideoFrames>, MediaError> {
+        let Fetched { files, is_list, .. } = fetched;
+        if *is_list || files[0].is_picture {
+            let selection = if *is_list {
+                Selection::of_list(sampling, files.len())?
+            } else {
+                Selection::of_still(sampling, &self.config)?
+            };
+            let digest = self.digest(files, &selection.digest_bytes, &caller.salt);
+            let load = self.decode_pictures(files.clone(), selection, *is_list, digest, &caller.trail);
             return self.cached(digest, load, &caller.trail).await;
         }
         let sampling = Sampling::resolve(sampling, &self.config)?;
-        let files = self.fetched(source, caller).await?;
-        let digest = self.digest(&files, &sampling.digest_bytes(), &caller.salt);
+        let digest = self.digest(files, &sampling.digest_bytes(), &caller.salt);
         let load = self.decode(&files[0], &sampling, digest, &caller.trail);
         self.cached(digest, load, &caller.trail).await
+    }
+
+    /// Deletes media with a `uuid` that nobody has asked for in a long time. Waits for the disk.
+    pub fn remove_idle(&self) {
+        self.sources.named().remove_idle();
     }
 
     /// Who works and who waits in this stage, now.
@@ -217,7 +214,7 @@ impl MediaLoader {
         self.places.load()
     }
 
-    async fn fetched(&self, source: VideoSource, caller: &Caller) -> Result<Vec<LocalFile>, MediaError> {
+    async fn fetched(&self, source: VideoSource, caller: &Caller) -> Result<Fetched, MediaError> {
         caller.trail.time(Stage::Fetch, self.sources.read(source, caller)).await
     }
 

@@ -21,8 +21,8 @@ use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits, RgbIma
 use super::{
     FrameSampling, MediaError,
     frame_sampling::{Applied, Sampling, Timeline},
+    local_file::LocalFile,
     pixels::Resizer,
-    source::LocalFile,
 };
 use crate::{config::MediaConfig, telemetry::PieceTimer};
 

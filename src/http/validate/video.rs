@@ -69,22 +69,29 @@ pub fn validate(
              place of the upload with a video_url part without url",
         ));
     }
+    // A part with a name and no source may mean what was sent before: the upload is rather that of one without.
+    let is_open = |part: &VideoPart| part.source.is_none();
+    let place = parts.iter().position(|part| is_open(part) && part.uuid.is_none());
+    let place = place.or_else(|| parts.iter().position(is_open));
     let mut upload = upload.map(VideoSource::TempFile);
-    parts
-        .into_iter()
-        .map(|part| {
-            let missing =
-                || InvalidRequest::field(&part.source_path, "the video has no source; send its URL");
-            let source = part.source.or_else(|| upload.take()).ok_or_else(missing)?;
-            let mut places: Vec<Placed> = vec![];
-            for (path, knobs) in part.knobs {
-                let checked = check(&path, &knobs, media)?;
-                places.push((path, checked));
-            }
-            places.extend(for_all.iter().cloned());
-            valid(part.path, source, places, media)
-        })
-        .collect()
+    let mut videos = Vec::with_capacity(parts.len());
+    for (i, part) in parts.into_iter().enumerate() {
+        let source = part.source.or_else(|| if place == Some(i) { upload.take() } else { None });
+        let source = match part.uuid {
+            Some(uuid) => VideoSource::Named { uuid, source: source.map(Box::new) },
+            None => source.ok_or_else(|| {
+                InvalidRequest::field(&part.source_path, "the video has no source; send its URL")
+            })?,
+        };
+        let mut places: Vec<Placed> = vec![];
+        for (path, knobs) in part.knobs {
+            let checked = check(&path, &knobs, media)?;
+            places.push((path, checked));
+        }
+        places.extend(for_all.iter().cloned());
+        videos.push(valid(part.path, source, places, media)?);
+    }
+    Ok(videos)
 }
 
 fn valid(

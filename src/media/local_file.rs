@@ -1,0 +1,108 @@
+//! A video or a picture on disk, with what its bytes say of it.
+//!
+//! Made by `source.rs`, on the blocking pool; read by the decoders. Must never keep a file longer than its last clone.
+
+use std::{
+    fs::File,
+    io::{self, Read},
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use sha2::{Digest, Sha256};
+use tempfile::TempPath;
+use tokio::sync::OwnedSemaphorePermit;
+
+use super::{MediaError, pictures};
+
+/// Bytes of a file that tell whether it is a picture.
+const MAGIC_BYTES: u64 = 64;
+const HASH_CHUNK_BYTES: usize = 1 << 20;
+
+/// See the module. A temporary file is removed with its last clone.
+#[derive(Debug, Clone)]
+pub struct LocalFile {
+    path: PathBuf,
+    /// SHA-256 of the file's bytes.
+    pub content_hash: [u8; 32],
+    pub num_bytes: usize,
+    /// Whether its first bytes are those of a picture format that is decoded in-process.
+    pub is_picture: bool,
+    temporary: Option<Arc<TempPath>>,
+    /// Of a download: its share of the disk, given back after the file is removed.
+    _fetch_place: Option<Arc<OwnedSemaphorePermit>>,
+}
+
+/// A file that was opened and hashed.
+#[derive(Debug)]
+pub struct Hashed {
+    pub content_hash: [u8; 32],
+    pub num_bytes: usize,
+    pub is_picture: bool,
+}
+
+impl LocalFile {
+    pub fn new(path: PathBuf, hashed: Hashed, temporary: Option<TempPath>) -> Self {
+        let Hashed { content_hash, num_bytes, is_picture } = hashed;
+        let temporary = temporary.map(Arc::new);
+        LocalFile { path, content_hash, num_bytes, is_picture, temporary, _fetch_place: None }
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Whether the file is this server's own copy, which nobody changes.
+    pub fn is_temporary(&self) -> bool {
+        self.temporary.is_some()
+    }
+
+    /// The same file with its share of the downloads' disk.
+    pub fn with_fetch_place(self, place: Arc<OwnedSemaphorePermit>) -> Self {
+        LocalFile { _fetch_place: Some(place), ..self }
+    }
+
+    /// The same file for keeping: it holds no share of the downloads' disk.
+    pub fn without_fetch_place(&self) -> Self {
+        LocalFile { _fetch_place: None, ..self.clone() }
+    }
+}
+
+/// Reads a whole file of at most `max_bytes`.
+///
+/// # Errors
+/// When it is larger or cannot be read.
+pub fn hash(path: &Path, max_bytes: usize) -> Result<Hashed, MediaError> {
+    let mut file = File::open(path).map_err(|error| disk_failed(&error))?;
+    let length = file.metadata().map_err(|error| disk_failed(&error))?.len();
+    if length > max_bytes as u64 {
+        return Err(MediaError::TooManyBytes { max_video_bytes: max_bytes });
+    }
+    let is_picture = begins_as_picture(path).map_err(|error| disk_failed(&error))?;
+    let (mut hash, mut num_bytes) = (Sha256::new(), 0);
+    let mut chunk = vec![0u8; HASH_CHUNK_BYTES];
+    loop {
+        let read = file.read(&mut chunk).map_err(|error| disk_failed(&error))?;
+        if read == 0 {
+            break;
+        }
+        hash.update(&chunk[..read]);
+        num_bytes += read;
+    }
+    Ok(Hashed { content_hash: hash.finalize().into(), num_bytes, is_picture })
+}
+
+/// Whether the first bytes of a file are those of a picture.
+///
+/// # Errors
+/// When they cannot be read.
+pub fn begins_as_picture(path: &Path) -> io::Result<bool> {
+    let mut start = Vec::new();
+    File::open(path)?.take(MAGIC_BYTES).read_to_end(&mut start)?;
+    Ok(pictures::format(&start).is_some())
+}
+
+pub fn disk_failed(error: &io::Error) -> MediaError {
+    tracing::error!(%error, "a video could not be stored or read");
+    MediaError::Internal("the video could not be stored or read; try again later".into())
+}
