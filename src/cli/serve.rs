@@ -82,7 +82,8 @@ pub struct ServeArgs {
     /// Disk space for all uploaded files together, MiB.
     #[arg(long, value_name = "MIB", default_value_t = 4096)]
     pub files_max_mib: u64,
-    /// Disk space for media that clients send with a uuid, to name it by that alone later, MiB; 0 keeps none.
+    /// Disk space for media that clients send with a uuid and may name by it later, MiB; 0 keeps
+    /// none.
     #[arg(long, value_name = "MIB", default_value_t = 1024)]
     pub media_cache_mib: u64,
     /// How long uploaded files are kept, hours.

@@ -17,14 +17,14 @@ pub struct FilesConfig {
     pub max_age: Duration,
 }
 
-/// Limits of the media that clients send with a `uuid`, which lie in the directory for temporary files.
+/// Limits of the media that clients send with a `uuid`. It is kept among the temporary files.
 #[derive(Debug, Clone)]
 pub struct NamedMediaConfig {
     /// Disk space for all of it; 0 keeps none.
     pub max_bytes: u64,
     /// Most names.
     pub max_entries: usize,
-    /// How long media is kept after it was last asked for.
+    /// Time that media is kept after its last use.
     pub max_idle: Duration,
 }
 

@@ -50,7 +50,8 @@ impl ApiKey {
 #[derive(Debug, Clone, Copy)]
 pub struct ClientKey(pub [u8; 32]);
 
-/// Lets a request in if it names one of `keys`, or if there are none. Returns the key that it names.
+/// Admits a request that names one of `keys`, or any request if there are none. Returns the key
+/// that the request names.
 ///
 /// # Errors
 /// No key, or another one.

@@ -89,8 +89,8 @@ struct Row {
 
 /// What the generating endpoints answer in the ordinary course of things: counted from zero.
 pub const USUAL_STATUSES: [u16; 9] = [200, 400, 401, 413, 422, 429, 500, 503, 504];
-/// Longest message and longest path of a field. Every place that repeats what a client sent shortens it much more: these
-/// are for texts of libraries.
+/// Longest message and longest path of a field. Every place that repeats input shortens it much
+/// more; these limits are for texts of libraries.
 const MAX_MESSAGE_CHARS: usize = 500;
 const MAX_PARAM_CHARS: usize = 200;
 const RETRY_SOON: Duration = Duration::from_secs(1);

@@ -1,8 +1,9 @@
 //! Turns serde's errors into one sentence for the client, in the words of JSON.
 //!
-//! Called by `body.rs`, `completions.rs` and `responses_api/request.rs` for faults of types, and by `types.rs` for the
-//! name of an expected type. Must never repeat more than a few words of the input, nor name a Rust type: a type that
-//! has no entry in [`expected_words`] is left out of the sentence.
+//! Called by `body.rs`, `completions.rs` and `responses_api/request.rs` for values of a wrong type,
+//! and by `types.rs` for the name of an expected type. Must never repeat more than a few words of
+//! the input, nor name a Rust type: the sentence leaves out a type without an entry in
+//! [`expected_words`].
 
 use serde::{
     Deserialize,
@@ -52,7 +53,7 @@ fn quoted(text: &str, prefix: &str) -> Option<String> {
     Some(shorten(text.strip_prefix(prefix)?.strip_suffix('`')?))
 }
 
-/// What is wrong with `subject`, from the text of a serde error.
+/// Translates the text of a serde error about `subject`.
 fn sentence(subject: &str, text: &str) -> String {
     let is_kind = ["invalid type: ", "invalid value: ", "invalid length "];
     if let Some(rest) = is_kind.iter().find_map(|prefix| text.strip_prefix(prefix)) {
@@ -101,7 +102,8 @@ fn found_words(found: &str) -> String {
     }
 }
 
-/// What a Rust type is in JSON, by what its deserializer says that it expects. `None`: not known here.
+/// Returns the JSON name of a Rust type, from the text in which its deserializer says what it
+/// expects. `None` for a type that has no entry here.
 pub fn expected_words(expected: &str) -> Option<String> {
     let words = match expected {
         "a string" | "string" | "str" | "a borrowed string" | "a character" | "char" => "text",
@@ -119,7 +121,7 @@ pub fn expected_words(expected: &str) -> Option<String> {
     Some(words.to_owned())
 }
 
-/// What `T` is in JSON; every `T` here is a list or an object.
+/// Returns the JSON name of `T`, which is a list or an object.
 pub fn expected_of<'de, T: Deserialize<'de>>() -> String {
     // A deserializer that is given nothing says what it expects.
     let nothing = UnitDeserializer::<value::Error>::new();

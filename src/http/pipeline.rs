@@ -110,7 +110,7 @@ struct Admitted {
     end_thinking: EndThinking,
     permit: Permit,
     budget: Budget,
-    /// Who asks, where keys are asked for.
+    /// API key of the request, where the server has keys.
     client: Option<ClientKey>,
 }
 
@@ -192,9 +192,9 @@ async fn prepare(
     }
 }
 
-/// All videos of a request at the same time, but those that were sent before after the others: a request may name what
-/// it sends itself. The first fault ends the others. The body's budget goes with the last of them, even if the client
-/// leaves before.
+/// Loads all videos of a request: first those with content, at the same time, then those that are
+/// only named, for a request may name what it sends itself. The first error ends the others. The
+/// last video to be dropped gives the body's budget back, even if the client has left.
 async fn load_videos(
     loaded: &Loaded,
     videos: Vec<ValidVideo>,

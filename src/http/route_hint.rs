@@ -1,6 +1,7 @@
-//! Answers requests that no handler takes: which route the client may have meant, and which methods a route has.
+//! Answers requests that have no handler: suggests a route, or lists the methods of the route.
 //!
-//! Called by `mod.rs` as the fallbacks of the router. Must never repeat more than the start of a path.
+//! Called by `mod.rs` as the fallbacks of the router. Must never repeat more than the start of a
+//! path.
 
 use std::sync::Arc;
 
@@ -38,7 +39,7 @@ impl RouteTable {
         ApiError::MethodNotAllowed(format!("{pattern} does not take {method}; send {methods}"))
     }
 
-    /// The pattern of the route that `path` becomes when its first segments are left out or `/v1` is put before it.
+    /// Finds the route that `path` matches without its first segments, or with `/v1` before it.
     fn nearest(&self, path: &str) -> Option<&'static str> {
         let segments: Vec<&str> = path.split('/').filter(|segment| !segment.is_empty()).collect();
         let segments = &segments[segments.len().saturating_sub(MAX_SEGMENTS)..];
@@ -54,7 +55,7 @@ impl RouteTable {
     }
 }
 
-/// Whether a pattern of the router fits `segments`, letters of either case.
+/// Returns true if a pattern of the router fits `segments`, ignoring case.
 fn matches(pattern: &str, segments: &[&str]) -> bool {
     let mut segments = segments.iter();
     for wanted in pattern.split('/').skip(1) {

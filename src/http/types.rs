@@ -180,8 +180,9 @@ pub struct ContentPart {
     /// A still, which is a video of one frame; or a video or GIF, known by its first bytes.
     #[schema(schema_with = parts::image_url, required = false)]
     pub image_url: Option<TextOr<ImageUrl>>,
-    /// The client's own name for this video or picture. A later request may send the name without the content; a name stands
-    /// for what was sent under it last, for the same API key and `cache_salt` only.
+    /// The client's own name for this video or picture. A later request with the same API key and
+    /// `cache_salt` may send the name without the content. A name stands for what was sent under it
+    /// last.
     #[schema(min_length = 1, max_length = 256)]
     pub uuid: Option<String>,
     // Qwen's clients send the knobs beside the video.
@@ -199,9 +200,10 @@ pub struct ContentPart {
 // The knobs are listed again and not flattened: a flattened structure loses the path of a fault.
 #[derive(Debug, Default, Deserialize, ToSchema)]
 pub struct VideoUrl {
-    /// May be left out when the video comes as a part of a multipart body, or was sent before under this `uuid`.
+    /// May be left out when the video comes as a part of a multipart body, or was sent under this
+    /// `uuid` before.
     pub url: Option<String>,
-    /// As `uuid` beside the object.
+    /// The same as `uuid` of the part.
     #[schema(min_length = 1, max_length = 256)]
     pub uuid: Option<String>,
     pub num_frames: Option<i64>,
@@ -241,7 +243,7 @@ pub struct InputVideo {
     /// Without effect, as in `mp4`: containers are known by their bytes.
     #[expect(dead_code, reason = "containers are known by their bytes, whatever the client calls them")]
     pub format: Option<String>,
-    /// As `uuid` beside the object.
+    /// The same as `uuid` of the part.
     #[schema(min_length = 1, max_length = 256)]
     pub uuid: Option<String>,
     #[serde(flatten)]
@@ -267,7 +269,7 @@ pub struct FilePart {
 pub struct ImageUrl {
     /// May be left out when the picture was sent before under this `uuid`.
     pub url: Option<String>,
-    /// As `uuid` beside the object.
+    /// The same as `uuid` of the part.
     #[schema(min_length = 1, max_length = 256)]
     pub uuid: Option<String>,
     /// auto, low or high: one and the same here, for the model has one input size.

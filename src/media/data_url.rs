@@ -1,7 +1,7 @@
 //! Reads `data:` URLs and base64 in the forms that clients send.
 //!
-//! Called by `source.rs`, on the blocking pool. Must never hold decoded data as a whole, nor decode text whose size was
-//! not checked first.
+//! Called by `source.rs`, on the blocking pool. Must never hold decoded data as a whole, nor decode
+//! text before its size is checked.
 
 use std::io::{self, Write};
 
@@ -19,23 +19,24 @@ const SCHEME: &str = "data:";
 #[derive(Debug, Clone, Copy)]
 pub struct Base64<'a> {
     pub text: &'a str,
-    /// Whether `%2B` stands for `+`, as in URLs.
+    /// True if `%2B` stands for `+`, as in URLs.
     pub is_escaped: bool,
 }
 
-/// Whether `url` holds frames that the client sampled itself: `data:video/jpeg;base64,<picture>,<picture>,…`.
+/// Returns true if `url` is a list of frames: `data:video/jpeg;base64,<picture>,<picture>,…`.
 pub fn is_picture_list(url: &str) -> bool {
     const START: &str = "data:video/jpeg;";
     url.get(..START.len()).is_some_and(|start| start.eq_ignore_ascii_case(START))
 }
 
-/// Whether `url` is a `data:` URL.
+/// Returns true if `url` is a `data:` URL.
 pub fn is_data_url(url: &str) -> bool {
     url.get(..SCHEME.len()).is_some_and(|scheme| scheme.eq_ignore_ascii_case(SCHEME))
 }
 
-/// The data of `data:<type>;base64,<data>`. Parameters of the type may hold commas, as those of browsers' recorders do
-/// (`video/webm;codecs=vp8,opus`): the data begins after `;base64,`.
+/// Returns the data of `data:<type>;base64,<data>`. Parameters of the type may hold commas, as in
+/// the URLs of browsers' recorders (`video/webm;codecs=vp8,opus`): the data begins after
+/// `;base64,`.
 ///
 /// # Errors
 /// When the URL has no `;base64,`.
@@ -49,7 +50,7 @@ pub fn data_of(url: &str) -> Result<&str, MediaError> {
         .ok_or_else(|| refused("this data URL is not in base64; write data:video/mp4;base64,<data>".into()))
 }
 
-/// Where the data begins if `base64,` stands at `at`; spaces may stand before and after the word.
+/// Returns the start of the data if `base64,` is at `at`, with or without spaces around the word.
 fn after_marker(header: &[u8], at: usize) -> Option<usize> {
     const WORD: &[u8] = b"base64";
     let skip_spaces = |at: usize| at + header[at..].iter().take_while(|byte| **byte == b' ').count();
@@ -63,8 +64,8 @@ fn after_marker(header: &[u8], at: usize) -> Option<usize> {
 }
 
 impl Base64<'_> {
-    /// Writes the decoded bytes to `out`. Line breaks, spaces and tabs are skipped, both alphabets are read, and
-    /// padding may be left out.
+    /// Writes the decoded bytes to `out`. Skips line breaks, spaces and tabs, reads both alphabets,
+    /// and needs no padding.
     ///
     /// # Errors
     /// More than `max_bytes`, found before anything is decoded; what is not base64; those of `out`.
@@ -129,7 +130,7 @@ fn refused(message: String) -> MediaError {
     MediaError::Refused { param: "video_url", message }
 }
 
-/// Why base64 could not be decoded.
+/// An error of decoding base64.
 #[derive(Debug)]
 pub enum DecodeError {
     TooLarge,

@@ -1,7 +1,8 @@
 //! Undoes the content coding of a download.
 //!
-//! Called by `fetch.rs`; the work runs on the blocking pool. Downloads ask for no coding, but some servers compress
-//! whatever they send. Must never write more than the limit of a video, however small the compressed data is.
+//! Called by `fetch.rs`, on the blocking pool. Downloads ask for no coding, but some servers
+//! compress all that they send. Must never write more than the limit of a video, however small the
+//! compressed data is.
 
 use std::{
     fs::{File, OpenOptions},
@@ -22,7 +23,7 @@ const BUFFER_BYTES: usize = 64 << 10;
 /// Characters of an unknown coding that are repeated.
 const MAX_NAME_CHARS: usize = 40;
 
-/// How the bytes of a download are coded.
+/// The content coding of a download.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Coding {
     Identity,
@@ -60,8 +61,9 @@ impl Coding {
     }
 }
 
-/// Writes what `compressed` holds into the existing file `target`. `stored` counts the bytes of all downloads that share
-/// the limit of one video; those of `compressed` are counted there no more when this returns.
+/// Decompresses `compressed` into the existing file `target`. `stored` counts the bytes of all
+/// downloads that share the limit of one video: the decompressed bytes replace the compressed ones
+/// in it.
 ///
 /// # Errors
 /// When the result is over the limit, or the data is damaged.
@@ -76,7 +78,7 @@ pub fn inflate(
     let num_compressed = usize::try_from(compressed.stream_position().map_err(failed)?).unwrap_or(usize::MAX);
     compressed.rewind().map_err(failed)?;
     stored.fetch_sub(num_compressed, Ordering::Relaxed);
-    // Not created: whoever waits no more has removed it.
+    // Not created: a request that was dropped has removed it.
     let target = OpenOptions::new().write(true).open(target).map_err(failed)?;
     let mut target = BufWriter::with_capacity(BUFFER_BYTES, target);
     let mut plain = decoder(coding, BufReader::with_capacity(BUFFER_BYTES, compressed)).map_err(failed)?;

@@ -1,6 +1,7 @@
 //! A video or a picture on disk, with what its bytes say of it.
 //!
-//! Made by `source.rs`, on the blocking pool; read by the decoders. Must never keep a file longer than its last clone.
+//! Made by `source.rs`, on the blocking pool; read by the decoders. Must never keep a file longer
+//! than its last clone.
 
 use std::{
     fs::File,
@@ -26,7 +27,7 @@ pub struct LocalFile {
     /// SHA-256 of the file's bytes.
     pub content_hash: [u8; 32],
     pub num_bytes: usize,
-    /// Whether its first bytes are those of a picture format that is decoded in-process.
+    /// True if its first bytes are those of a picture format that is decoded in-process.
     pub is_picture: bool,
     temporary: Option<Arc<TempPath>>,
     /// Of a download: its share of the disk, given back after the file is removed.
@@ -52,7 +53,7 @@ impl LocalFile {
         &self.path
     }
 
-    /// Whether the file is this server's own copy, which nobody changes.
+    /// Returns true if the file is the server's own copy, which never changes.
     pub fn is_temporary(&self) -> bool {
         self.temporary.is_some()
     }
@@ -92,7 +93,7 @@ pub fn hash(path: &Path, max_bytes: usize) -> Result<Hashed, MediaError> {
     Ok(Hashed { content_hash: hash.finalize().into(), num_bytes, is_picture })
 }
 
-/// Whether the first bytes of a file are those of a picture.
+/// Returns true if the first bytes of a file are those of a picture.
 ///
 /// # Errors
 /// When they cannot be read.

@@ -204,7 +204,7 @@ impl MediaLoader {
         self.cached(digest, load, &caller.trail).await
     }
 
-    /// Deletes media with a `uuid` that nobody has asked for in a long time. Waits for the disk.
+    /// Deletes media with a `uuid` that was not used for a long time. Waits for the disk.
     pub fn remove_idle(&self) {
         self.sources.named().remove_idle();
     }

@@ -1,8 +1,9 @@
-//! Media that clients have sent under a `uuid` of their own, kept on disk so that a later request may send the `uuid`
-//! alone.
+//! A bounded store of media that clients sent with a `uuid`, so that a later request may send the
+//! `uuid` alone.
 //!
-//! Called by `source.rs`, on the blocking pool. Must never give one client what another one sent: names belong to an
-//! owner, which is made of the API key and the cache salt. A name stands for what was sent under it last.
+//! Called by `source.rs`, on the blocking pool. Must never give one client the media of another:
+//! names belong to an owner, which is made of the API key and the cache salt. A name stands for
+//! what was sent under it last.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -15,7 +16,7 @@ use sha2::{Digest, Sha256};
 use super::{Caller, local_file::LocalFile};
 use crate::config::NamedMediaConfig;
 
-/// Whose names are meant: clients with another key or salt have other ones.
+/// The owner of names. Clients with another key or salt are other owners.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Owner([u8; 32]);
 
@@ -35,10 +36,10 @@ impl Owner {
     }
 }
 
-/// What a name stands for.
+/// The media that a name stands for.
 #[derive(Debug, Clone)]
 pub enum Media {
-    /// The files themselves. Those that are not temporary belong to the operator and may have changed since.
+    /// The files themselves. Files that are not temporary belong to the operator and may change.
     Files { files: Vec<LocalFile>, is_list: bool },
     /// A file of the store, which keeps its bytes or deletes them.
     FileId(String),
@@ -70,7 +71,7 @@ pub struct NamedMedia {
 #[derive(Debug)]
 struct Entry {
     media: Media,
-    /// When it was last asked for, and the key of that moment in `by_use`.
+    /// Time of the last use, and its key in `by_use`.
     used: Instant,
     use_number: u64,
 }
@@ -94,8 +95,8 @@ impl NamedMedia {
         }
     }
 
-    /// Keeps `media` under a name, in place of what had the name before. The least recently used entries make room;
-    /// media that is larger than the store is not kept.
+    /// Keeps `media` under a name and drops what had the name before. Evicts the least recently
+    /// used entries to make room. Media that is larger than the store is not kept.
     pub fn put(&self, owner: Owner, uuid: String, media: Media) {
         let name = (owner, uuid);
         let num_bytes = media.num_bytes();
@@ -111,7 +112,7 @@ impl NamedMedia {
         });
     }
 
-    /// What has this name.
+    /// Returns the media of a name, and marks it as used.
     pub fn get(&self, owner: Owner, uuid: &str) -> Option<Media> {
         let name = (owner, uuid.to_owned());
         let mut found = None;
@@ -124,12 +125,13 @@ impl NamedMedia {
         found
     }
 
-    /// Forgets what nobody has asked for in a long time.
+    /// Drops media that was not used for a long time.
     pub fn remove_idle(&self) {
         self.change(Instant::now(), |_, _| {});
     }
 
-    /// Runs `work` on what is not too old. What it removes is dropped, and so deleted, after the lock is given back.
+    /// Drops old entries, then runs `work`. Removed entries are dropped, which deletes their files,
+    /// after the lock is released.
     fn change(&self, now: Instant, work: impl FnOnce(&mut Kept, &mut Vec<Entry>)) {
         let mut removed = Vec::new();
         let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);

@@ -28,14 +28,14 @@ use crate::config::MediaConfig;
 /// Most characters of a client's `uuid` in an error.
 const MAX_SHOWN_UUID_CHARS: usize = 64;
 
-/// What a source turned out to be.
+/// The files of a source.
 #[derive(Debug)]
 pub struct Fetched {
     /// One, or the pictures of a list in order.
     pub files: Vec<LocalFile>,
-    /// Whether the client sampled the frames itself.
+    /// True if the client sampled the frames itself.
     pub is_list: bool,
-    /// What to keep once the media was of use, and under which `uuid`.
+    /// Media to keep once it was decoded, and its `uuid`.
     to_keep: Option<(String, Media)>,
 }
 
@@ -76,7 +76,7 @@ impl SourceReader {
         })
     }
 
-    /// The files of `source`, with the hashes of their contents. Pictures of a list share the limits of one video.
+    /// Returns the files of `source`, hashed. Pictures of a list share the limits of one video.
     pub async fn read(&self, source: VideoSource, caller: &Caller) -> Result<Fetched, MediaError> {
         let (uuid, source) = match source {
             VideoSource::Named { uuid, source: None } => return self.recall(uuid, caller).await,
@@ -93,7 +93,7 @@ impl SourceReader {
         Ok(Fetched { files, is_list, to_keep })
     }
 
-    /// The files of a source that has no name.
+    /// Returns the files of a source that has no name.
     async fn read_plain(&self, source: VideoSource, caller: &Caller) -> Result<Vec<LocalFile>, MediaError> {
         let (this, hold) = (self.clone(), caller.hold.clone());
         match source {
@@ -121,7 +121,7 @@ impl SourceReader {
         }
     }
 
-    /// What the client sent under `uuid` before.
+    /// Returns the files that the client sent with `uuid` before.
     async fn recall(&self, uuid: String, caller: &Caller) -> Result<Fetched, MediaError> {
         let (this, owner) = (self.clone(), Owner::of(caller));
         holding(caller.hold.clone(), move || {
@@ -134,7 +134,7 @@ impl SourceReader {
                     Err(error) => return Err(unreadable(error)),
                 },
                 Media::Files { files, is_list } => {
-                    let files = files.into_iter().map(|file| this.unchanged(file).ok_or_else(not_found));
+                    let files = files.into_iter().map(|file| this.present(file).ok_or_else(not_found));
                     (files.collect::<Result<_, _>>()?, is_list)
                 }
             };
@@ -143,16 +143,17 @@ impl SourceReader {
         .await
     }
 
-    /// A kept file as it is now: one in the operator's directory may be another one meanwhile, or gone.
-    fn unchanged(&self, file: LocalFile) -> Option<LocalFile> {
+    /// Returns a kept file as it is now. A file in the operator's directory may have changed or
+    /// gone, and some systems clean up temporary files.
+    fn present(&self, file: LocalFile) -> Option<LocalFile> {
         if file.is_temporary() {
-            return Some(file);
+            return file.path().exists().then_some(file);
         }
         let path = file.path().canonicalize().ok().filter(|path| path == file.path())?;
         self.hashed(path, None).ok()
     }
 
-    /// Keeps what was fetched under the `uuid` that it came with, if it came with one.
+    /// Keeps what was fetched, if it came with a `uuid`.
     pub async fn keep(&self, fetched: Fetched, caller: &Caller) -> Result<(), MediaError> {
         let Some((uuid, media)) = fetched.to_keep else { return Ok(()) };
         let (named, owner) = (self.named.clone(), Owner::of(caller));
@@ -296,7 +297,8 @@ impl SourceReader {
         self.hashed(canonical, None)
     }
 
-    /// A file of the store, neither copied nor hashed again. `None`: it is larger than a video may be by now.
+    /// Returns a file of the store, neither copied nor hashed again. `None` if the limit of a video
+    /// is lower now.
     fn stored_file(&self, id: &str) -> Result<Option<LocalFile>, FileStoreError> {
         let (record, link) = self.files.borrow(id)?;
         let num_bytes = usize::try_from(record.num_bytes).unwrap_or(usize::MAX);

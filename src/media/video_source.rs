@@ -1,6 +1,7 @@
-//! Where the video of a request comes from.
+//! The sources of videos and pictures in a request.
 //!
-//! Made by `http/validate`, read by `source.rs`. What a source may be is decided there, by the server's policy.
+//! Made by `http/validate`, which has checked the form; `source.rs` checks the policy. Never opens
+//! anything.
 
 use std::path::PathBuf;
 
@@ -8,15 +9,16 @@ use bytes::Bytes;
 
 use super::data_url::is_picture_list;
 
-/// Where a video comes from. `http` has checked the form, this module checks the policy.
+/// A source of one video, picture or list of frames.
 #[derive(Debug)]
 pub enum VideoSource {
-    /// `https:`, `http:`, `file:` or `data:`; `data:video/jpeg;base64,<picture>,<picture>,…` is a list of frames. A video or a
-    /// picture: its first bytes say which.
+    /// `https:`, `http:`, `file:` or `data:`. A video or a picture, as its first bytes say;
+    /// `data:video/jpeg;base64,<picture>,<picture>,…` is a list of frames.
     Url(String),
-    /// Frames that the client sampled itself, in order, by URL. `fps` of their sampling is their own rate.
+    /// Frames that the client sampled itself, in order, by URL. `fps` of their sampling is their
+    /// rate.
     Frames(Vec<String>),
-    /// As [`VideoSource::Url`], from a part for pictures: a still is a video of one frame.
+    /// The same as [`VideoSource::Url`], from a part for pictures. A still is a video of one frame.
     Image(String),
     /// The bytes in base64.
     Base64(String),
@@ -26,19 +28,20 @@ pub enum VideoSource {
     TempFile(tempfile::NamedTempFile),
     /// A file of the store, by its id.
     FileId(String),
-    /// Media that the client calls `uuid`: `source`, which is kept under that name, or what was kept before.
+    /// `source`, to be kept under the client's name `uuid`; without it, what was kept under that
+    /// name.
     Named { uuid: String, source: Option<Box<VideoSource>> },
     /// A local file named by the operator on the command line (never by a client).
     LocalFile(PathBuf),
 }
 
 impl VideoSource {
-    /// Whether it is the name of what an earlier request sent.
+    /// Returns true if it only names what was sent before.
     pub fn was_sent_before(&self) -> bool {
         matches!(self, VideoSource::Named { source: None, .. })
     }
 
-    /// Whether its frames were sampled by the client.
+    /// Returns true if the client sampled its frames.
     pub fn is_frame_list(&self) -> bool {
         match self {
             VideoSource::Frames(_) => true,

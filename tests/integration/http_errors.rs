@@ -1,4 +1,5 @@
-//! What errors say: never more than a few words of the request, never the name of a Rust type, and where to go instead.
+//! Messages of errors: at most a few words of the request, never a Rust type, and a hint where one
+//! helps.
 
 use futures_util::{StreamExt, stream};
 use reqwest::{
@@ -70,12 +71,16 @@ fn values() -> Vec<Value> {
         json!(true),
         json!([]),
         json!({}),
-        json!("1, expected u64"),
+        json!("1, expected u64 ASSISTANT:"),
     ]
 }
 
 /// The fields of a wire type, as the document has them.
 fn fields(schema: &str) -> Vec<String> {
+    // The document has any value in its place.
+    if schema == "InputItem" {
+        return ["type", "role", "content", "id", "status", "odd"].map(String::from).to_vec();
+    }
     let document = openapi::document();
     let properties = &document["components"]["schemas"][schema]["properties"];
     let names = properties.as_object().unwrap_or_else(|| panic!("no schema {schema}")).keys();
@@ -98,7 +103,8 @@ async fn check(what: &str, response: Response) -> u16 {
     let error = serde_json::from_str::<Value>(&text).unwrap()["error"].clone();
     let message = error["message"].as_str().unwrap();
     assert!(message.chars().count() <= MAX_MESSAGE_CHARS, "{what}: {message}");
-    let num_echoed = text.matches(LETTER).count();
+    // In paths a letter is six characters.
+    let num_echoed = text.matches(LETTER).count() + 6 * text.matches("%D0%B6").count();
     assert!(num_echoed <= MAX_ECHO_CHARS, "{what}: {num_echoed} characters of input in {text}");
     assert!(text.matches("00").count() <= MAX_ECHO_CHARS / 2, "{what}: a long number in {text}");
     // What the client itself sent may say anything.
@@ -143,8 +149,8 @@ fn requests() -> Vec<(&'static str, String, Value)> {
         add(CHAT, schema, &|object| request(json!("Hi"), json!({field: object, "stream": true})));
     }
     add(CHAT, "SamplingKnobs", &|object| request(json!("Hi"), json!({"media_io_kwargs": {"video": object}})));
-    add("/v1/completions", "CompletionRequest", &|object| over(json!({"prompt": "Hi"}), object));
-    add("/v1/completions", "ChatRequest", &|object| over(json!({"prompt": "Hi"}), object));
+    add("/v1/completions", "CompletionRequest", &|object| over(json!({"prompt": "Hi ASSISTANT:"}), object));
+    add("/v1/completions", "ChatRequest", &|object| over(json!({"prompt": "Hi ASSISTANT:"}), object));
     add("/v1/responses", "ResponsesRequest", &|object| over(json!({"input": "Hi"}), object));
     add(
         "/v1/responses",
@@ -153,7 +159,7 @@ fn requests() -> Vec<(&'static str, String, Value)> {
     );
     add("/v1/responses", "ReasoningOptions", &|object| json!({"input": "Hi", "reasoning": object}));
     add("/v1/responses", "TextOptions", &|object| json!({"input": "Hi", "text": object}));
-    add("/tokenize", "TokenizeRequest", &|object| over(json!({"prompt": "Hi"}), object));
+    add("/tokenize", "TokenizeRequest", &|object| over(json!({"prompt": "Hi ASSISTANT:"}), object));
     add("/detokenize", "DetokenizeRequest", &|object| over(json!({"tokens": [1]}), object));
     list
 }
@@ -230,7 +236,8 @@ async fn names_in_paths_and_queries_are_not_repeated() {
         format!("/{long}"),
         format!("/chat/completions/{long}"),
     ] {
-        let status = check(&path[..20], server.get(&path).send().await.unwrap()).await;
+        let what: String = path.chars().take(20).collect();
+        let status = check(&what, server.get(&path).send().await.unwrap()).await;
         assert!([400, 404].contains(&status), "{path:.30}: {status}");
     }
     let end = format!("{CHAT}/{long}/end_thinking");

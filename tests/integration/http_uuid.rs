@@ -1,4 +1,4 @@
-//! Media that a client names by a `uuid` of its own: sent once, asked about again, never another client's.
+//! Media that a client names by a `uuid`: sent once, asked about again, never another client's.
 
 use std::time::Duration;
 

@@ -113,7 +113,7 @@ fn unknown_kind(path: &str, kind: &str) -> InvalidRequest {
     InvalidRequest::field(format!("{path}.type"), message)
 }
 
-/// The client's name for a part, which may stand beside the object that holds the source, or in it.
+/// The client's name for a part: a field of the part or of the object that holds the source.
 #[derive(Default)]
 struct Uuid(Option<String>);
 

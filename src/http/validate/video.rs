@@ -69,7 +69,8 @@ pub fn validate(
              place of the upload with a video_url part without url",
         ));
     }
-    // A part with a name and no source may mean what was sent before: the upload is rather that of one without.
+    // A named part without source may mean what was sent before: the upload prefers one without
+    // name.
     let is_open = |part: &VideoPart| part.source.is_none();
     let place = parts.iter().position(|part| is_open(part) && part.uuid.is_none());
     let place = place.or_else(|| parts.iter().position(is_open));
