@@ -58,7 +58,7 @@ pub use self::{
     file_store::{FileLabel, FileRecord, FileStore, FileStoreError, Upload},
     places::DecoderLoad,
     tools::{SamplingBenchmark, SourceFrames, check_limits, check_tools},
-    video_source::VideoSource,
+    video_source::{Picture, VideoSource},
 };
 
 /// Goes into every digest: changes whenever the same video would give other pixels.

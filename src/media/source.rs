@@ -3,6 +3,8 @@
 //! Called by `mod.rs`. Must never open a path that a client named outside `allowed_media_dir`, and never decode
 //! base64 whose size was not checked first. A URL that several requests want at the same time is downloaded once.
 
+mod names;
+
 use std::{
     io::Write,
     path::{Path, PathBuf},
@@ -21,12 +23,9 @@ use super::{
     fetch::Fetcher,
     flights::Flights,
     local_file::{Hashed, LocalFile, begins_as_picture, disk_failed, hash},
-    named_media::{Media, NamedMedia, Owner},
+    named_media::{Media, NamedMedia},
 };
 use crate::config::MediaConfig;
-
-/// Most characters of a client's `uuid` in an error.
-const MAX_SHOWN_UUID_CHARS: usize = 64;
 
 /// The files of a source.
 #[derive(Debug)]
@@ -35,8 +34,8 @@ pub struct Fetched {
     pub files: Vec<LocalFile>,
     /// True if the client sampled the frames itself.
     pub is_list: bool,
-    /// Media to keep once it was decoded, and its `uuid`.
-    to_keep: Option<(String, Media)>,
+    /// Media to keep once it was decoded, each with its `uuid`.
+    to_keep: Vec<(String, Media)>,
 }
 
 /// Gets videos to disk.
@@ -80,6 +79,7 @@ impl SourceReader {
     pub async fn read(&self, source: VideoSource, caller: &Caller) -> Result<Fetched, MediaError> {
         let (uuid, source) = match source {
             VideoSource::Named { uuid, source: None } => return self.recall(uuid, caller).await,
+            VideoSource::Pictures(pictures) => return self.read_pictures(pictures, caller).await,
             VideoSource::Named { uuid, source: Some(source) } => (Some(uuid), *source),
             source => (None, source),
         };
@@ -90,7 +90,7 @@ impl SourceReader {
             let files = files.iter().map(LocalFile::without_fetch_place).collect();
             (uuid, file_id.map_or(Media::Files { files, is_list }, Media::FileId))
         });
-        Ok(Fetched { files, is_list, to_keep })
+        Ok(Fetched { files, is_list, to_keep: to_keep.into_iter().collect() })
     }
 
     /// Returns the files of a source that has no name.
@@ -115,58 +115,10 @@ impl SourceReader {
                 one(hold, move || this.stored_file(&id).map_err(unreadable)?.ok_or_else(|| this.too_large()))
                     .await
             }
-            VideoSource::Named { .. } => {
-                Err(MediaError::Internal("a name cannot have a name: this is a bug".into()))
+            VideoSource::Named { .. } | VideoSource::Pictures(_) => {
+                Err(MediaError::Internal("what has a name cannot have another: this is a bug".into()))
             }
         }
-    }
-
-    /// Returns the files that the client sent with `uuid` before.
-    async fn recall(&self, uuid: String, caller: &Caller) -> Result<Fetched, MediaError> {
-        let (this, owner) = (self.clone(), Owner::of(caller));
-        holding(caller.hold.clone(), move || {
-            let not_found =
-                || MediaError::NotFound { uuid: uuid.chars().take(MAX_SHOWN_UUID_CHARS).collect() };
-            let (files, is_list) = match this.named.get(owner, &uuid).ok_or_else(not_found)? {
-                Media::FileId(id) => match this.stored_file(&id) {
-                    Ok(file) => (vec![file.ok_or_else(|| this.too_large())?], false),
-                    Err(FileStoreError::NotFound { .. }) => return Err(not_found()),
-                    Err(error) => return Err(unreadable(error)),
-                },
-                Media::Files { files, is_list } => {
-                    let files = files.into_iter().map(|file| this.present(file).ok_or_else(not_found));
-                    (files.collect::<Result<_, _>>()?, is_list)
-                }
-            };
-            Ok(Fetched { files, is_list, to_keep: None })
-        })
-        .await
-    }
-
-    /// Returns a kept file as it is now. A file in the operator's directory may have changed or
-    /// gone, and some systems clean up temporary files.
-    fn present(&self, file: LocalFile) -> Option<LocalFile> {
-        if file.is_temporary() {
-            return file.path().exists().then_some(file);
-        }
-        let path = file.path().canonicalize().ok().filter(|path| path == file.path())?;
-        self.hashed(path, None).ok()
-    }
-
-    /// Keeps what was fetched, if it came with a `uuid`.
-    pub async fn keep(&self, fetched: Fetched, caller: &Caller) -> Result<(), MediaError> {
-        let Some((uuid, media)) = fetched.to_keep else { return Ok(()) };
-        let (named, owner) = (self.named.clone(), Owner::of(caller));
-        blocking(move || {
-            named.put(owner, uuid, media);
-            Ok(())
-        })
-        .await
-    }
-
-    /// Media with a `uuid`.
-    pub fn named(&self) -> &Arc<NamedMedia> {
-        &self.named
     }
 
     async fn read_urls(&self, urls: Vec<String>, caller: &Caller) -> Result<Vec<LocalFile>, MediaError> {

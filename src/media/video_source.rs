@@ -18,6 +18,8 @@ pub enum VideoSource {
     /// Frames that the client sampled itself, in order, by URL. `fps` of their sampling is their
     /// rate.
     Frames(Vec<String>),
+    /// Frames that the client sampled itself, in order, some of them with a name.
+    Pictures(Vec<Picture>),
     /// The same as [`VideoSource::Url`], from a part for pictures. A still is a video of one frame.
     Image(String),
     /// The bytes in base64.
@@ -35,16 +37,27 @@ pub enum VideoSource {
     LocalFile(PathBuf),
 }
 
+/// One frame of a list: by its URL, which is kept under the name `uuid` if there is one; or by that name alone.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Picture {
+    pub url: Option<String>,
+    pub uuid: Option<String>,
+}
+
 impl VideoSource {
-    /// Returns true if it only names what was sent before.
+    /// Returns true if it, or a picture of it, only names what was sent before.
     pub fn was_sent_before(&self) -> bool {
-        matches!(self, VideoSource::Named { source: None, .. })
+        match self {
+            VideoSource::Named { source, .. } => source.is_none(),
+            VideoSource::Pictures(pictures) => pictures.iter().any(|picture| picture.url.is_none()),
+            _ => false,
+        }
     }
 
     /// Returns true if the client sampled its frames.
     pub fn is_frame_list(&self) -> bool {
         match self {
-            VideoSource::Frames(_) => true,
+            VideoSource::Frames(_) | VideoSource::Pictures(_) => true,
             VideoSource::Url(url) | VideoSource::Image(url) => is_picture_list(url),
             VideoSource::Named { source: Some(source), .. } => source.is_frame_list(),
             _ => false,

@@ -27,7 +27,7 @@ use futures_util::{StreamExt, stream};
 use tempfile::TempDir;
 use tinyllava::{
     config::MediaConfig,
-    media::{FileLabel, FrameSampling, MediaError, MediaLoader, VideoFrames, VideoSource},
+    media::{FileLabel, FrameSampling, MediaError, MediaLoader, Picture, VideoFrames, VideoSource},
 };
 
 use crate::media_clips::{Clip, loader_with, numbers};
@@ -109,6 +109,44 @@ async fn folded_pictures_of_a_list_are_pictures() {
         }
     }
     assert_eq!(list.info.container, "frames");
+}
+
+#[tokio::test]
+async fn pictures_of_a_list_have_names_of_their_own() {
+    let pictures = [10, 20, 30].map(|shade| {
+        let mut bytes = Cursor::new(vec![]);
+        let picture = image::RgbImage::from_pixel(40, 30, image::Rgb([shade; 3]));
+        picture.write_to(&mut bytes, image::ImageFormat::Png).unwrap();
+        bytes.into_inner()
+    });
+    let [a, b, c] = pictures.clone();
+    let address = serve(&[("a", a), ("b", b), ("c", c)]).await.0;
+    let config = MediaConfig {
+        allow_private_addresses: true,
+        max_concurrent_fetches: 1,
+        max_video_bytes: 40 * pictures[0].len(),
+        ..MediaConfig::default()
+    };
+    let loader = loader_with(config);
+    let list = async |pictures: &[(Option<&str>, Option<&str>)]| {
+        let picture = |(url, uuid): &(Option<&str>, Option<&str>)| Picture {
+            url: url.map(|name| format!("http://{address}/{name}")),
+            uuid: uuid.map(Into::into),
+        };
+        let pictures = VideoSource::Pictures(pictures.iter().map(picture).collect());
+        loader.load(pictures, FrameSampling::default()).await
+    };
+    let missing = list(&[(Some("a"), None), (None, Some("1"))]).await.unwrap_err();
+    assert!(matches!(&missing, MediaError::NotFound { uuid } if uuid == "1"), "{missing:?}");
+    let sent = list(&[(Some("a"), Some("1")), (Some("b"), None), (Some("c"), Some("3"))]).await.unwrap();
+    let again = list(&[(None, Some("1")), (Some("b"), None), (None, Some("3"))]).await.unwrap();
+    assert_eq!((again.digest, &again.rgb), (sent.digest, &sent.rgb));
+    let turned = list(&[(None, Some("3")), (None, Some("1"))]).await.unwrap();
+    let frame = sent.rgb.len() / 3;
+    assert_eq!(turned.rgb[..frame], sent.rgb[2 * frame..]);
+    assert_eq!(turned.rgb[frame..2 * frame], sent.rgb[..frame]);
+    let many = list(&[(None, Some("1")); 41]).await.unwrap_err();
+    assert!(matches!(many, MediaError::TooManyBytes { .. }), "{many:?}");
 }
 
 #[tokio::test]
