@@ -83,10 +83,8 @@ pub async fn require_key(
 ) -> Result<Response, ApiError> {
     let route = request.extensions().get::<MatchedPath>();
     let is_open = route.is_none_or(|route| OPEN_ROUTES.contains(&route.as_str()));
-    if !is_open {
-        if let Some(client) = admit(&state.access().keys, request.headers())? {
-            request.extensions_mut().insert(client);
-        }
+    if !is_open && let Some(client) = admit(&state.access().keys, request.headers())? {
+        request.extensions_mut().insert(client);
     }
     Ok(next.run(request).await)
 }

@@ -63,7 +63,7 @@ fn after_marker(header: &[u8], at: usize) -> Option<usize> {
     (*header.get(comma)? == b',').then_some(comma + 1)
 }
 
-impl Base64<'_> {
+impl<'a> Base64<'a> {
     /// Writes the decoded bytes to `out`. Skips line breaks, spaces and tabs, reads both alphabets,
     /// and needs no padding.
     ///
@@ -77,21 +77,8 @@ impl Base64<'_> {
         }
         let mut decoder = Decoder { chars: Vec::new(), decoded: Vec::new(), out, room: max_bytes };
         let mut num_padding = 0;
-        let mut bytes = self.text.bytes().enumerate();
-        while let Some((at, byte)) = bytes.next() {
-            let byte = match byte {
-                b' ' | b'\t' | b'\r' | b'\n' | b'\x0c' => continue,
-                b'%' if self.is_escaped => match unescaped(self.text, at) {
-                    Some(byte) => {
-                        bytes.nth(1);
-                        byte
-                    }
-                    None => return Err(not_base64(at)),
-                },
-                byte => byte,
-            };
+        for (at, byte) in self.chars() {
             match byte {
-                b' ' | b'\t' | b'\r' | b'\n' => {}
                 b'=' if num_padding < 2 => num_padding += 1,
                 _ if num_padding > 0 => return Err(not_base64(at)),
                 b'-' => decoder.push(b'+')?,
@@ -103,13 +90,41 @@ impl Base64<'_> {
         decoder.flush()
     }
 
-    /// Characters that are not skipped.
     fn num_chars(self) -> usize {
-        let skipped = |byte: &u8| matches!(byte, b' ' | b'\t' | b'\r' | b'\n' | b'\x0c');
-        let bytes = self.text.as_bytes();
-        let num_chars = bytes.len() - bytes.iter().filter(|byte| skipped(byte)).count();
-        let is_escape = |byte: &&u8| self.is_escaped && **byte == b'%';
-        num_chars.saturating_sub(2 * bytes.iter().filter(is_escape).count())
+        self.chars().filter(|(_, byte)| *byte != b'=').count()
+    }
+
+    fn chars(self) -> Chars<'a> {
+        Chars { text: self, at: 0 }
+    }
+}
+
+/// The characters of a text that count, each with its place.
+struct Chars<'a> {
+    text: Base64<'a>,
+    at: usize,
+}
+
+impl Iterator for Chars<'_> {
+    type Item = (usize, u8);
+
+    fn next(&mut self) -> Option<Self::Item> {
+        loop {
+            let at = self.at;
+            let mut byte = *self.text.text.as_bytes().get(at)?;
+            self.at += 1;
+            // A broken escape stays what it is, which is no base64.
+            if byte == b'%'
+                && self.text.is_escaped
+                && let Some(escaped) = unescaped(self.text.text, at)
+            {
+                byte = escaped;
+                self.at += 2;
+            }
+            if !matches!(byte, b' ' | b'\t' | b'\r' | b'\n' | b'\x0c') {
+                return Some((at, byte));
+            }
+        }
     }
 }
 

@@ -125,10 +125,11 @@ mod tests {
     use super::*;
 
     fn coding(values: &[&'static str]) -> Result<Coding, MediaError> {
-        let headers = values.iter().map(|value| (CONTENT_ENCODING, HeaderValue::from_static(value)));
-        let mut map = HeaderMap::new();
-        headers.for_each(|(name, value)| drop(map.append(name, value)));
-        Coding::of(&map)
+        let mut headers = HeaderMap::new();
+        for value in values {
+            headers.append(CONTENT_ENCODING, HeaderValue::from_static(value));
+        }
+        Coding::of(&headers)
     }
 
     #[test]

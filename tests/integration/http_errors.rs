@@ -53,7 +53,7 @@ const RUST_WORDS: [&str; 30] = [
 
 /// A value of every kind of JSON, large where it can be.
 fn values() -> Vec<Value> {
-    let long = LETTER.repeat(100_000);
+    let long = LETTER.repeat(20_000);
     vec![
         json!(long),
         json!([long, long]),
