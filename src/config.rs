@@ -4,6 +4,7 @@
 
 mod hwaccel;
 mod reasoning_field;
+mod stores;
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
@@ -12,6 +13,7 @@ use url::Url;
 
 pub use hwaccel::HwAccel;
 pub use reasoning_field::ReasoningField;
+pub use stores::{FilesConfig, NamedMediaConfig};
 
 /// Most threads that serve connections. They only pass tokens on: with as many as there are cores, they would take those
 /// from the model's.
@@ -190,19 +192,7 @@ pub struct MediaConfig {
     /// The ffmpeg binary; none: found on PATH.
     pub ffmpeg_path: Option<PathBuf>,
     pub files: FilesConfig,
-}
-
-/// Limits of the files that clients upload to keep.
-#[derive(Debug, Clone)]
-pub struct FilesConfig {
-    /// Where they are kept; none: in a temporary directory that goes with the server.
-    pub dir: Option<PathBuf>,
-    /// Bytes of all of them (of one: `max_video_bytes`).
-    pub max_bytes: u64,
-    /// Most files.
-    pub max_files: usize,
-    /// How long a file is kept.
-    pub max_age: Duration,
+    pub named_media: NamedMediaConfig,
 }
 
 /// Limits of the engine.
@@ -358,17 +348,7 @@ impl Default for MediaConfig {
             allow_private_addresses: false,
             ffmpeg_path: None,
             files: FilesConfig::default(),
-        }
-    }
-}
-
-impl Default for FilesConfig {
-    fn default() -> Self {
-        FilesConfig {
-            dir: None,
-            max_bytes: 4 << 30,
-            max_files: 1000,
-            max_age: Duration::from_secs(24 * 3600),
+            named_media: NamedMediaConfig::default(),
         }
     }
 }

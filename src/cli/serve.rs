@@ -15,7 +15,7 @@ use super::{
     start::{Started, ensure_ffmpeg, own_threads, start},
 };
 use crate::{
-    config::{Config, EngineConfig, FilesConfig, MediaConfig, ReasoningField, ResponsesConfig},
+    config::{Config, EngineConfig, FilesConfig, MediaConfig, NamedMediaConfig, ReasoningField, ResponsesConfig},
     engine::EngineHandle,
     http::{self, Access, AppState},
     model::placement::Placement,
@@ -88,6 +88,10 @@ pub struct ServeArgs {
     /// Disk space for all uploaded files together, MiB.
     #[arg(long, value_name = "MIB", default_value_t = 4096)]
     pub files_max_mib: u64,
+    /// Disk space for media that clients send with a uuid and may name by it later, MiB; 0 keeps
+    /// none.
+    #[arg(long, value_name = "MIB", default_value_t = 1024)]
+    pub media_cache_mib: u64,
     /// How long uploaded files are kept, hours.
     #[arg(long, value_name = "HOURS", default_value_t = 24)]
     pub files_max_age_hours: u64,
@@ -194,6 +198,10 @@ impl ServeArgs {
                 max_bytes: self.files_max_mib << 20,
                 max_age: Duration::from_secs(self.files_max_age_hours.saturating_mul(3600)),
                 ..FilesConfig::default()
+            },
+            named_media: NamedMediaConfig {
+                max_bytes: self.media_cache_mib << 20,
+                ..NamedMediaConfig::default()
             },
             ..MediaConfig::default()
         };

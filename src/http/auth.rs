@@ -46,19 +46,24 @@ impl ApiKey {
     }
 }
 
-/// Lets a request in if it names one of `keys`, or if there are none.
+/// The client that a request comes from, as an extension of it, where keys are asked for.
+#[derive(Debug, Clone, Copy)]
+pub struct ClientKey(pub [u8; 32]);
+
+/// Admits a request that names one of `keys`, or any request if there are none. Returns the key
+/// that the request names.
 ///
 /// # Errors
 /// No key, or another one.
-fn admit(keys: &[ApiKey], headers: &HeaderMap) -> Result<(), AuthError> {
+fn admit(keys: &[ApiKey], headers: &HeaderMap) -> Result<Option<ClientKey>, AuthError> {
     if keys.is_empty() {
-        return Ok(());
+        return Ok(None);
     }
     let sent = bearer(headers).ok_or(AuthError::Missing)?;
     let sent = ApiKey::new(sent).ok_or(AuthError::Unknown)?;
     // All of them, so that the time does not tell which one it was.
     let equal = keys.iter().fold(Choice::from(0), |equal, key| equal | key.0.ct_eq(&sent.0));
-    if bool::from(equal) { Ok(()) } else { Err(AuthError::Unknown) }
+    if bool::from(equal) { Ok(Some(ClientKey(sent.0))) } else { Err(AuthError::Unknown) }
 }
 
 /// What follows "Bearer" in the header; the word may be in any case.
@@ -73,13 +78,13 @@ fn bearer(headers: &HeaderMap) -> Option<&str> {
 /// No key, or another one.
 pub async fn require_key(
     State(state): State<AppState>,
-    request: Request,
+    mut request: Request,
     next: Next,
 ) -> Result<Response, ApiError> {
     let route = request.extensions().get::<MatchedPath>();
     let is_open = route.is_none_or(|route| OPEN_ROUTES.contains(&route.as_str()));
-    if !is_open {
-        admit(&state.access().keys, request.headers())?;
+    if !is_open && let Some(client) = admit(&state.access().keys, request.headers())? {
+        request.extensions_mut().insert(client);
     }
     Ok(next.run(request).await)
 }

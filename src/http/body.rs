@@ -20,8 +20,10 @@ use tokio::{
 
 use super::{
     error::ApiError,
+    json_fault::JsonFault,
     multipart::{self, Parts},
     state::AppState,
+    validate::shorten_to,
 };
 use crate::{config::Config, media::MediaError};
 
@@ -61,6 +63,20 @@ pub enum BodyError {
     TooManyBytesInFlight,
     #[error("the upload could not be stored: {0}")]
     Disk(#[from] std::io::Error),
+}
+
+impl BodyError {
+    /// `cause` is a library's text, which may repeat what it has read.
+    pub fn malformed(cause: &str) -> Self {
+        const MAX_CAUSE_CHARS: usize = 120;
+        BodyError::Malformed(shorten_to(MAX_CAUSE_CHARS, cause))
+    }
+}
+
+impl From<JsonFault> for BodyError {
+    fn from(JsonFault { param, message }: JsonFault) -> Self {
+        BodyError::Json { param, message }
+    }
 }
 
 /// A received body.
@@ -257,16 +273,7 @@ fn skip_string(bytes: &mut std::slice::Iter<'_, u8>) {
 pub fn parse<T: DeserializeOwned>(json: &[u8], max_json_values: usize) -> Result<T, BodyError> {
     check_num_values(json, max_json_values)?;
     let mut reader = serde_json::Deserializer::from_slice(json);
-    let value = serde_path_to_error::deserialize(&mut reader).map_err(|error| {
-        let path = error.path().to_string();
-        let in_field = path != "." && !error.inner().is_syntax() && !error.inner().is_eof();
-        let cause = error.into_inner();
-        if in_field {
-            BodyError::Json { message: format!("{path}: {cause}"), param: Some(path) }
-        } else {
-            BodyError::Json { message: format!("the request is not valid: {cause}"), param: None }
-        }
-    })?;
+    let value = serde_path_to_error::deserialize(&mut reader).map_err(JsonFault::new)?;
     reader.end().map_err(|error| BodyError::Json {
         message: format!("the request goes on after its JSON object: {error}"),
         param: None,
@@ -342,8 +349,8 @@ pub fn transport(error: axum::BoxError, config: &Config) -> BodyError {
         Some(error) if error.status() == axum::http::StatusCode::PAYLOAD_TOO_LARGE => {
             BodyError::TooLarge { max_body_bytes: config.max_body_bytes }
         }
-        Some(error) => BodyError::Malformed(error.body_text()),
-        None => BodyError::Malformed(error.to_string()),
+        Some(error) => BodyError::malformed(&error.body_text()),
+        None => BodyError::malformed(&error.to_string()),
     }
 }
 

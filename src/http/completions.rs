@@ -24,6 +24,7 @@ use super::{
     chat::reply_head,
     error::ApiError,
     generation::{Generation, finish_reason},
+    json_fault::JsonFault,
     openapi::Refused,
     pipeline::{self, Begun, Preparing},
     record::RequestRecord,
@@ -186,11 +187,8 @@ fn check(
         RawPrompt::Tokens(ids) => loaded.tokenizer.decode_named(ids),
     };
     let echo: Vec<String> = if echo { prompts.iter().map(text).collect() } else { vec![] };
-    let chat: ChatRequest =
-        serde_path_to_error::deserialize(Value::Object(to_chat(request)?)).map_err(|error| {
-            let path = error.path().to_string();
-            InvalidRequest::field(&path, format!("{path}: {}", error.inner()))
-        })?;
+    let chat: ChatRequest = serde_path_to_error::deserialize(Value::Object(to_chat(request)?))
+        .map_err(|error| InvalidRequest::from(JsonFault::new(error)))?;
     let mut valid = validate::validate_raw(chat, prompts, limits)?;
     check_num_sequences(valid.num_sequences(), config)?;
     valid.prompt_only = prompt_only;

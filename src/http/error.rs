@@ -13,7 +13,11 @@ use axum::{
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use super::{auth::AuthError, body::BodyError, validate::InvalidRequest};
+use super::{
+    auth::AuthError,
+    body::BodyError,
+    validate::{InvalidRequest, shorten_to},
+};
 use crate::{
     engine::{ReserveError, SubmitError},
     media::{FileStoreError, MediaError},
@@ -55,14 +59,17 @@ pub enum ApiError {
     DeadlineExceeded { seconds: f64 },
     #[error("there is no response \"{id}\"; it was not stored, was deleted, or is too old")]
     UnknownResponse { id: String },
-    #[error("there is nothing at this path; see /openapi.json for what there is")]
+    #[error("no route for this path; see /openapi.json")]
     NoSuchRoute,
+    /// No route either; the message names the one that may have been meant.
+    #[error("{0}")]
+    UnknownRoute(String),
     #[error("no such chat completion is running; it may be over")]
     NoSuchChat,
     #[error("the chat completion has begun its answer; it thinks no more")]
     ThinksNoMore,
-    #[error("this path does not take this method; see the Allow header")]
-    MethodNotAllowed,
+    #[error("{0}")]
+    MethodNotAllowed(String),
     /// The text is for the log.
     #[error("{0}")]
     Internal(String),
@@ -82,6 +89,10 @@ struct Row {
 
 /// What the generating endpoints answer in the ordinary course of things: counted from zero.
 pub const USUAL_STATUSES: [u16; 9] = [200, 400, 401, 413, 422, 429, 500, 503, 504];
+/// Longest message and longest path of a field. Every place that repeats input shortens it much
+/// more; these limits are for texts of libraries.
+const MAX_MESSAGE_CHARS: usize = 500;
+const MAX_PARAM_CHARS: usize = 200;
 const RETRY_SOON: Duration = Duration::from_secs(1);
 /// Loading, draining: another try at once would meet the same.
 const RETRY_LATER: Duration = Duration::from_secs(5);
@@ -164,10 +175,10 @@ impl ApiError {
             ApiError::UnknownResponse { .. } => {
                 Row::bad(S::NOT_FOUND, Some("response_not_found")).param("id")
             }
-            ApiError::NoSuchRoute => Row::bad(S::NOT_FOUND, Some("not_found")),
+            ApiError::NoSuchRoute | ApiError::UnknownRoute(_) => Row::bad(S::NOT_FOUND, Some("not_found")),
             ApiError::NoSuchChat => Row::bad(S::NOT_FOUND, Some("chat_completion_not_found")).param("id"),
             ApiError::ThinksNoMore => Row::bad(S::CONFLICT, Some("thinking_is_over")).param("id"),
-            ApiError::MethodNotAllowed => Row::bad(S::METHOD_NOT_ALLOWED, Some("method_not_allowed")),
+            ApiError::MethodNotAllowed(_) => Row::bad(S::METHOD_NOT_ALLOWED, Some("method_not_allowed")),
             ApiError::Internal(_) => Row::internal(),
         }
     }
@@ -199,8 +210,9 @@ impl ApiError {
             tracing::error!(error = %self, "internal error");
             "the server made a mistake; its log has the details under the id in x-request-id".into()
         } else {
-            self.to_string()
+            shorten_to(MAX_MESSAGE_CHARS, &self.to_string())
         };
+        let param = param.map(|param| shorten_to(MAX_PARAM_CHARS, &param));
         WireError { error: WireErrorBody { message, kind, param, code } }
     }
 }
@@ -228,6 +240,7 @@ fn media_row(error: &MediaError) -> Row {
     use StatusCode as S;
     match error {
         MediaError::Refused { param, .. } => Row::bad(S::BAD_REQUEST, Some("video_refused")).param(*param),
+        MediaError::NotFound { .. } => Row::bad(S::NOT_FOUND, Some("media_not_found")),
         MediaError::FetchFailed(_) => Row::bad(S::UNPROCESSABLE_ENTITY, Some("video_fetch_failed")),
         MediaError::TooManyBytes { .. } => Row::bad(S::PAYLOAD_TOO_LARGE, Some("video_too_large")),
         MediaError::Unsupported(_) => Row::bad(S::UNSUPPORTED_MEDIA_TYPE, Some("video_unsupported")),
@@ -322,7 +335,8 @@ mod tests {
         assert_eq!(row(AuthError::Unknown), (401, "invalid_api_key", false));
         assert_eq!(row(ApiError::UnknownResponse { id: text() }), (404, "response_not_found", false));
         assert_eq!(row(ApiError::NoSuchRoute), (404, "not_found", false));
-        assert_eq!(row(ApiError::MethodNotAllowed), (405, "method_not_allowed", false));
+        assert_eq!(row(ApiError::UnknownRoute(text())), (404, "not_found", false));
+        assert_eq!(row(ApiError::MethodNotAllowed(text())), (405, "method_not_allowed", false));
         assert_eq!(row(BodyError::Slow { seconds: 1 }), (408, "body_timeout", false));
         assert_eq!(row(BodyError::TooLarge { max_body_bytes: 1 }), (413, "body_too_large", false));
         assert_eq!(
@@ -351,6 +365,7 @@ mod tests {
     fn faults_of_the_video_have_a_status_each() {
         let refused = MediaError::Refused { param: "video_url", message: text() };
         assert_eq!(row(refused), (400, "video_refused", false));
+        assert_eq!(row(MediaError::NotFound { uuid: text() }), (404, "media_not_found", false));
         assert_eq!(row(MediaError::TooManyBytes { max_video_bytes: 1 }), (413, "video_too_large", false));
         assert_eq!(row(MediaError::Unsupported(text())), (415, "video_unsupported", false));
         assert_eq!(row(MediaError::FetchFailed(text())), (422, "video_fetch_failed", false));

@@ -160,8 +160,9 @@ pub async fn list(
     State(state): State<AppState>,
     query: Result<Query<ListQuery>, QueryRejection>,
 ) -> Result<Json<FileList>, ApiError> {
-    let Query(query) = query.map_err(|error| {
-        let message = format!("{}; known are purpose, limit, order and after", error.body_text());
+    let Query(query) = query.map_err(|_| {
+        let message = "the query has a field that is unknown or of another type; known are purpose (text), limit (a whole \
+                       number), order (asc or desc) and after (the id of a file)";
         InvalidRequest::field("query", message)
     })?;
     let limit = query.limit.unwrap_or(MAX_PAGE);
@@ -232,6 +233,9 @@ pub async fn sweep(state: AppState) {
         tokio::time::sleep(SWEEP_INTERVAL).await;
         // An error means that the model is loading: then there are no files yet.
         let _ = with_store(&state, |files| files.remove_expired()).await;
+        if let Ok(loaded) = state.loaded() {
+            let _ = blocking(move || loaded.media.remove_idle()).await;
+        }
     }
 }
 

@@ -14,6 +14,7 @@ mod error;
 mod files;
 mod generation;
 mod guide;
+mod json_fault;
 mod multipart;
 pub mod openapi;
 mod pipeline;
@@ -22,6 +23,7 @@ mod progress;
 mod record;
 mod responses;
 mod responses_api;
+mod route_hint;
 mod running;
 mod server;
 mod sse;
@@ -35,14 +37,16 @@ mod validate;
 use axum::{
     Router,
     body::Body,
-    extract::DefaultBodyLimit,
-    http::Method,
+    extract::{DefaultBodyLimit, MatchedPath},
+    http::{Method, Uri},
     middleware,
     response::{IntoResponse, Response},
     routing::{MethodRouter, delete, get, post},
 };
 use tower::util::option_layer;
 use tower_http::{catch_panic::CatchPanicLayer, timeout::RequestBodyTimeoutLayer};
+
+use self::route_hint::RouteTable;
 
 pub use auth::ApiKey;
 pub use error::ApiError;
@@ -105,18 +109,23 @@ fn metrics_router(state: AppState) -> Router {
 }
 
 fn router_of(state: AppState, is_here: impl Fn(&str) -> bool) -> Router {
-    let here = routes().into_iter().filter(|(_, path, _)| is_here(path));
-    let routes = here.fold(Router::new(), |router, (_, path, handler)| router.route(path, handler));
-    with_limits(routes, state)
+    let here: Vec<_> = routes().into_iter().filter(|(_, path, _)| is_here(path)).collect();
+    let table = RouteTable::new(here.iter().map(|(method, path, _)| (method.clone(), *path)));
+    let router =
+        here.into_iter().fold(Router::new(), |router, (_, path, handler)| router.route(path, handler));
+    with_limits(router, table, state)
 }
 
 /// What stands around every route: request ids and logs, browsers, gzip, panics, keys, body limits, answers to unknown
 /// paths. The last layer is the outermost: a refusal for its key is readable in a browser and has an id.
-fn with_limits(routes: Router<AppState>, state: AppState) -> Router {
+fn with_limits(routes: Router<AppState>, table: RouteTable, state: AppState) -> Router {
     let config = state.config();
+    let methods = table.clone();
     routes
-        .fallback(async || ApiError::NoSuchRoute)
-        .method_not_allowed_fallback(async || ApiError::MethodNotAllowed)
+        .fallback(async move |method: Method, uri: Uri| table.unknown_path(&method, uri.path()))
+        .method_not_allowed_fallback(async move |method: Method, path: MatchedPath| {
+            methods.wrong_method(&method, path.as_str())
+        })
         .layer(DefaultBodyLimit::max(config.max_body_bytes))
         .layer(RequestBodyTimeoutLayer::new(config.body_idle_timeout))
         .layer(middleware::from_fn_with_state(state.clone(), auth::require_key))
@@ -151,7 +160,7 @@ mod tests {
     async fn a_panic_is_a_withheld_500_with_the_request_id() {
         let routes = Router::new().route("/broken", get(async || -> &'static str { panic!("a secret") }));
         let state = AppState::new(Arc::new(Config::default()), Metrics::new("m"));
-        let app = with_limits(routes, state.clone());
+        let app = with_limits(routes, RouteTable::new([]), state.clone());
         let request = Request::get("/broken").header("x-request-id", "7").body(Body::empty()).unwrap();
         let response = app.oneshot(request).await.unwrap();
         assert_eq!(response.status(), 500);

@@ -39,7 +39,7 @@ impl<'a> Parts<'a> {
         let read = stream::poll_fn(move |context| poll(&rest, context));
         let reader = Multipart::from_request(Request::from_parts(head, Body::from_stream(read)), &())
             .await
-            .map_err(|error| BodyError::Malformed(error.body_text()))?;
+            .map_err(|error| BodyError::malformed(&error.body_text()))?;
         Ok(Parts { reader, body, config })
     }
 

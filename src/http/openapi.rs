@@ -57,6 +57,7 @@ pub use responses::{NotReady, NotRunning, Refused};
     components(schemas(
         super::types::ContentPart,
         super::types::ImageUrl,
+        super::types::InputVideo,
         super::types::ListedFrame,
         super::types::VideoUrl,
     )),

@@ -20,6 +20,7 @@ use tempfile::NamedTempFile;
 use tokio::task::spawn_blocking;
 
 use super::{
+    auth::ClientKey,
     body::{self, Budget, Received},
     error::ApiError,
     generation::Generation,
@@ -32,7 +33,7 @@ use super::{
 use crate::{
     config::Config,
     engine::{EndThinking, EngineLimits, Guide, NewSequence, Permit, SubmitError, VideoInput},
-    media::{MediaError, Salt, VideoFrames},
+    media::{Caller, MediaError, Salt, VideoFrames},
     model::FrameBatch,
     output::{OutputAssembler, WatchedLetters},
     prompt::{self, Conversation, Instruction, Prompt, Tokenizer},
@@ -109,6 +110,8 @@ struct Admitted {
     end_thinking: EndThinking,
     permit: Permit,
     budget: Budget,
+    /// API key of the request, where the server has keys.
+    client: Option<ClientKey>,
 }
 
 async fn admit<T: Send + 'static>(
@@ -119,6 +122,7 @@ async fn admit<T: Send + 'static>(
     let loaded = state.ready()?;
     // Refuse before the body is read; the place itself is taken after, so that slow senders hold none.
     drop(loaded.engine.reserve()?);
+    let client = request.extensions().get::<ClientKey>().copied();
     let received = body::receive(state, request).await?;
     let (own_state, own_loaded) = (state.clone(), loaded.clone());
     let checked = body::check(received, move |received| {
@@ -130,7 +134,7 @@ async fn admit<T: Send + 'static>(
     let guide = guide::make(state, &loaded, &valid, &end_thinking).await?;
     guide::check_room(guide.as_ref(), valid.sampling.max_tokens.unwrap_or(usize::MAX))?;
     let permit = loaded.engine.reserve_many(valid.num_sequences())?;
-    Ok((Admitted { loaded, valid, guide, end_thinking, permit, budget }, shape))
+    Ok((Admitted { loaded, valid, guide, end_thinking, permit, budget, client }, shape))
 }
 
 /// Video, prompt, engine: everything up to the first token.
@@ -139,7 +143,7 @@ async fn prepare(
     mut progress: Progress,
     default_max_tokens: usize,
 ) -> Result<Generation, ApiError> {
-    let Admitted { loaded, valid, guide, permit, budget, .. } = admitted;
+    let Admitted { loaded, valid, guide, permit, budget, client, .. } = admitted;
     let (verbatim, prompt_only) = (guide::verbatim(&valid), valid.prompt_only);
     let ValidRequest { conversation, videos, cache_salt, sampling, choices, stop_strings, .. } = valid;
     let (instruction, reasoning, raw_prompts) = (valid.instruction, valid.reasoning, valid.raw_prompts);
@@ -147,7 +151,8 @@ async fn prepare(
     let deadline = progress.deadline();
     let stages = async {
         check_visual_tokens(videos.len(), loaded.engine.limits())?;
-        let frames = load_videos(&loaded, videos, &cache_salt, budget, &mut progress).await?;
+        let caller = progress.caller(cache_salt.clone(), client, Some(Arc::new(budget)));
+        let frames = load_videos(&loaded, videos, caller, &mut progress).await?;
         let engine_limits = loaded.engine.limits();
         let started = Instant::now();
         let (tokenizer, num_visual_tokens) = (loaded.tokenizer.clone(), engine_limits.visual_tokens);
@@ -204,24 +209,29 @@ fn check_visual_tokens(num_videos: usize, limits: EngineLimits) -> Result<(), Ap
     Err(SubmitError::ContextLengthExceeded { prompt_tokens, max_tokens: 1, context }.into())
 }
 
-/// All videos of a request at the same time; the first fault ends the others. The body's budget goes with the last of
-/// them, even if the client leaves before.
+/// Loads all videos of a request: first those with content, at the same time, then those that are
+/// only named, for a request may name what it sends itself. The first error ends the others. The
+/// last video to be dropped gives the body's budget back, even if the client has left.
 async fn load_videos(
     loaded: &Loaded,
     videos: Vec<ValidVideo>,
-    salt: &Salt,
-    budget: Budget,
+    caller: Caller,
     progress: &mut Progress,
 ) -> Result<Vec<Arc<VideoFrames>>, ApiError> {
-    let caller = progress.caller(salt.clone(), Some(Arc::new(budget)));
-    let load = async |video: ValidVideo| {
+    let load = async |(place, video): (usize, ValidVideo)| {
         let ValidVideo { path, knobs_path, source, sampling } = video;
         let frames = loaded.media.load_for(source, sampling, &caller).await;
-        frames.map_err(|error| ApiError::Video { param: at_fault(&error, path, &knobs_path), error })
+        let frames =
+            frames.map_err(|error| ApiError::Video { param: at_fault(&error, path, &knobs_path), error });
+        Ok::<_, ApiError>((place, frames?))
     };
-    let frames = try_join_all(videos.into_iter().map(load)).await?;
-    frames.iter().for_each(|frames| progress.video_loaded(frames));
-    Ok(frames)
+    let videos = videos.into_iter().enumerate();
+    let (known, sent): (Vec<_>, Vec<_>) = videos.partition(|(_, video)| video.source.was_sent_before());
+    let mut frames = try_join_all(sent.into_iter().map(load)).await?;
+    frames.extend(try_join_all(known.into_iter().map(load)).await?);
+    frames.sort_by_key(|(place, _)| *place);
+    frames.iter().for_each(|(_, frames)| progress.video_loaded(frames));
+    Ok(frames.into_iter().map(|(_, frames)| frames).collect())
 }
 
 /// The path of the knob that is refused, or of the video.

@@ -16,7 +16,7 @@ use super::{
     openapi::NotReady,
     responses::{Model, ModelList},
     state::AppState,
-    validate::InvalidRequest,
+    validate::{InvalidRequest, shorten},
 };
 
 /// What a probe says.
@@ -96,7 +96,7 @@ pub async fn model(
     let loaded = state.loaded()?;
     let served = &loaded.model.id;
     if asked != *served {
-        return Err(InvalidRequest::UnknownModel { asked, served: served.clone() }.into());
+        return Err(InvalidRequest::UnknownModel { asked: shorten(&asked), served: served.clone() }.into());
     }
     Ok(Json(Model::from(&loaded.model)))
 }

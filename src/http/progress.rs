@@ -10,7 +10,7 @@ use std::{
 
 use tokio_util::sync::CancellationToken;
 
-use super::{error::ApiError, record::RequestRecord};
+use super::{auth::ClientKey, error::ApiError, record::RequestRecord};
 use crate::{
     config::Config,
     engine::PromptTimes,
@@ -108,8 +108,9 @@ impl Progress {
     }
 
     /// For whom the videos of this request are loaded.
-    pub fn caller(&self, salt: Salt, hold: Hold) -> Caller {
-        Caller { salt, hold, headers: self.record.trace_headers(), trail: self.record.trail.clone() }
+    pub fn caller(&self, salt: Salt, client: Option<ClientKey>, hold: Hold) -> Caller {
+        let (headers, trail) = (self.record.trace_headers(), self.record.trail.clone());
+        Caller { salt, client: client.map(|ClientKey(digest)| digest), hold, headers, trail }
     }
 
     /// A video was fetched and decoded, or found in the cache.

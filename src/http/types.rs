@@ -13,7 +13,7 @@ use serde::{
 use serde_json::{Map, Number, Value};
 use utoipa::ToSchema;
 
-use super::openapi::parts;
+use super::{json_fault::expected_of, openapi::parts};
 
 /// Fields without a place of their own.
 pub type Extra = Map<String, Value>;
@@ -225,17 +225,22 @@ pub struct ContentPart {
     pub text: Option<String>,
     #[schema(schema_with = parts::video_url, required = false)]
     pub video_url: Option<TextOr<VideoUrl>>,
-    /// llama.cpp's.
-    pub input_video: Option<InputVideo>,
+    /// llama.cpp's: a URL, bare base64, or an object with either.
+    #[schema(schema_with = parts::input_video, required = false)]
+    pub input_video: Option<TextOr<InputVideo>>,
     /// Qwen's: a URL, or the URLs of frames.
     #[schema(schema_with = parts::url_or_frames, required = false)]
     pub video: Option<TextOr<Vec<TextOr<ListedFrame>>>>,
     /// OpenAI's.
     pub file: Option<FilePart>,
     /// A picture. Consecutive pictures are the frames of one video (see `media_io_kwargs.image`);
-    /// a single picture is a still image.
+    /// a single picture is a still image. A video or GIF is known by its first bytes.
     #[schema(schema_with = parts::image_url, required = false)]
     pub image_url: Option<TextOr<ImageUrl>>,
+    /// The client's own name for this video or picture. A later request with the same API key and
+    /// `cache_salt` may send the name without the content. A name stands for what was sent under it
+    /// last.
+    #[schema(min_length = 1, max_length = 256)]
     pub uuid: Option<String>,
     // Qwen's clients send the knobs beside the video.
     pub num_frames: Option<i64>,
@@ -267,8 +272,11 @@ pub struct ListedFrame {
 // The knobs are listed again and not flattened: a flattened structure loses the path of a fault.
 #[derive(Debug, Default, Deserialize, ToSchema)]
 pub struct VideoUrl {
-    /// May be left out when the video comes as a part of a multipart body.
+    /// May be left out when the video comes as a part of a multipart body, or was sent under this
+    /// `uuid` before.
     pub url: Option<String>,
+    /// The same as `uuid` of the part.
+    #[schema(min_length = 1, max_length = 256)]
     pub uuid: Option<String>,
     pub num_frames: Option<i64>,
     pub fps: Option<f64>,
@@ -304,7 +312,14 @@ impl ContentPart {
 #[derive(Debug, Deserialize, ToSchema)]
 pub struct InputVideo {
     pub url: Option<String>,
+    /// Bare base64, or a `data:` URL.
     pub data: Option<String>,
+    /// Without effect, as in `mp4`: containers are known by their bytes.
+    #[expect(dead_code, reason = "containers are known by their bytes, whatever the client calls them")]
+    pub format: Option<String>,
+    /// The same as `uuid` of the part.
+    #[schema(min_length = 1, max_length = 256)]
+    pub uuid: Option<String>,
     #[serde(flatten)]
     #[schema(ignore)]
     pub extra: Extra,
@@ -326,7 +341,11 @@ pub struct FilePart {
 /// A still.
 #[derive(Debug, Deserialize, ToSchema)]
 pub struct ImageUrl {
+    /// May be left out when the picture was sent before under this `uuid`.
     pub url: Option<String>,
+    /// The same as `uuid` of the part.
+    #[schema(min_length = 1, max_length = 256)]
+    pub uuid: Option<String>,
     /// auto, low or high: one and the same here, for the model has one input size.
     pub detail: Option<String>,
     #[serde(flatten)]
@@ -367,7 +386,7 @@ impl<'de, T: Deserialize<'de>> Visitor<'de> for TextOrVisitor<T> {
     type Value = TextOr<T>;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("text or a structure")
+        write!(f, "text or {}", expected_of::<T>())
     }
 
     fn visit_str<E>(self, text: &str) -> Result<Self::Value, E> {

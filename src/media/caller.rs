@@ -19,6 +19,8 @@ pub type Salt = Option<Arc<str>>;
 pub struct Caller {
     /// Downloads, frames and the digest are shared with callers of the same one only.
     pub salt: Salt,
+    /// Digest of the API key, where the server has keys: names of media belong to a key and a salt.
+    pub client: Option<[u8; 32]>,
     /// Lasts as long as the memory of the source, also when the load is dropped.
     pub hold: Hold,
     /// Sent along with a download: to what trace it belongs. Who joins a running download sends none.

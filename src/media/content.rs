@@ -17,7 +17,7 @@ use super::{
     container::{Container, HEAD_BYTES},
     frame_sampling::Timeline,
     pictures,
-    source::LocalFile,
+    local_file::LocalFile,
 };
 use crate::config::MediaConfig;
 

@@ -9,6 +9,11 @@ pub enum MediaError {
     /// 400: the URL or sampling is refused by policy or form; `param` names the field.
     #[error("{message}")]
     Refused { param: &'static str, message: String },
+    /// 404: no media has this name, for this key and salt.
+    #[error(
+        "no media is kept under the uuid \"{uuid}\" (any more); send it again together with its URL or data"
+    )]
+    NotFound { uuid: String },
     /// 422: the download failed upstream.
     #[error("{0}")]
     FetchFailed(String),
@@ -34,6 +39,7 @@ impl MediaError {
     pub fn reason(&self) -> &'static str {
         match self {
             MediaError::Refused { .. } => "refused",
+            MediaError::NotFound { .. } => "not_found",
             MediaError::FetchFailed(_) => "fetch_failed",
             MediaError::TooManyBytes { .. } => "too_many_bytes",
             MediaError::Unsupported(_) => "unsupported",

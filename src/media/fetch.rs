@@ -9,7 +9,10 @@ use std::{
     fmt,
     net::{IpAddr, SocketAddr},
     path::Path,
-    sync::atomic::{AtomicUsize, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 
@@ -18,13 +21,17 @@ use futures_util::{StreamExt, TryStreamExt, stream};
 use reqwest::{
     Client, Response,
     dns::{Addrs, Name, Resolve, Resolving},
-    header::{HeaderMap, LOCATION},
+    header::{ACCEPT_ENCODING, HeaderMap, LOCATION},
     redirect::Policy,
 };
 use tokio::io::{AsyncWriteExt, BufWriter};
 use url::{Host, Url};
 
-use super::{MediaError, address::is_global};
+use super::{
+    MediaError,
+    address::is_global,
+    inflate::{Coding, inflate},
+};
 use crate::config::MediaConfig;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -49,7 +56,7 @@ impl Fetcher {
     pub fn new(config: &MediaConfig) -> Result<Self, MediaError> {
         let resolver = CheckedResolver { allow_private_addresses: config.allow_private_addresses };
         let client = Client::builder()
-            .dns_resolver(std::sync::Arc::new(resolver))
+            .dns_resolver(Arc::new(resolver))
             .redirect(Policy::none())
             .no_proxy()
             .connect_timeout(CONNECT_TIMEOUT)
@@ -73,7 +80,7 @@ impl Fetcher {
         downloads: Vec<(Url, P)>,
         headers: &HeaderMap,
     ) -> Result<(), MediaError> {
-        let stored = AtomicUsize::new(0);
+        let stored = Arc::new(AtomicUsize::new(0));
         let all = stream::iter(downloads)
             .map(Ok)
             .try_for_each_concurrent(MAX_CONCURRENT_PICTURES, async |(url, target)| {
@@ -93,11 +100,13 @@ impl Fetcher {
         mut url: Url,
         target: &Path,
         headers: &HeaderMap,
-        stored: &AtomicUsize,
+        stored: &Arc<AtomicUsize>,
     ) -> Result<(), MediaError> {
         for _ in 0..=self.max_redirects {
             self.check(&url)?;
             let request = self.client.get(url.clone()).headers(headers.clone());
+            // Compressing a video gains nothing.
+            let request = request.header(ACCEPT_ENCODING, "identity");
             let response = request.send().await.map_err(failed)?;
             if response.status().is_redirection() {
                 url = redirect_target(&url, &response)?;
@@ -146,21 +155,38 @@ impl Fetcher {
         if self.allow_private_addresses || is_global(address) { Ok(()) } else { Err(private_address()) }
     }
 
-    /// Streams the body to disk, within the size limit.
+    /// Streams the body to disk, within the size limit, and undoes its coding.
     async fn store(
         &self,
-        mut response: Response,
+        response: Response,
         target: &Path,
-        stored: &AtomicUsize,
+        stored: &Arc<AtomicUsize>,
     ) -> Result<(), MediaError> {
+        let coding = Coding::of(response.headers())?;
+        if coding == Coding::Identity {
+            let file = tokio::fs::OpenOptions::new().write(true).open(target).await;
+            self.copy(response, file.map_err(|error| disk_failed(&error))?, stored).await?;
+            return Ok(());
+        }
+        let compressed = blocking(|| tempfile::tempfile().map_err(|error| disk_failed(&error))).await?;
+        let compressed = self.copy(response, compressed.into(), stored).await?.into_std().await;
+        let (target, stored, max_video_bytes) = (target.to_owned(), stored.clone(), self.max_video_bytes);
+        blocking(move || inflate(coding, compressed, &target, &stored, max_video_bytes)).await
+    }
+
+    /// Writes the body to `file` as it comes.
+    async fn copy(
+        &self,
+        mut response: Response,
+        file: tokio::fs::File,
+        stored: &AtomicUsize,
+    ) -> Result<tokio::fs::File, MediaError> {
         let max_video_bytes = self.max_video_bytes;
         let too_large = || MediaError::TooManyBytes { max_video_bytes };
         if response.content_length().is_some_and(|length| length > max_video_bytes as u64) {
             return Err(too_large());
         }
-        let file = tokio::fs::OpenOptions::new().write(true).open(target).await;
-        let mut file =
-            BufWriter::with_capacity(WRITE_BUFFER_BYTES, file.map_err(|error| disk_failed(&error))?);
+        let mut file = BufWriter::with_capacity(WRITE_BUFFER_BYTES, file);
         while let Some(chunk) = response.chunk().await.map_err(failed)? {
             let before = stored.fetch_add(chunk.len(), Ordering::Relaxed);
             if before + chunk.len() > max_video_bytes {
@@ -168,8 +194,16 @@ impl Fetcher {
             }
             file.write_all(&chunk).await.map_err(|error| disk_failed(&error))?;
         }
-        file.flush().await.map_err(|error| disk_failed(&error))
+        file.flush().await.map_err(|error| disk_failed(&error))?;
+        Ok(file.into_inner())
     }
+}
+
+/// Runs on the blocking pool.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, MediaError> + Send + 'static,
+) -> Result<T, MediaError> {
+    tokio::task::spawn_blocking(work).await.expect("storing downloads does not panic: this is a bug")
 }
 
 fn redirect_target(from: &Url, response: &Response) -> Result<Url, MediaError> {

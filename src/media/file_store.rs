@@ -71,7 +71,7 @@ pub enum FileStoreError {
 }
 
 impl FileStoreError {
-    fn disk(what: &str) -> impl FnOnce(std::io::Error) -> Self {
+    pub fn disk(what: &str) -> impl FnOnce(std::io::Error) -> Self {
         move |cause| FileStoreError::Disk { what: what.into(), cause }
     }
 }

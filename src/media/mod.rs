@@ -6,6 +6,7 @@ mod address;
 mod caller;
 mod container;
 mod content;
+mod data_url;
 mod decode;
 mod error;
 mod fetch;
@@ -14,7 +15,10 @@ mod file_store;
 mod flights;
 mod frame_cache;
 pub mod frame_sampling;
+mod inflate;
+mod local_file;
 mod mp4_boxes;
+mod named_media;
 mod packet_feed;
 mod packet_list;
 mod packet_table;
@@ -28,10 +32,10 @@ mod selection;
 mod source;
 mod streams;
 mod tools;
+mod video_source;
 
-use std::{path::PathBuf, sync::Arc, time::Instant};
+use std::{sync::Arc, time::Instant};
 
-use bytes::Bytes;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 use tokio::sync::OwnedSemaphorePermit;
@@ -43,12 +47,13 @@ use self::{
     ffmpeg::Tools,
     frame_cache::FrameCache,
     frame_sampling::{Applied, Sampling},
+    local_file::LocalFile,
     pictures::PictureSource,
     pixels::Resizer,
     places::DecoderPlaces,
     probe::Probe,
-    selection::Selection,
-    source::{LocalFile, SourceReader, is_picture_list},
+    selection::{PictureList, Selection},
+    source::{Fetched, SourceReader},
 };
 use crate::{
     config::MediaConfig,
@@ -62,44 +67,11 @@ pub use self::{
     file_store::{FileLabel, FileRecord, FileStore, FileStoreError, Upload},
     places::DecoderLoad,
     tools::{SamplingBenchmark, SourceFrames, check_limits, check_tools},
+    video_source::{Picture, VideoSource},
 };
 
 /// Goes into every digest: changes whenever the same video would give other pixels.
 const PREPROCESSING_VERSION: u32 = 2;
-
-/// Where a video comes from. `http` has checked the form, this module checks the policy.
-#[derive(Debug)]
-pub enum VideoSource {
-    /// `https:`, `http:`, `file:` or `data:`; `data:video/jpeg;base64,<picture>,<picture>,…` is a list of frames.
-    Url(String),
-    /// Frames that the client sampled itself, in order, by URL. `fps` of their sampling is their own rate.
-    Frames(Vec<String>),
-    /// A list of frames with the presentation time of each: seconds, ascending.
-    Timed(Box<VideoSource>, Vec<f64>),
-    /// A picture, by URL: a video of one frame, unless it is animated.
-    Image(String),
-    /// The bytes in base64.
-    Base64(String),
-    /// The bytes themselves (decoded base64, small uploads).
-    Bytes(Bytes),
-    /// An upload already on disk; removed when dropped.
-    TempFile(tempfile::NamedTempFile),
-    /// A file of the store, by its id.
-    FileId(String),
-    /// A local file named by the operator on the command line (never by a client).
-    LocalFile(PathBuf),
-}
-
-impl VideoSource {
-    /// Whether its frames were sampled by the client.
-    pub fn is_frame_list(&self) -> bool {
-        match self {
-            VideoSource::Frames(_) | VideoSource::Timed(..) => true,
-            VideoSource::Url(url) => is_picture_list(url),
-            _ => false,
-        }
-    }
-}
 
 /// What a request asks of the sampling; `None` = the server's own.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -213,31 +185,60 @@ impl MediaLoader {
         sampling: FrameSampling,
         caller: &Caller,
     ) -> Result<Arc<VideoFrames>, MediaError> {
-        if source.is_frame_list() {
-            return Box::pin(self.load_list(source, sampling, caller)).await;
+        let (source, timestamps) = match source {
+            VideoSource::Timed(list, timestamps) => (*list, Some(timestamps)),
+            source => (source, None),
+        };
+        let is_picture_part = matches!(source, VideoSource::Image(_));
+        if !source.is_frame_list() {
+            // A fault of the request is found before anything is downloaded.
+            Sampling::resolve(sampling, &self.config)?;
         }
+        let fetched = self.fetched(source, caller).await?;
+        let frames = if fetched.is_list {
+            let list = PictureList { num_pictures: fetched.files.len(), timestamps: timestamps.as_deref() };
+            let selection = Selection::of_list(sampling, list, &self.config)?;
+            let pictures = PictureSource::List(fetched.files.clone());
+            Box::pin(self.load_pictures(pictures, selection, caller)).await?
+        } else {
+            Box::pin(self.load_file(&fetched.files[0], is_picture_part, sampling, caller)).await?
+        };
+        self.sources.keep(fetched, caller).await?;
+        Ok(frames)
+    }
+
+    /// Frames of one file: a still, an animation or a video, as its bytes say. `is_picture_part`: it came in a part for
+    /// pictures, which decides how an unknown file is refused.
+    async fn load_file(
+        &self,
+        file: &LocalFile,
+        is_picture_part: bool,
+        sampling: FrameSampling,
+        caller: &Caller,
+    ) -> Result<Arc<VideoFrames>, MediaError> {
         let sampling = Sampling::resolve(sampling, &self.config)?;
-        let is_picture = matches!(source, VideoSource::Image(_));
-        let may_be_still = is_picture || matches!(source, VideoSource::FileId(_));
-        let files = self.fetched(source, caller).await?;
-        let file = files[0].clone();
-        match self.content(&file).await? {
+        match self.content(file).await? {
             Content::Animation(animation) => {
                 let selection = Selection::of_animation(&sampling, &animation.timeline)?;
-                Box::pin(self.load_pictures(PictureSource::Animation(file, animation), selection, caller))
-                    .await
+                self.load_pictures(PictureSource::Animation(file.clone(), animation), selection, caller).await
             }
-            Content::Still if may_be_still => {
+            Content::Still => {
                 let selection = Selection::of_still(&sampling)?;
-                Box::pin(self.load_pictures(PictureSource::Still(file), selection, caller)).await
+                self.load_pictures(PictureSource::Still(file.clone()), selection, caller).await
             }
-            Content::Unknown if is_picture => Err(pictures::unsupported()),
-            Content::Still | Content::Video | Content::Unknown => {
-                let digest = self.digest(&files, &sampling.digest_bytes(), &caller.salt);
-                let load = self.decode(&file, &sampling, digest, &caller.trail);
-                Box::pin(self.cached(digest, load, &caller.trail)).await
+            Content::Unknown if is_picture_part => Err(pictures::unsupported()),
+            Content::Video | Content::Unknown => {
+                let files = std::slice::from_ref(file);
+                let digest = self.digest(files, &sampling.digest_bytes(), &caller.salt);
+                let load = self.decode(file, &sampling, digest, &caller.trail);
+                self.cached(digest, load, &caller.trail).await
             }
         }
+    }
+
+    /// Deletes media with a `uuid` that was not used for a long time. Waits for the disk.
+    pub fn remove_idle(&self) {
+        self.sources.named().remove_idle();
     }
 
     /// Who works and who waits in this stage, now.
@@ -245,7 +246,7 @@ impl MediaLoader {
         self.places.load()
     }
 
-    async fn fetched(&self, source: VideoSource, caller: &Caller) -> Result<Vec<LocalFile>, MediaError> {
+    async fn fetched(&self, source: VideoSource, caller: &Caller) -> Result<Fetched, MediaError> {
         caller.trail.time(Stage::Fetch, self.sources.read(source, caller)).await
     }
 

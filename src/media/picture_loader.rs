@@ -6,33 +6,17 @@
 use std::sync::Arc;
 
 use super::{
-    Caller, FrameSampling, MediaError, MediaLoader, VideoFrames, VideoInfo, VideoSource, applied,
+    Caller, MediaError, MediaLoader, VideoFrames, VideoInfo, applied,
     content::{self, Content},
+    local_file::LocalFile,
     pictures::{CancelOnDrop, PictureDecoder, PictureSource, Pictures},
     repeated,
-    selection::{PictureList, Selection},
-    source::LocalFile,
+    selection::Selection,
 };
 use crate::telemetry::{Stage, Trail};
 
 impl MediaLoader {
-    /// Loads a list of frames that the client sampled itself.
-    pub(super) async fn load_list(
-        &self,
-        source: VideoSource,
-        sampling: FrameSampling,
-        caller: &Caller,
-    ) -> Result<Arc<VideoFrames>, MediaError> {
-        let (source, timestamps) = match source {
-            VideoSource::Timed(source, timestamps) => (*source, Some(timestamps)),
-            source => (source, None),
-        };
-        let files = self.fetched(source, caller).await?;
-        let list = PictureList { num_pictures: files.len(), timestamps: timestamps.as_deref() };
-        let selection = Selection::of_list(sampling, list, &self.config)?;
-        self.load_pictures(PictureSource::List(files), selection, caller).await
-    }
-
+    /// Loads `selection` out of pictures.
     pub(super) async fn load_pictures(
         &self,
         source: PictureSource,

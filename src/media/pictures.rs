@@ -27,8 +27,8 @@ use image::{
 use super::{
     MediaError,
     content::{self, Animation, Content},
+    local_file::LocalFile,
     pixels::Resizer,
-    source::LocalFile,
 };
 use crate::{config::MediaConfig, telemetry::PieceTimer};
 

@@ -3,52 +3,39 @@
 //! Called by `mod.rs`. Must never open a path that a client named outside `allowed_media_dir`, and never decode
 //! base64 whose size was not checked first. A URL that several requests want at the same time is downloaded once.
 
+mod names;
+
 use std::{
-    fs::File,
-    io::{Read, Write},
+    io::Write,
     path::{Path, PathBuf},
     sync::Arc,
 };
 
-use base64::{
-    Engine, alphabet,
-    engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig},
-};
 use futures_util::FutureExt;
 use reqwest::header::HeaderMap;
-use sha2::{Digest, Sha256};
 use tempfile::{NamedTempFile, TempPath};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::Semaphore;
 use url::Url;
 
 use super::{
-    Caller, FileStore, FileStoreError, Hold, MediaError, Salt, VideoSource, fetch::Fetcher, flights::Flights,
+    Caller, FileStore, FileStoreError, Hold, MediaError, Salt, VideoSource,
+    data_url::{Base64, DecodeError, data_of, is_data_url, is_picture_list},
+    fetch::Fetcher,
+    flights::Flights,
+    local_file::{Hashed, LocalFile, disk_failed, hash},
+    named_media::{Media, NamedMedia},
 };
 use crate::config::MediaConfig;
 
-/// Clients disagree about `=` at the end.
-const BASE64: GeneralPurpose = GeneralPurpose::new(
-    &alphabet::STANDARD,
-    GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent),
-);
-const HASH_CHUNK_BYTES: usize = 1 << 20;
-
-/// A video or a picture on disk; a temporary one is removed with its last clone.
-#[derive(Debug, Clone)]
-pub struct LocalFile {
-    path: PathBuf,
-    /// SHA-256 of the file's bytes.
-    pub content_hash: [u8; 32],
-    num_bytes: usize,
-    _temporary: Option<Arc<TempPath>>,
-    /// Of a download: its share of the disk, given back after the file is removed.
-    _fetch_place: Option<Arc<OwnedSemaphorePermit>>,
-}
-
-impl LocalFile {
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
+/// The files of a source.
+#[derive(Debug)]
+pub struct Fetched {
+    /// One, or the pictures of a list in order.
+    pub files: Vec<LocalFile>,
+    /// True if the client sampled the frames itself.
+    pub is_list: bool,
+    /// Media to keep once it was decoded, each with its `uuid`.
+    to_keep: Vec<(String, Media)>,
 }
 
 /// Gets videos to disk.
@@ -56,6 +43,7 @@ impl LocalFile {
 pub struct SourceReader {
     fetcher: Fetcher,
     files: Arc<FileStore>,
+    named: Arc<NamedMedia>,
     /// Downloads that run, by salt and URLs.
     flights: Flights<(Salt, Vec<Url>), Vec<LocalFile>>,
     /// One for each download that is running or waits on disk to be decoded.
@@ -78,6 +66,7 @@ impl SourceReader {
         Ok(SourceReader {
             fetcher: Fetcher::new(config)?,
             files,
+            named: Arc::new(NamedMedia::new(&config.named_media)),
             flights: Flights::default(),
             fetch_places: Arc::new(Semaphore::new(config.max_concurrent_fetches.max(1))),
             max_video_bytes: config.max_video_bytes,
@@ -86,12 +75,29 @@ impl SourceReader {
         })
     }
 
-    /// The files of `source` in order, with the hashes of their contents: one, or the pictures of a list. Pictures
-    /// of a list share the limits of one video.
-    pub async fn read(&self, source: VideoSource, caller: &Caller) -> Result<Vec<LocalFile>, MediaError> {
+    /// Returns the files of `source`, hashed. Pictures of a list share the limits of one video.
+    pub async fn read(&self, source: VideoSource, caller: &Caller) -> Result<Fetched, MediaError> {
+        let (uuid, source) = match source {
+            VideoSource::Named { uuid, source: None } => return self.recall(uuid, caller).await,
+            VideoSource::Pictures(pictures) => return self.read_pictures(pictures, caller).await,
+            VideoSource::Named { uuid, source: Some(source) } => (Some(uuid), *source),
+            source => (None, source),
+        };
+        let is_list = source.is_frame_list();
+        let file_id = if let VideoSource::FileId(id) = &source { Some(id.clone()) } else { None };
+        let files = self.read_plain(source, caller).await?;
+        let to_keep = uuid.map(|uuid| {
+            let files = files.iter().map(LocalFile::without_fetch_place).collect();
+            (uuid, file_id.map_or(Media::Files { files, is_list }, Media::FileId))
+        });
+        Ok(Fetched { files, is_list, to_keep: to_keep.into_iter().collect() })
+    }
+
+    /// Returns the files of a source that has no name.
+    async fn read_plain(&self, source: VideoSource, caller: &Caller) -> Result<Vec<LocalFile>, MediaError> {
         let (this, hold) = (self.clone(), caller.hold.clone());
         match source {
-            VideoSource::Url(list) if is_picture_list(&list) => {
+            VideoSource::Url(list) | VideoSource::Image(list) if is_picture_list(&list) => {
                 holding(hold, move || this.joined(&list)).await
             }
             VideoSource::Url(url) | VideoSource::Image(url) => self.read_urls(vec![url], caller).await,
@@ -99,12 +105,19 @@ impl SourceReader {
                 self.check_num_pictures(urls.len())?;
                 self.read_urls(urls, caller).await
             }
-            VideoSource::Timed(list, _) => Box::pin(self.read(*list, caller)).await,
-            VideoSource::Base64(text) => one(hold, move || this.store(&this.decode_base64(&text)?)).await,
+            VideoSource::Base64(text) => {
+                one(hold, move || this.decoded(Base64 { text: &text, is_escaped: false })).await
+            }
             VideoSource::Bytes(bytes) => one(hold, move || this.store(&bytes)).await,
             VideoSource::TempFile(file) => one(hold, move || this.temporary(file.into_temp_path())).await,
             VideoSource::LocalFile(path) => one(hold, move || this.operators_file(&path)).await,
-            VideoSource::FileId(id) => one(hold, move || this.stored_file(&id)).await,
+            VideoSource::FileId(id) => {
+                one(hold, move || this.stored_file(&id).map_err(unreadable)?.ok_or_else(|| this.too_large()))
+                    .await
+            }
+            VideoSource::Named { .. } | VideoSource::Pictures(_) | VideoSource::Timed(..) => {
+                Err(MediaError::Internal("names and times stand around a plain source: this is a bug".into()))
+            }
         }
     }
 
@@ -122,7 +135,7 @@ impl SourceReader {
         holding(caller.hold.clone(), move || {
             let mut fetched = fetched.into_iter();
             this.within_limit(origins.into_iter().map(|origin| match origin {
-                Origin::Data(url) => this.store(&this.decode_data_url(&url)?),
+                Origin::Data(url) => this.decoded(Base64 { text: data_of(&url)?, is_escaped: true }),
                 Origin::File(url) => this.clients_file(&url),
                 Origin::Remote(_) => Ok(fetched.next().expect("every URL was fetched: this is a bug")),
             }))
@@ -153,7 +166,7 @@ impl SourceReader {
         self.fetcher.fetch(downloads.collect(), &headers).await?;
         let this = self.clone();
         blocking(move || {
-            let placed = |file| LocalFile { _fetch_place: Some(place.clone()), ..file };
+            let placed = |file: LocalFile| file.with_fetch_place(place.clone());
             targets.into_iter().map(|target| this.temporary(target).map(placed)).collect()
         })
         .await
@@ -161,9 +174,10 @@ impl SourceReader {
 
     /// The pictures of `data:video/jpeg;base64,<picture>,<picture>,…`.
     fn joined(&self, url: &str) -> Result<Vec<LocalFile>, MediaError> {
-        let pictures = url.split_once(";base64,").map_or("", |(_, pictures)| pictures);
+        let pictures = data_of(url)?;
         self.check_num_pictures(pictures.split(',').count())?;
-        self.within_limit(pictures.split(',').map(|picture| self.store(&self.decode_base64(picture)?)))
+        let pictures = pictures.split(',').map(|text| self.decoded(Base64 { text, is_escaped: true }));
+        self.within_limit(pictures)
     }
 
     fn check_num_pictures(&self, num_pictures: usize) -> Result<(), MediaError> {
@@ -191,24 +205,17 @@ impl SourceReader {
             .collect()
     }
 
-    /// The bytes of `data:<type>;base64,<text>`.
-    fn decode_data_url(&self, url: &str) -> Result<Vec<u8>, MediaError> {
-        let Some((header, text)) = url.split_once(',') else {
-            return Err(refused("this data URL has no comma; write data:video/mp4;base64,<data>".into()));
-        };
-        if !header.to_ascii_lowercase().ends_with(";base64") {
-            return Err(refused("data URLs must be base64; write data:video/mp4;base64,<data>".into()));
-        }
-        self.decode_base64(text)
+    /// A temporary file of what `text` holds.
+    fn decoded(&self, text: Base64<'_>) -> Result<LocalFile, MediaError> {
+        let mut file = NamedTempFile::new().map_err(|error| disk_failed(&error))?;
+        text.decode_to(&mut file, self.max_video_bytes).map_err(|error| match error {
+            DecodeError::TooLarge => self.too_large(),
+            DecodeError::NotBase64(message) => refused(message),
+            DecodeError::Disk(error) => disk_failed(&error),
+        })?;
+        self.temporary(file.into_temp_path())
     }
 
-    fn decode_base64(&self, text: &str) -> Result<Vec<u8>, MediaError> {
-        let text = text.trim_ascii();
-        if text.len() / 4 * 3 > self.max_video_bytes.saturating_add(2) {
-            return Err(self.too_large());
-        }
-        BASE64.decode(text).map_err(|error| refused(format!("the data is not valid base64 ({error})")))
-    }
     /// A file named by a client: only inside the allowed directory, whatever links and dots say.
     fn clients_file(&self, url: &Url) -> Result<LocalFile, MediaError> {
         let Some(allowed) = &self.allowed_media_dir else {
@@ -242,21 +249,16 @@ impl SourceReader {
         self.hashed(canonical, None)
     }
 
-    /// A file of the store: neither copied nor hashed again.
-    fn stored_file(&self, id: &str) -> Result<LocalFile, MediaError> {
-        let (record, link) = self.files.borrow(id).map_err(unreadable)?;
-        // The limit of one video may be lower than when the file was stored.
+    /// Returns a file of the store, neither copied nor hashed again. `None` if the limit of a video
+    /// is lower now.
+    fn stored_file(&self, id: &str) -> Result<Option<LocalFile>, FileStoreError> {
+        let (record, link) = self.files.borrow(id)?;
         let num_bytes = usize::try_from(record.num_bytes).unwrap_or(usize::MAX);
         if num_bytes > self.max_video_bytes {
-            return Err(self.too_large());
+            return Ok(None);
         }
-        Ok(LocalFile {
-            path: link.to_path_buf(),
-            content_hash: record.content_hash,
-            num_bytes,
-            _temporary: Some(Arc::new(link)),
-            _fetch_place: None,
-        })
+        let hashed = Hashed { content_hash: record.content_hash, num_bytes };
+        Ok(Some(LocalFile::new(link.to_path_buf(), hashed, Some(link))))
     }
 
     fn store(&self, bytes: &[u8]) -> Result<LocalFile, MediaError> {
@@ -275,28 +277,8 @@ impl SourceReader {
     }
 
     fn hashed(&self, path: PathBuf, temporary: Option<TempPath>) -> Result<LocalFile, MediaError> {
-        let mut file = File::open(&path).map_err(|error| disk_failed(&error))?;
-        let length = file.metadata().map_err(|error| disk_failed(&error))?.len();
-        if length > self.max_video_bytes as u64 {
-            return Err(self.too_large());
-        }
-        let (mut hash, mut num_bytes) = (Sha256::new(), 0);
-        let mut chunk = vec![0u8; HASH_CHUNK_BYTES];
-        loop {
-            let read = file.read(&mut chunk).map_err(|error| disk_failed(&error))?;
-            if read == 0 {
-                break;
-            }
-            hash.update(&chunk[..read]);
-            num_bytes += read;
-        }
-        Ok(LocalFile {
-            path,
-            content_hash: hash.finalize().into(),
-            num_bytes,
-            _temporary: temporary.map(Arc::new),
-            _fetch_place: None,
-        })
+        let hashed = hash(&path, self.max_video_bytes)?;
+        Ok(LocalFile::new(path, hashed, temporary))
     }
 
     fn too_large(&self) -> MediaError {
@@ -304,14 +286,8 @@ impl SourceReader {
     }
 }
 
-/// Whether `url` holds frames that the client sampled itself: `data:video/jpeg;base64,<picture>,<picture>,…`.
-pub fn is_picture_list(url: &str) -> bool {
-    const START: &str = "data:video/jpeg;";
-    url.get(..START.len()).is_some_and(|start| start.eq_ignore_ascii_case(START))
-}
-
 fn origin(url: String) -> Result<Origin, MediaError> {
-    if url.get(..5).is_some_and(|scheme| scheme.eq_ignore_ascii_case("data:")) {
+    if is_data_url(&url) {
         return Ok(Origin::Data(url));
     }
     let url = Url::parse(&url)
@@ -365,13 +341,10 @@ fn unreadable(error: FileStoreError) -> MediaError {
     MediaError::Internal("the file could not be read; try again later".into())
 }
 
-fn disk_failed(error: &std::io::Error) -> MediaError {
-    tracing::error!(%error, "a video could not be stored or read");
-    MediaError::Internal("the video could not be stored or read; try again later".into())
-}
-
 #[cfg(test)]
 mod tests {
+    use sha2::{Digest, Sha256};
+
     use super::*;
 
     fn reader(max_video_bytes: usize) -> SourceReader {
@@ -380,8 +353,8 @@ mod tests {
     }
 
     async fn read(max_video_bytes: usize, url: &str) -> Result<Vec<u8>, MediaError> {
-        let files = reader(max_video_bytes).read(VideoSource::Url(url.into()), &Caller::default()).await?;
-        Ok(files.iter().flat_map(|file| std::fs::read(file.path()).unwrap()).collect())
+        let fetched = reader(max_video_bytes).read(VideoSource::Url(url.into()), &Caller::default()).await?;
+        Ok(fetched.files.iter().flat_map(|file| std::fs::read(file.path()).unwrap()).collect())
     }
 
     #[tokio::test]
@@ -432,6 +405,7 @@ mod tests {
             "data:video/mp4;base64",
             "data:;base64,!!!!",
             "data:video/jpeg,aa,bb",
+            "data:video/webm;codecs=vp8,opus,aGVsbG8=",
             "data:video/jpeg;base64,aa,!!",
             "ftp://example.org/a.mp4",
             "concat:a|b",
@@ -448,7 +422,8 @@ mod tests {
 
     #[tokio::test]
     async fn temporary_files_go_with_their_video() {
-        let files = reader(100).read(VideoSource::Bytes("hello".into()), &Caller::default()).await.unwrap();
+        let fetched = reader(100).read(VideoSource::Bytes("hello".into()), &Caller::default()).await.unwrap();
+        let files = fetched.files;
         let [video] = &files[..] else { panic!("one file is expected") };
         let path = video.path().to_owned();
         assert!(path.exists());
@@ -466,7 +441,7 @@ mod tests {
         assert_eq!(read(10, list).await.unwrap(), b"helloworld");
         assert!(matches!(read(9, list).await, Err(MediaError::TooManyBytes { .. })));
         let urls = |n: usize| VideoSource::Frames(vec!["data:;base64,aGVsbG8=".into(); n]);
-        assert_eq!(reader(1000).read(urls(64), &Caller::default()).await.unwrap().len(), 64);
+        assert_eq!(reader(1000).read(urls(64), &Caller::default()).await.unwrap().files.len(), 64);
         assert!(matches!(
             reader(100).read(urls(64), &Caller::default()).await,
             Err(MediaError::TooManyBytes { .. })

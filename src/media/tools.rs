@@ -12,9 +12,8 @@ use super::{
     decode::{Decoded, FrameMap},
     ffmpeg::Tools,
     frame_sampling::Sampling,
-    probe,
-    source::LocalFile,
-    video_info,
+    local_file::LocalFile,
+    probe, video_info,
 };
 use crate::{
     config::{HwAccel, MediaConfig},
@@ -130,8 +129,8 @@ impl MediaLoader {
     }
 
     async fn local_file(&self, file: &Path) -> Result<LocalFile, MediaError> {
-        let mut files =
-            self.sources.read(VideoSource::LocalFile(file.to_owned()), &Caller::default()).await?;
-        Ok(files.pop().expect("a file is one file: this is a bug"))
+        let source = VideoSource::LocalFile(file.to_owned());
+        let mut fetched = self.sources.read(source, &Caller::default()).await?;
+        Ok(fetched.files.pop().expect("a file is one file: this is a bug"))
     }
 }

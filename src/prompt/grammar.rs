@@ -260,7 +260,7 @@ fn with_space(schema: &Value) -> Result<Value, GrammarError> {
 
 /// llguidance adds where it was and what it knows, over many lines.
 fn first_line(error: &str) -> String {
-    const MAX_CHARS: usize = 240;
+    const MAX_CHARS: usize = 180;
     let line = error.lines().find(|line| !line.trim().is_empty()).unwrap_or("not understood");
     line.chars().take(MAX_CHARS).collect()
 }

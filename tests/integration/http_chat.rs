@@ -137,7 +137,7 @@ async fn every_row_of_the_error_table_has_its_status() {
         (request(json!("Hi"), json!({"temperature": 9})), 400, Value::Null, json!("temperature")),
         (request(json!("Hi"), json!({"odd": 9})), 400, Value::Null, json!("odd")),
         (request(json!("Hi"), json!({"temperature": "hot"})), 400, Value::Null, json!("temperature")),
-        (json!({"model": MODEL}), 400, Value::Null, Value::Null),
+        (json!({"model": MODEL}), 400, Value::Null, json!("messages")),
         (request(json!("Hi"), json!({"model": "other"})), 404, json!("model_not_found"), json!("model")),
         (request(json!(long), json!({})), 400, json!("context_length_exceeded"), json!("messages")),
         (

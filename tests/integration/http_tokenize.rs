@@ -80,7 +80,7 @@ async fn faults_name_their_field() {
             json!("add_generation_prompt"),
         ),
         ("/tokenize", json!({"messages": [{"role": "user"}]}), json!("messages[0].content")),
-        ("/detokenize", json!({}), Value::Null),
+        ("/detokenize", json!({}), json!("tokens")),
         ("/detokenize", json!({"tokens": [1, 257]}), json!("tokens[1]")),
         ("/detokenize", json!({"tokens": [-1]}), json!("tokens[0]")),
         ("/detokenize", json!({"tokens": ["a"]}), json!("tokens[0]")),

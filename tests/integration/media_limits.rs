@@ -82,12 +82,14 @@ async fn what_is_no_video_is_unsupported() {
         ("concat.txt", b"ffconcat version 1.0\nfile /etc/passwd\n"),
         ("concat.mp4", b"file '/etc/passwd'\n"),
         ("page.webm", b"<!DOCTYPE html><html></html>"),
-        ("still.jpg", b"\xff\xd8\xff\xe0\0\x10JFIF\0"),
     ] {
         let path = write(directory.path(), name, bytes);
         let error = load(&path).await.unwrap_err();
         assert!(matches!(error, MediaError::Unsupported(_)), "{name}: {error:?}");
     }
+    let still = write(directory.path(), "still.mp4", b"\xff\xd8\xff\xe0\0\x10JFIF\0");
+    let error = load(&still).await.unwrap_err();
+    assert!(matches!(&error, MediaError::Undecodable(m) if m.contains("picture is damaged")), "{error:?}");
 }
 
 #[tokio::test]

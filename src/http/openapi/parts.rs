@@ -151,6 +151,12 @@ pub fn image_url() -> Schema {
     OneOfBuilder::new().item(url()).item(Ref::from_schema_name("ImageUrl")).build().into()
 }
 
+/// A URL or bare base64, or an object that holds either.
+pub fn input_video() -> Schema {
+    let text = string().description(Some("A URL as in `video_url`, or the video in base64"));
+    OneOfBuilder::new().item(text).item(Ref::from_schema_name("InputVideo")).build().into()
+}
+
 /// A URL, or those of the frames that the client sampled itself.
 pub fn url_or_frames() -> Schema {
     let max_frames = Config::default().media.max_frames;

@@ -27,8 +27,9 @@ const TABLE: [(&str, &str, &str); 13] = [
     (
         "404",
         "NotFound",
-        "Unknown model (`model_not_found`), file (`file_not_found`), response (`response_not_found`), running chat \
-         (`chat_completion_not_found`) or path (`not_found`).",
+        "Unknown model (`model_not_found`), file (`file_not_found`), `uuid` of a video or picture (`media_not_found`), response \
+         (`response_not_found`), running chat (`chat_completion_not_found`) or path (`not_found`, with the route that may have \
+         been meant).",
     ),
     ("405", "MethodNotAllowed", "The path does not take this method (`method_not_allowed`)."),
     ("408", "BodyTimeout", "The body came too slowly (`body_timeout`)."),

@@ -19,6 +19,7 @@ use super::{
 use crate::http::{
     body,
     error::ApiError,
+    json_fault::JsonFault,
     responses::Videos,
     types::{ChatRequest, Extra, TextOr},
     validate::{self, InvalidRequest, Limits, ValidChoices, ValidRequest, refuse_unknown, shorten},
@@ -189,11 +190,8 @@ pub fn check(
         tool_choice: request.extra.get("tool_choice").filter(|choice| !choice.is_null()).cloned(),
     };
     let chat = Value::Object(request.chat_with(list));
-    let chat: ChatRequest = serde_path_to_error::deserialize(chat).map_err(|error| {
-        let path = error.path().to_string();
-        let message = format!("{path}: {}", error.inner());
-        origins.fault(InvalidRequest::field(path, message))
-    })?;
+    let chat: ChatRequest = serde_path_to_error::deserialize(chat)
+        .map_err(|error| origins.fault(JsonFault::new(error).into()))?;
     let mut valid = validate::validate(chat, None, limits).map_err(|error| origins.fault(error))?;
     for video in &mut valid.videos {
         video.path = origins.path(&video.path);

@@ -8,7 +8,7 @@ use super::{
     InvalidRequest,
     parts::{Part, VideoPart},
 };
-use crate::media::VideoSource;
+use crate::media::{Picture, VideoSource};
 
 /// Longest caption between two frames of a clip.
 const MAX_CAPTION_BYTES: usize = 64;
@@ -62,22 +62,40 @@ fn clip(run: &mut Vec<(String, VideoPart)>, max_frames: usize) -> Result<Option<
         return Err(InvalidRequest::field(path, message));
     }
     if num_pictures > 1 {
-        let sources =
-            first.source.take().into_iter().chain(pictures.filter_map(|(_, picture)| picture.source));
-        let urls = sources.filter_map(|source| match source {
-            VideoSource::Image(url) => Some(url),
-            _ => None,
-        });
-        first.source = Some(VideoSource::Frames(urls.collect()));
+        let mut frames = vec![frame(first.source.take(), first.uuid.take())];
+        frames.extend(pictures.map(|(_, picture)| frame(picture.source, picture.uuid)));
+        first.source = Some(list(frames));
         first.is_clip = true;
     }
     Ok(Some((path, Part::Video(first))))
 }
 
+/// Returns the frame that a picture's part sends or names.
+fn frame(source: Option<VideoSource>, uuid: Option<String>) -> Picture {
+    let url = match source {
+        Some(VideoSource::Image(url)) => Some(url),
+        _ => None,
+    };
+    Picture { url, uuid }
+}
+
+/// Returns the frames as plain URLs if none of them has a name.
+fn list(frames: Vec<Picture>) -> VideoSource {
+    if frames.iter().any(|frame| frame.uuid.is_some()) {
+        return VideoSource::Pictures(frames);
+    }
+    VideoSource::Frames(frames.into_iter().filter_map(|frame| frame.url).collect())
+}
+
 /// Returns true for a picture that can be a frame: no video and no GIF that is sent as a picture.
 fn is_picture(part: &VideoPart) -> bool {
     const OTHERS: [&str; 2] = ["data:video/", "data:image/gif"];
-    let Some(VideoSource::Image(url)) = &part.source else { return false };
+    let url = match &part.source {
+        Some(VideoSource::Image(url)) => url,
+        // A picture that was sent before, by its name alone.
+        None => return part.uuid.is_some() && part.path.ends_with(".image_url"),
+        Some(_) => return false,
+    };
     let starts_with =
         |start: &&str| url.get(..start.len()).is_some_and(|own| own.eq_ignore_ascii_case(start));
     !OTHERS.iter().any(|start| starts_with(start))
@@ -101,6 +119,7 @@ mod tests {
             path: String::new(),
             source_path: String::new(),
             source: Some(source),
+            uuid: None,
             knobs: vec![],
             timestamps: None,
             is_clip: false,

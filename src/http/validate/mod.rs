@@ -26,6 +26,7 @@ use tempfile::NamedTempFile;
 pub use fields::{check_beside, check_top_level};
 
 use super::{
+    json_fault::JsonFault,
     state::Loaded,
     types::{ChatRequest, Extra},
 };
@@ -166,6 +167,12 @@ impl InvalidRequest {
     }
 }
 
+impl From<JsonFault> for InvalidRequest {
+    fn from(JsonFault { param, message }: JsonFault) -> Self {
+        InvalidRequest::Field { param: param.unwrap_or_default(), message }
+    }
+}
+
 /// Checks everything that the request alone decides. `upload` is the video part of a multipart body.
 ///
 /// # Errors
@@ -276,7 +283,7 @@ fn timeout(seconds: Option<f64>, longest: Duration) -> Result<Option<Duration>, 
     let Some(seconds) = seconds else { return Ok(None) };
     if !(seconds > 0.0 && seconds <= longest.as_secs_f64()) {
         let message = format!(
-            "timeout is {seconds} s, but must be greater than 0 and at most {} s, the server's own limit",
+            "timeout is {seconds:?} s, but must be greater than 0 and at most {} s, the server's own limit",
             longest.as_secs_f64()
         );
         return Err(InvalidRequest::field("timeout", message));
@@ -354,7 +361,12 @@ pub fn refuse_unknown(extra: &Extra, path: &str, known: &[&str]) -> Result<(), I
 /// Client text that is repeated in an error: long enough to recognise, never a whole body.
 pub fn shorten(text: &str) -> String {
     const MAX_CHARS: usize = 64;
-    match text.char_indices().nth(MAX_CHARS) {
+    shorten_to(MAX_CHARS, text)
+}
+
+/// The first `max_chars` characters of `text`, with a mark where it goes on.
+pub fn shorten_to(max_chars: usize, text: &str) -> String {
+    match text.char_indices().nth(max_chars) {
         None => text.into(),
         Some((end, _)) => format!("{}…", &text[..end]),
     }

@@ -14,8 +14,9 @@ use crate::{
 const MAX_URL_BYTES: usize = 8 << 10;
 /// Longest scheme of a URL that is known.
 const MAX_SCHEME_BYTES: usize = 5;
-/// Longest `uuid` of a video (vLLM's clients name what they have sent before). It is accepted, but frames are cached
-/// by their content only.
+/// Bytes of a text that may be a URL or base64 in which a colon is looked for.
+const MAX_ANY_SCHEME_BYTES: usize = 32;
+/// Longest `uuid` of a part.
 const MAX_UUID_BYTES: usize = 256;
 /// Longest `file_id`.
 const MAX_FILE_ID_BYTES: usize = 128;
@@ -34,8 +35,10 @@ pub struct VideoPart {
     pub path: String,
     /// The field that names the source, or would.
     pub source_path: String,
-    /// `None`: the upload.
+    /// `None`: the upload, or what was sent under `uuid` before.
     pub source: Option<VideoSource>,
+    /// The client's name for it.
+    pub uuid: Option<String>,
     /// Knobs and the paths of the objects they are in.
     pub knobs: Vec<(String, SamplingKnobs)>,
     /// Presentation times of the frames of a list, and the path of their field.
@@ -57,7 +60,8 @@ pub fn read(path: &str, mut part: ContentPart) -> Result<Part, InvalidRequest> {
         let missing = || InvalidRequest::field(format!("{path}.text"), "the part has no text");
         return part.text.map(Part::Text).ok_or_else(missing);
     }
-    check_uuid(path, part.uuid.as_deref())?;
+    let mut uuid = Uuid::default();
+    uuid.add(path, part.uuid.take())?;
     let own = format!("{path}.{kind}");
     let mut knobs = vec![];
     let (source_path, source) = match kind {
@@ -80,33 +84,26 @@ pub fn read(path: &str, mut part: ContentPart) -> Result<Part, InvalidRequest> {
                 &own,
                 &["url", "uuid", "num_frames", "fps", "max_frames", "start", "end"],
             )?;
-            check_uuid(&own, video.uuid.as_deref())?;
+            uuid.add(&own, video.uuid)?;
             knobs.push((own.clone(), in_it));
             let source_path = format!("{own}.url");
-            (
-                source_path.clone(),
-                video.url.map(|url| check_url(&source_path, url)).transpose()?.map(VideoSource::Url),
-            )
+            let source = video.url.map(|url| check_url(&source_path, url)).transpose()?.map(VideoSource::Url);
+            (source_path, source)
         }
-        "input_video" => {
-            part.input_video.map_or_else(|| Ok((own.clone(), None)), |video| input_video(&own, video))?
-        }
+        "input_video" => part
+            .input_video
+            .map_or_else(|| Ok((own.clone(), None)), |video| input_video(&own, video, &mut uuid))?,
         "video" => (own.clone(), part.video.map(|video| qwen_video(&own, video)).transpose()?),
         "file" => part.file.map_or_else(|| Ok((own.clone(), None)), |file| self::file(&own, file))?,
         "image_url" => {
             refuse_knobs(path, kind, &beside, timestamps.is_some())?;
-            let missing = || InvalidRequest::field(format!("{own}.url"), "the picture has no URL");
-            let url = image_url(&own, part.image_url.ok_or_else(missing)?)?;
-            (format!("{own}.url"), Some(VideoSource::Image(url)))
+            let url = part.image_url.map(|image| image_url(&own, image, &mut uuid)).transpose()?.flatten();
+            if url.is_none() && uuid.0.is_none() {
+                return Err(InvalidRequest::field(format!("{own}.url"), "the picture has no URL"));
+            }
+            (format!("{own}.url"), url.map(VideoSource::Image))
         }
-        kind => {
-            let kind = shorten(kind);
-            let message = format!(
-                "content parts of type \"{kind}\" are not supported; use text, video_url, input_video, video, file \
-                 or image_url"
-            );
-            return Err(InvalidRequest::field(format!("{path}.type"), message));
-        }
+        kind => return Err(unknown_kind(path, kind)),
     };
     refuse_unknown(
         &beside.extra,
@@ -114,7 +111,41 @@ pub fn read(path: &str, mut part: ContentPart) -> Result<Part, InvalidRequest> {
         &["type", kind, "uuid", "num_frames", "fps", "max_frames", "start", "end"],
     )?;
     knobs.push((path.to_owned(), beside));
-    Ok(Part::Video(VideoPart { path: own, source_path, source, knobs, timestamps, is_clip: false }))
+    let uuid = uuid.0;
+    Ok(Part::Video(VideoPart { path: own, source_path, source, uuid, knobs, timestamps, is_clip: false }))
+}
+
+fn unknown_kind(path: &str, kind: &str) -> InvalidRequest {
+    let message = match kind {
+        "input_audio" | "audio_url" | "audio" => {
+            "the model cannot hear; leave sound out and send what was said as text".to_owned()
+        }
+        kind => format!(
+            "content parts of type \"{}\" are not supported; use text, video_url, input_video, video, file or \
+             image_url",
+            shorten(kind)
+        ),
+    };
+    InvalidRequest::field(format!("{path}.type"), message)
+}
+
+/// The client's name for a part: a field of the part or of the object that holds the source.
+#[derive(Default)]
+struct Uuid(Option<String>);
+
+impl Uuid {
+    fn add(&mut self, path: &str, uuid: Option<String>) -> Result<(), InvalidRequest> {
+        let Some(uuid) = uuid else { return Ok(()) };
+        let fault = |message: String| Err(InvalidRequest::field(format!("{path}.uuid"), message));
+        if !(1..=MAX_UUID_BYTES).contains(&uuid.len()) {
+            return fault(format!("uuid must have 1 to {MAX_UUID_BYTES} bytes"));
+        }
+        if self.0.as_ref().is_some_and(|other| *other != uuid) {
+            return fault("there are two different uuids for one part; send one".into());
+        }
+        self.0 = Some(uuid);
+        Ok(())
+    }
 }
 
 /// Only the field of the part's own type may be there.
@@ -164,8 +195,13 @@ fn refuse_knobs(
 
 type Sourced = (String, Option<VideoSource>);
 
-fn input_video(path: &str, video: InputVideo) -> Result<Sourced, InvalidRequest> {
-    refuse_unknown(&video.extra, path, &["url", "data"])?;
+fn input_video(path: &str, video: TextOr<InputVideo>, uuid: &mut Uuid) -> Result<Sourced, InvalidRequest> {
+    let video = match video {
+        TextOr::Text(text) => return Ok((path.to_owned(), Some(url_or_bytes(path, text)?))),
+        TextOr::Other(video) => video,
+    };
+    refuse_unknown(&video.extra, path, &["url", "data", "format", "uuid"])?;
+    uuid.add(path, video.uuid)?;
     match (video.url, video.data) {
         (Some(_), Some(_)) => Err(two_sources(format!("{path}.data"), "url", "data")),
         (Some(url), None) => {
@@ -203,8 +239,13 @@ fn listed_frame(path: &str, frame: TextOr<ListedFrame>) -> Result<String, Invali
         return Err(InvalidRequest::field(format!("{path}.type"), message));
     }
     let own = format!("{path}.image_url");
-    let missing = || InvalidRequest::field(&own, "the frame has no picture; send its URL");
-    image_url(&own, frame.image_url.ok_or_else(missing)?)
+    let mut uuid = Uuid::default();
+    let url = frame.image_url.map(|image| image_url(&own, image, &mut uuid)).transpose()?.flatten();
+    if uuid.0.is_some() {
+        let message = "a frame of a list has no uuid; give one to the part, or send the frames as image_url parts";
+        return Err(InvalidRequest::field(format!("{own}.uuid"), message));
+    }
+    url.ok_or_else(|| InvalidRequest::field(&own, "the frame has no picture; send its URL"))
 }
 
 fn file(path: &str, file: FilePart) -> Result<Sourced, InvalidRequest> {
@@ -221,22 +262,28 @@ fn file(path: &str, file: FilePart) -> Result<Sourced, InvalidRequest> {
     }
 }
 
-fn image_url(path: &str, image: TextOr<ImageUrl>) -> Result<String, InvalidRequest> {
-    let url_path = format!("{path}.url");
+fn image_url(path: &str, image: TextOr<ImageUrl>, uuid: &mut Uuid) -> Result<Option<String>, InvalidRequest> {
     let url = match image {
-        TextOr::Text(url) => url,
+        TextOr::Text(url) => Some(url),
         TextOr::Other(image) => {
-            refuse_unknown(&image.extra, path, &["url", "detail"])?;
+            refuse_unknown(&image.extra, path, &["url", "detail", "uuid"])?;
             if image.detail.is_some_and(|detail| !matches!(detail.as_str(), "auto" | "low" | "high")) {
                 return Err(InvalidRequest::field(
                     format!("{path}.detail"),
                     "detail must be auto, low or high",
                 ));
             }
-            image.url.ok_or_else(|| InvalidRequest::field(&url_path, "the picture has no URL"))?
+            uuid.add(path, image.uuid)?;
+            image.url
         }
     };
-    check_url(&url_path, url)
+    url.map(|url| check_url(&format!("{path}.url"), url)).transpose()
+}
+
+/// A URL of any scheme, or bare base64, which has no colon.
+fn url_or_bytes(path: &str, text: String) -> Result<VideoSource, InvalidRequest> {
+    let start = &text.as_bytes()[..text.len().min(MAX_ANY_SCHEME_BYTES)];
+    if start.contains(&b':') { check_url(path, text).map(VideoSource::Url) } else { Ok(bytes(text)) }
 }
 
 /// Bare base64, or a `data:` URL.
@@ -268,12 +315,4 @@ fn check_url(param: &str, url: String) -> Result<String, InvalidRequest> {
             Err(InvalidRequest::field(param, message))
         }
     }
-}
-
-fn check_uuid(path: &str, uuid: Option<&str>) -> Result<(), InvalidRequest> {
-    if uuid.is_some_and(|uuid| uuid.len() > MAX_UUID_BYTES) {
-        let message = format!("uuid is longer than {MAX_UUID_BYTES} bytes");
-        return Err(InvalidRequest::field(format!("{path}.uuid"), message));
-    }
-    Ok(())
 }

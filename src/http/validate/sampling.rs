@@ -63,7 +63,7 @@ fn range(
         Some(value) if allowed.contains(&value) => Ok(value as f32),
         Some(value) => Err(InvalidRequest::field(
             name,
-            format!("{name} is {value}, but must be from {} to {}", allowed.start(), allowed.end()),
+            format!("{name} is {value:?}, but must be from {} to {}", allowed.start(), allowed.end()),
         )),
     }
 }
@@ -146,7 +146,7 @@ fn logit_bias(request: &ChatRequest, limits: Limits<'_>) -> Result<Vec<(TokenId,
             ));
         };
         if !(-100.0..=100.0).contains(bias) {
-            return fault(format!("logit_bias of token {token} is {bias}, but must be from -100 to 100"));
+            return fault(format!("logit_bias of token {token} is {bias:?}, but must be from -100 to 100"));
         }
         pairs.push((token, *bias as f32));
     }

@@ -75,7 +75,36 @@ fn every_form_of_a_video_url_means_the_same() {
         let valid = check(request(video(part), json!({}))).unwrap();
         assert_eq!(valid.conversation.turns[0].num_videos, 1);
         assert_eq!(valid.conversation.turns[0].user, "What?");
-        assert!(matches!(only(valid).source, VideoSource::Url(url) if url == URL));
+        let source = match only(valid).source {
+            VideoSource::Named { uuid, source: Some(source) } if uuid == "7" => *source,
+            source => source,
+        };
+        assert!(matches!(source, VideoSource::Url(url) if url == URL));
+    }
+}
+
+#[test]
+fn a_uuid_is_kept_with_its_source_and_stands_for_it_alone() {
+    let named = |uuid: &str, source: &str| format!("Named {{ uuid: {uuid:?}, source: {source} }}");
+    for (part, source) in [
+        (
+            json!({"type": "video_url", "video_url": URL, "uuid": "a"}),
+            named("a", &format!("Some(Url({URL:?}))")),
+        ),
+        (
+            json!({"type": "image_url", "image_url": URL, "uuid": "a"}),
+            named("a", &format!("Some(Image({URL:?}))")),
+        ),
+        (json!({"type": "video_url", "uuid": "a"}), named("a", "None")),
+        (json!({"type": "video_url", "video_url": null, "uuid": "a"}), named("a", "None")),
+        (json!({"type": "video_url", "video_url": {"uuid": "a"}}), named("a", "None")),
+        (json!({"type": "image_url", "image_url": {"uuid": "a"}, "uuid": "a"}), named("a", "None")),
+        (json!({"type": "image_url", "image_url": {}, "uuid": "a"}), named("a", "None")),
+        (json!({"type": "input_video", "input_video": {"uuid": "a"}}), named("a", "None")),
+        (json!({"type": "video", "uuid": "a"}), named("a", "None")),
+    ] {
+        let video = only(check(request(json!([part]), json!({}))).unwrap());
+        assert_eq!(format!("{:?}", video.source), source);
     }
 }
 
@@ -98,6 +127,17 @@ fn every_form_of_a_part_becomes_its_source() {
         (json!({"type": "input_video", "input_video": {"url": URL}}), format!("Url({URL:?})")),
         (json!({"type": "input_video", "input_video": {"data": "aa"}}), "Base64(\"aa\")".into()),
         (json!({"type": "input_video", "input_video": {"data": data}}), format!("Url({data:?})")),
+        (json!({"type": "input_video", "input_video": URL}), format!("Url({URL:?})")),
+        (json!({"type": "input_video", "input_video": data}), format!("Url({data:?})")),
+        (json!({"type": "input_video", "input_video": "aa"}), "Base64(\"aa\")".into()),
+        (
+            json!({"type": "input_video", "input_video": {"data": "aa", "format": "mp4"}}),
+            "Base64(\"aa\")".into(),
+        ),
+        (
+            json!({"type": "input_video", "input_video": {"url": URL, "format": null}}),
+            format!("Url({URL:?})"),
+        ),
         (json!({"type": "file", "file": {"file_id": "file-1"}}), "FileId(\"file-1\")".into()),
         (json!({"type": "file", "file": {"file_data": data, "filename": "a.mp4"}}), format!("Url({data:?})")),
         (json!({"type": "image_url", "image_url": URL}), format!("Image({URL:?})")),
@@ -293,6 +333,11 @@ fn each_fault_of_a_part_names_its_path() {
             "[0].video_url.uuid",
         ),
         (json!({"type": "video_url", "video_url": {"url": URL, "fps": 1}, "fps": 2}), "[0].fps"),
+        (json!({"type": "video_url", "video_url": {"uuid": "a"}, "uuid": "b"}), "[0].video_url.uuid"),
+        (json!({"type": "video_url", "uuid": ""}), "[0].uuid"),
+        (json!({"type": "image_url", "image_url": {}}), "[0].image_url.url"),
+        (json!({"type": "audio_url", "audio_url": {"url": URL}}), "[0].type"),
+        (json!({"type": "input_video", "input_video": "ftp://a/b"}), "[0].input_video"),
         (json!({"type": "input_video"}), "[0].input_video"),
         (json!({"type": "input_video", "input_video": {"data": "aa", "url": URL}}), "[0].input_video.data"),
         (json!({"type": "input_video", "input_video": {"url": "x"}}), "[0].input_video.url"),

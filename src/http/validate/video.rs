@@ -82,30 +82,38 @@ pub fn validate(
              place of the upload with a video_url part without url",
         ));
     }
+    // A named part without source may mean what was sent before: the upload prefers one without
+    // name.
+    let is_open = |part: &VideoPart| part.source.is_none();
+    let place = parts.iter().position(|part| is_open(part) && part.uuid.is_none());
+    let place = place.or_else(|| parts.iter().position(is_open));
     let mut upload = upload.map(VideoSource::TempFile);
-    parts
-        .into_iter()
-        .map(|part| {
-            let missing =
-                || InvalidRequest::field(&part.source_path, "the video has no source; send its URL");
-            let mut source = part.source.or_else(|| upload.take()).ok_or_else(missing)?;
-            let mut places: Vec<Placed> = vec![];
-            for (path, knobs) in part.knobs {
-                let checked = check(&path, &knobs, media)?;
-                places.push((path, checked));
-            }
-            places.extend(for_all.iter().cloned());
-            let mut timestamps = part.timestamps;
-            if part.is_clip {
-                timestamps = of_clip(&pictures, &mut places, media)?;
-            }
-            if let Some((path, times)) = timestamps {
-                let has_rate = places.iter().any(|(_, knobs)| knobs.fps.is_some());
-                source = timed(&path, times, source, has_rate, media)?;
-            }
-            valid(part.path, source, places, media)
-        })
-        .collect()
+    let mut videos = Vec::with_capacity(parts.len());
+    for (i, part) in parts.into_iter().enumerate() {
+        let source = part.source.or_else(|| if place == Some(i) { upload.take() } else { None });
+        let mut places: Vec<Placed> = vec![];
+        for (path, knobs) in part.knobs {
+            let checked = check(&path, &knobs, media)?;
+            places.push((path, checked));
+        }
+        places.extend(for_all.iter().cloned());
+        let mut timestamps = part.timestamps;
+        if part.is_clip {
+            timestamps = of_clip(&pictures, &mut places, media)?;
+        }
+        let mut source = match part.uuid {
+            Some(uuid) => VideoSource::Named { uuid, source: source.map(Box::new) },
+            None => source.ok_or_else(|| {
+                InvalidRequest::field(&part.source_path, "the video has no source; send its URL")
+            })?,
+        };
+        if let Some((path, times)) = timestamps {
+            let has_rate = places.iter().any(|(_, knobs)| knobs.fps.is_some());
+            source = timed(&path, times, source, has_rate, media)?;
+        }
+        videos.push(valid(part.path, source, places, media)?);
+    }
+    Ok(videos)
 }
 
 /// Replaces the rate of videos in `places` by the rate of pictures. Returns the timestamps of the
@@ -145,6 +153,7 @@ fn timed(
     }
     let num_frames = match &source {
         VideoSource::Frames(urls) => urls.len(),
+        VideoSource::Pictures(pictures) => pictures.len(),
         // The server counts the pictures of the URL when it reads them.
         _ => times.len(),
     };
