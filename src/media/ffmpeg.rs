@@ -38,7 +38,7 @@ const ALLOWED_DEMUXERS: &str = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mp
 /// streams a file has.
 const VIDEO_DECODERS: &str = "h264,hevc,vp8,vp9,av1,libdav1d,libaom-av1,mpeg4,mpeg2video,mjpeg,gif,mpeg1video,h263,flv,\
     msmpeg4v1,msmpeg4v2,msmpeg4,wmv1,wmv2,wmv3,vc1,theora,prores,dnxhd";
-/// The same for people, and as ffprobe names the codecs.
+/// The same as ffmpeg names the codecs, for people too.
 pub const ALLOWED_CODECS: [&str; 22] = [
     "h264",
     "hevc",
