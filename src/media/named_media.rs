@@ -189,7 +189,7 @@ mod tests {
     fn media(num_bytes: usize) -> (Media, PathBuf) {
         let file = NamedTempFile::new().unwrap().into_temp_path();
         let path = file.to_path_buf();
-        let hashed = Hashed { content_hash: [0; 32], num_bytes, is_picture: false };
+        let hashed = Hashed { content_hash: [0; 32], num_bytes };
         let files = vec![LocalFile::new(path.clone(), hashed, Some(file))];
         (Media::Files { files, is_list: false }, path)
     }
