@@ -98,7 +98,7 @@ fn is_picture(part: &VideoPart) -> bool {
     };
     let starts_with =
         |start: &&str| url.get(..start.len()).is_some_and(|own| own.eq_ignore_ascii_case(start));
-    !OTHERS.iter().any(|start| starts_with(start))
+    !OTHERS.iter().any(starts_with)
 }
 
 /// Returns true for a frame number or time: a short text with a digit that is no question.
