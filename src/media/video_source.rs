@@ -39,7 +39,7 @@ pub enum VideoSource {
     LocalFile(PathBuf),
 }
 
-/// One frame of a list: by its URL, which is kept under the name `uuid` if there is one; or by that name alone.
+/// One frame of a list: a URL, whose picture is kept under `uuid` if there is one, or a `uuid` alone.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Picture {
     pub url: Option<String>,

@@ -15,7 +15,7 @@ use crate::media::{
 const MAX_SHOWN_UUID_CHARS: usize = 64;
 
 impl SourceReader {
-    /// Returns the files of a list, with and without names. All downloads are one: they share its place.
+    /// Returns the files of a list, with and without names. All its downloads share one place.
     pub(super) async fn read_pictures(
         &self,
         pictures: Vec<Picture>,
