@@ -1,9 +1,9 @@
 //! Keeps recent batches and sends them again to a router that has missed some.
 //!
-//! Started by [`super`]. A request is `[empty, first sequence number]`; each answer is `[empty, topic, sequence number,
-//! payload]`, and the last one has an empty topic, number -1 and no payload, as in vLLM 0.26 and later. With
-//! [`KvEventsFormat::Array`] answers have no topic frame, as in older versions. Must never hold up the sending of new
-//! batches.
+//! Started by [`super`]. A request is `[empty, first sequence number]`. Each answer is
+//! `[empty, topic, sequence number, payload]`; the last one has an empty topic, number -1 and an
+//! empty payload, as in vLLM 0.26 and later. With [`KvEventsFormat::Array`] answers have no topic
+//! frame, as in older versions. Must never hold up the sending of new batches.
 
 use std::{
     collections::VecDeque,
@@ -60,12 +60,12 @@ impl Kept {
     }
 }
 
-/// What the answers are made of.
+/// The replay service of one server.
 pub(super) struct Replay {
     pub kept: Kept,
     pub topic: Bytes,
     pub format: KvEventsFormat,
-    /// For one answer: a router that does not read it must not keep others waiting.
+    /// Limit of one answer: a router that does not read it must not keep others waiting.
     pub timeout: Duration,
 }
 
