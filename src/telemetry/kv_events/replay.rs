@@ -130,4 +130,25 @@ mod tests {
         kept.push(5, Bytes::from_static(b"abcdefghi"));
         assert_eq!(numbers(0), [5]);
     }
+
+    fn replay(format: KvEventsFormat) -> Replay {
+        let kept = Kept::new(&KvEventsConfig::default());
+        Replay { kept, topic: "kv@pod@nano".into(), format, timeout: Duration::from_secs(1) }
+    }
+
+    #[test]
+    fn answers_have_the_frames_of_live_messages() {
+        let replay = replay(KvEventsFormat::Map);
+        let frames = replay.frames(&replay.topic, 7u64.to_be_bytes(), Bytes::from_static(b"batch"));
+        assert_eq!(frames, [&b"kv@pod@nano"[..], &[0, 0, 0, 0, 0, 0, 0, 7], b"batch"]);
+        let end = replay.frames(&Bytes::new(), END, Bytes::new());
+        assert_eq!(end, [&b""[..], &[0xff; 8], b""]);
+    }
+
+    #[test]
+    fn answers_of_the_older_form_have_no_topic() {
+        let replay = replay(KvEventsFormat::Array);
+        let frames = replay.frames(&replay.topic, 7u64.to_be_bytes(), Bytes::from_static(b"batch"));
+        assert_eq!(frames, [&[0, 0, 0, 0, 0, 0, 0, 7][..], b"batch"]);
+    }
 }
