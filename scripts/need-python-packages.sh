@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# need-python-packages.sh NAME: installs what tests/NAME/requirements*.txt pin, into target/NAME/venv.
-# Only when the pins have changed.
+# need-python-packages.sh NAME: installs the pins of tests/NAME/requirements*.txt into
+# target/NAME/venv, if they have changed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

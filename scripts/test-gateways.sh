@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Other projects' gateways, in pinned versions under target/gateways, before servers on the embedded model.
-# Arguments go to pytest.
+# Runs other projects' gateways, in pinned versions under target/gateways, before servers on the
+# embedded model. Arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

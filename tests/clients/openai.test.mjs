@@ -1,4 +1,5 @@
-// OpenAI's client for JavaScript: chat in both modes, an upload that the Responses API is asked about, errors.
+// OpenAI's client for JavaScript: chat in both modes, an upload for the Responses API, a forced
+// function, errors.
 import assert from 'node:assert/strict';
 import { createReadStream, readFileSync } from 'node:fs';
 import { after, before, test } from 'node:test';

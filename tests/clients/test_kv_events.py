@@ -18,8 +18,8 @@ BLOCK = 16
 TOPIC = b"kv@pod-1@nano"
 
 
-# The structs as vLLM declares them: what is decoded here is what its subscribers decode. Fields of the cache group came
-# with the maps.
+# The structs as vLLM declares them, so that this test decodes what its subscribers decode.
+# Fields of the cache group came with the maps.
 def structs(form):
     positional = {"array_like": form == "array", "omit_defaults": True}
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BINARY = ROOT / "target/debug/tinyllava"
 LOGS = ROOT / "target/gateways/logs"
 DEMO = ROOT / "models/nano/demo"
-# Programs that pip installed beside this Python.
+# The folder of the programs that pip installed.
 PROGRAMS = Path(sys.executable).parent
 CHAT = "/v1/chat/completions"
 

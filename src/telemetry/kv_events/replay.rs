@@ -1,9 +1,9 @@
 //! Keeps recent batches and sends them again to a router that has missed some.
 //!
-//! Started by [`super`]. A request is `[empty, first sequence number]`; each answer is `[empty, topic, sequence number,
-//! payload]`, and the last one has an empty topic, number -1 and no payload, as in vLLM 0.26 and later. With
-//! [`KvEventsFormat::Array`] answers have no topic frame, as in older versions. Must never hold up the sending of new
-//! batches.
+//! Started by [`super`]. A request is `[empty, first sequence number]`. Each answer is
+//! `[empty, topic, sequence number, payload]`; the last one has an empty topic, number -1 and an
+//! empty payload, as in vLLM 0.26 and later. With [`KvEventsFormat::Array`] answers have no topic
+//! frame, as in older versions. Must never hold up the sending of new batches.
 
 use std::{
     collections::VecDeque,
@@ -60,12 +60,12 @@ impl Kept {
     }
 }
 
-/// What the answers are made of.
+/// The replay service of one server.
 pub(super) struct Replay {
     pub kept: Kept,
     pub topic: Bytes,
     pub format: KvEventsFormat,
-    /// For one answer: a router that does not read it must not keep others waiting.
+    /// Limit of one answer: a router that does not read it must not keep others waiting.
     pub timeout: Duration,
 }
 
@@ -129,5 +129,26 @@ mod tests {
         assert_eq!((numbers(0), numbers(4)), (vec![2, 3, 4], vec![4]));
         kept.push(5, Bytes::from_static(b"abcdefghi"));
         assert_eq!(numbers(0), [5]);
+    }
+
+    fn replay(format: KvEventsFormat) -> Replay {
+        let kept = Kept::new(&KvEventsConfig::default());
+        Replay { kept, topic: "kv@pod@nano".into(), format, timeout: Duration::from_secs(1) }
+    }
+
+    #[test]
+    fn answers_have_the_frames_of_live_messages() {
+        let replay = replay(KvEventsFormat::Map);
+        let frames = replay.frames(&replay.topic, 7u64.to_be_bytes(), Bytes::from_static(b"batch"));
+        assert_eq!(frames, [&b"kv@pod@nano"[..], &[0, 0, 0, 0, 0, 0, 0, 7], b"batch"]);
+        let end = replay.frames(&Bytes::new(), END, Bytes::new());
+        assert_eq!(end, [&b""[..], &[0xff; 8], b""]);
+    }
+
+    #[test]
+    fn answers_of_the_older_form_have_no_topic() {
+        let replay = replay(KvEventsFormat::Array);
+        let frames = replay.frames(&replay.topic, 7u64.to_be_bytes(), Bytes::from_static(b"batch"));
+        assert_eq!(frames, [&[0, 0, 0, 0, 0, 0, 0, 7][..], b"batch"]);
     }
 }

@@ -1,8 +1,8 @@
 //! Encodes batches of KV events in msgpack, in the two forms that vLLM has had.
 //!
-//! Called by [`super`] off the engine thread. Field for field as `vllm/distributed/kv_events.py` has them. A batch is the
-//! array `[time, events, rank]` in both forms; see [`KvEventsFormat`] for its events. Must never put a cache salt on the
-//! wire.
+//! Called by [`super`] off the engine thread. Fields and values are those of
+//! `vllm/distributed/kv_events.py`. A batch is the array `[time, events, rank]` in both forms; see
+//! [`KvEventsFormat`] for its events. Must never put a cache salt on the wire.
 
 use rmp::encode::{
     ByteBuf, write_array_len, write_f64, write_map_len, write_nil, write_sint, write_str, write_u64,
@@ -13,7 +13,7 @@ use crate::scheduler::cache_events::{BlockHash, CacheEvent, StoredBlock};
 
 /// A server is one rank, however many engines it has: requests cannot be sent to one of them.
 const DATA_PARALLEL_RANK: u64 = 0;
-/// vLLM's name of the engine's own cache, on every device; readers of maps refuse events without it.
+/// vLLM's name of the engine's own cache, on every device. Some readers of maps require it.
 const MEDIUM: &str = "GPU";
 /// The one group of layers that share block tables: all of them, with full attention.
 const CACHE_GROUP: u64 = 0;
@@ -109,7 +109,7 @@ impl Writer {
         self.string(tag);
     }
 
-    /// Begins a field: its value is written next. In arrays the order of the calls is the order of the fields.
+    /// Begins a field; its value is written next. In arrays, fields have the order of the calls.
     fn field(&mut self, name: &str) {
         if self.format == KvEventsFormat::Map {
             self.string(name);
