@@ -2,6 +2,8 @@
 //!
 //! Built by `cli/serve.rs` from the command line, or from [`Default`] in tests; read by everyone, changed by nobody.
 
+pub mod request_limits;
+
 use std::{fmt, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 
 use axum::http::HeaderValue;
@@ -10,13 +12,6 @@ use url::Url;
 /// Most threads that serve connections. They only pass tokens on: with as many as there are cores, they would take those
 /// from the model's.
 pub const MAX_ASYNC_THREADS: usize = 4;
-
-/// Prompt tokens a step whose logits are all wanted (`echo` with `logprobs`); each takes a row of
-/// the vocabulary's size, 600 KB.
-pub const MAX_SCORED_TOKENS: usize = 64;
-
-/// Prompts of a request to `/v1/completions`.
-pub const MAX_PROMPTS: usize = 64;
 
 /// Settings of the HTTP server and of everything behind it but the model.
 #[derive(Debug, Clone)]

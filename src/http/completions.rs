@@ -34,7 +34,7 @@ use super::{
     validate::{self, HARMLESS, InvalidRequest, Limits, RawPrompt, ValidRequest, shorten},
 };
 use crate::{
-    config::{Config, MAX_PROMPTS},
+    config::{Config, request_limits::MAX_PROMPTS},
     engine::PromptToken,
     output::{OutputEvent, ScoredToken},
 };
