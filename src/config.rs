@@ -4,6 +4,7 @@
 
 mod hwaccel;
 mod reasoning_field;
+pub mod request_limits;
 mod stores;
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
@@ -18,13 +19,6 @@ pub use stores::{FilesConfig, NamedMediaConfig};
 /// Most threads that serve connections. They only pass tokens on: with as many as there are cores, they would take those
 /// from the model's.
 pub const MAX_ASYNC_THREADS: usize = 4;
-
-/// Prompt tokens a step whose logits are all wanted (`echo` with `logprobs`); each takes a row of
-/// the vocabulary's size, 600 KB.
-pub const MAX_SCORED_TOKENS: usize = 64;
-
-/// Prompts of a request to `/v1/completions`.
-pub const MAX_PROMPTS: usize = 64;
 
 /// Settings of the HTTP server and of everything behind it but the model.
 #[derive(Debug, Clone)]

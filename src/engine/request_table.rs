@@ -8,11 +8,11 @@ use tokio::sync::mpsc;
 
 use super::{
     guidance::Guide,
-    handle::{Place, PromptTimes, PromptToken, TokenEvent, VideoInput},
+    handle::{NewSequence, Place, PromptTimes, PromptToken, Submission, TokenEvent, VideoInput},
     prompt_scores::PromptScore,
     runner::Requests,
 };
-use crate::scheduler::{SamplingParams, SequenceId};
+use crate::scheduler::{SamplingParams, SequenceId, SequenceSpec, TokenId, VisualSpan};
 
 pub(super) struct Request {
     pub sampling: SamplingParams,
@@ -27,6 +27,40 @@ pub(super) struct Request {
 }
 
 pub(super) struct RequestTable(pub HashMap<SequenceId, Request>);
+
+impl Request {
+    /// Divides a submission into the scheduler's part and the engine's. `end_token_ids` are the model's.
+    pub(super) fn of(submission: Submission, end_token_ids: &[TokenId]) -> (SequenceSpec, Request) {
+        let Submission { sequence, events, place } = submission;
+        let NewSequence { token_ids, videos, cache_salt, mut sampling, guide } = sequence;
+        if sampling.min_tokens > 0 {
+            sampling.ending_ids.clone_from(&sampling.stop_token_ids);
+            if !sampling.ignore_eos {
+                sampling.ending_ids.extend(end_token_ids);
+            }
+        }
+        let prompt = match sampling.scores_prompt {
+            true => token_ids.iter().map(|&id| PromptToken { id, logprobs: None }).collect(),
+            false => Vec::new(),
+        };
+        let span = |video: &VideoInput| VisualSpan {
+            range: video.span.clone(),
+            digest: video.digest,
+            num_frames: video.frames.num_frames(),
+        };
+        let spec = SequenceSpec {
+            token_ids,
+            spans: videos.iter().map(span).collect(),
+            cache_salt,
+            max_tokens: sampling.max_tokens,
+            ignore_eos: sampling.ignore_eos,
+            stop_token_ids: sampling.stop_token_ids.clone(),
+            scores_prompt: sampling.scores_prompt,
+        };
+        let (guide, times) = (guide.map(Mutex::new), Some(PromptTimes::default()));
+        (spec, Request { sampling, videos, guide, events, times, prompt, _place: place })
+    }
+}
 
 impl RequestTable {
     /// Keeps the scores of a step until their prompts are computed.

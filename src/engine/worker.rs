@@ -2,12 +2,7 @@
 //!
 //! Started by `cli` and tests. The only owner of scheduler and runner; nothing else touches them.
 
-use std::{
-    collections::HashMap,
-    sync::{Mutex, PoisonError},
-    thread::JoinHandle,
-    time::Instant,
-};
+use std::{collections::HashMap, sync::PoisonError, thread::JoinHandle, time::Instant};
 
 use rayon::ThreadPoolBuilder;
 use tokio::sync::{mpsc, watch};
@@ -15,10 +10,7 @@ use tokio::sync::{mpsc, watch};
 use super::{
     failure::{Failure, guarded, on_kernel_threads},
     fleet::Member,
-    handle::{
-        EngineHandle, EngineLimits, EngineStatus, PromptTimes, PromptToken, Submission, TokenEvent,
-        VideoInput,
-    },
+    handle::{EngineHandle, EngineLimits, EngineStatus, PromptTimes, Submission, TokenEvent},
     limits::engine_limits,
     next_token::Sampled,
     observer::{StepObserver, StepReport},
@@ -26,11 +18,11 @@ use super::{
     runner::Runner,
 };
 use crate::{
-    config::{EngineConfig, MAX_SCORED_TOKENS},
+    config::{EngineConfig, request_limits::MAX_SCORED_TOKENS},
     model::{KvDType, KvPool, Tap, Tensor, VideoLanguageModel},
     scheduler::{
-        ComputeWork, EncodeWork, SamplingParams, Scheduler, SchedulerLimits, SequenceId, SequenceSpec,
-        SequenceUpdate, StepPlan, StopReason, TokenId, TokenLogprobs, VisualSpan,
+        ComputeWork, EncodeWork, Scheduler, SchedulerLimits, SequenceId, SequenceUpdate, StepPlan,
+        StopReason, TokenId, TokenLogprobs,
     },
 };
 
@@ -172,49 +164,10 @@ impl Worker {
     }
 
     fn take_in(&mut self, siblings: Vec<Submission>) {
-        let (mut specs, mut requests) = (Vec::new(), Vec::new());
-        for Submission { mut sequence, events, place } in siblings {
-            self.set_ending_ids(&mut sequence.sampling);
-            let prompt = match sequence.sampling.scores_prompt {
-                true => sequence.token_ids.iter().map(|&id| PromptToken { id, logprobs: None }).collect(),
-                false => Vec::new(),
-            };
-            let span = |video: &VideoInput| VisualSpan {
-                range: video.span.clone(),
-                digest: video.digest,
-                num_frames: video.frames.num_frames(),
-            };
-            specs.push(SequenceSpec {
-                token_ids: sequence.token_ids,
-                spans: sequence.videos.iter().map(span).collect(),
-                cache_salt: sequence.cache_salt,
-                max_tokens: sequence.sampling.max_tokens,
-                ignore_eos: sequence.sampling.ignore_eos,
-                stop_token_ids: sequence.sampling.stop_token_ids.clone(),
-                scores_prompt: sequence.sampling.scores_prompt,
-            });
-            requests.push(Request {
-                sampling: sequence.sampling,
-                videos: sequence.videos,
-                guide: sequence.guide.map(Mutex::new),
-                events,
-                times: Some(PromptTimes::default()),
-                prompt,
-                _place: place,
-            });
-        }
+        let end_token_ids = self.scheduler.end_token_ids();
+        let divided = siblings.into_iter().map(|submission| Request::of(submission, end_token_ids));
+        let (specs, requests): (Vec<_>, Vec<_>) = divided.unzip();
         self.requests.0.extend(self.scheduler.add_siblings(specs).into_iter().zip(requests));
-    }
-
-    /// Lists the ids that must not be sampled before the completion has `min_tokens`.
-    fn set_ending_ids(&self, sampling: &mut SamplingParams) {
-        if sampling.min_tokens == 0 {
-            return;
-        }
-        sampling.ending_ids.clone_from(&sampling.stop_token_ids);
-        if !sampling.ignore_eos {
-            sampling.ending_ids.extend(self.scheduler.end_token_ids());
-        }
     }
 
     /// A dropped stream is how clients cancel.

@@ -58,7 +58,8 @@ pub struct Shape {
     request_body(content((ChatRequest = "application/json"), (ChatForm = "multipart/form-data"))),
     responses(
         (status = 200, description = "The reply. With `\"stream\": true` server-sent events: first a delta with the role, then deltas \
-            of thinking (`reasoning_content` and `reasoning`, the same text, or the one that `reasoning_field` names), then deltas of `content`, then a chunk with \
+            of thinking (`reasoning_content` and `reasoning`, the same text, or the one that `reasoning_field` names), then deltas of \
+            `content`, or of `tool_calls` if `tool_choice` asks for a call, then a chunk with \
             `finish_reason`, with `stream_options.include_usage` one with `usage`, and `data: [DONE]`. Chunks of several \
             choices mix; each has the index of its own, and with `vote` a chunk without choices follows the last of them. Comments keep the \
             connection alive while the video is fetched and decoded. An error after the first byte is an event with \

@@ -35,7 +35,7 @@ use super::{
     validate::{self, InvalidRequest, Limits, RawPrompt, StreamExtras, ValidRequest},
 };
 use crate::{
-    config::{Config, MAX_PROMPTS},
+    config::{Config, request_limits::MAX_PROMPTS},
     engine::PromptToken,
     output::{OutputEvent, ScoredToken},
 };

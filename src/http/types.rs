@@ -61,6 +61,7 @@ pub struct ChatRequest {
     pub min_tokens: Option<u64>,
     #[schema(schema_with = parts::stop, required = false)]
     pub stop: Option<TextOr<Vec<String>>>,
+    /// Tokens that end the reply wherever they come, in the thinking too.
     pub stop_token_ids: Option<Vec<u64>>,
     pub ignore_eos: Option<bool>,
     /// text, json_object, or json_schema with `json_schema.schema`: what the answer must be. The thinking stays free.

@@ -64,7 +64,8 @@ fn properties(document: &Value, schema: &Value, found: &mut BTreeSet<String>) {
     found.extend(schema["properties"].as_object().into_iter().flat_map(|object| object.keys().cloned()));
 }
 
-/// The keys of a reply are exactly what the document says (`videos` is there in place of `video` when there are several).
+/// The keys of a reply are exactly what the document says (`videos` is there in place of `video` when there are several,
+/// `tool_calls` where a call was asked for).
 #[tokio::test]
 async fn replies_have_the_documented_fields() {
     let document = openapi::document();
@@ -72,6 +73,9 @@ async fn replies_have_the_documented_fields() {
     let everything =
         json!({"n": 2, "temperature": 0.1, "vote": true, "logprobs": true, "answer_logprobs": true});
     let reply = server.ask(&about(&clip_url(), everything)).await;
+    let tools = json!([{"type": "function", "function": {"name": "f"}}]);
+    let call = server.ask(&request(json!("What?"), json!({"tools": tools, "tool_choice": "required"}))).await;
+    let call = &call["choices"][0]["message"]["tool_calls"][0];
     let model = success(server.get(&format!("/v1/models/{MODEL}")).send().await.unwrap()).await;
     for (schema, value) in [
         ("ChatCompletion", &reply),
@@ -80,6 +84,8 @@ async fn replies_have_the_documented_fields() {
         ("TokenLogprob", &reply["choices"][0]["logprobs"]["content"][0]),
         ("Vote", &reply["vote"]),
         ("ReplyMessage", &reply["choices"][0]["message"]),
+        ("ToolCall", call),
+        ("CalledFunction", &call["function"]),
         ("Usage", &reply["usage"]),
         ("VideoInfo", &reply["video"]),
         ("Model", &model),
@@ -88,6 +94,7 @@ async fn replies_have_the_documented_fields() {
         let mut documented = BTreeSet::new();
         properties(&document, &document["components"]["schemas"][schema], &mut documented);
         documented.remove("videos");
+        documented.remove("tool_calls");
         assert_eq!(got, documented, "{schema}");
     }
 }

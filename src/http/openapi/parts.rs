@@ -171,7 +171,8 @@ pub fn stop() -> Schema {
     let text = || string().min_length(Some(1)).max_length(Some(config.max_stop_string_bytes));
     let list = ArrayBuilder::new().items(text()).max_items(Some(config.max_stop_strings));
     OneOfBuilder::new()
-        .description(Some("Texts that end the reply; they are not part of it."))
+        .description(Some("Texts that end the answer; they are not part of it. They never cut the thinking or a guided answer. Where tags are \
+             text (reasoning_format none, completions) they end it anywhere."))
         .item(text())
         .item(list)
         .item(null())

@@ -36,8 +36,8 @@ pub(super) fn forced(request: &ChatRequest) -> Result<Option<Guided>, InvalidReq
         ToolChoice::Auto => {
             let message = "the model cannot choose whether to call a function; send tool_choice \"required\" or the \
                            function's name, or \"none\"";
-            let is_said = request.tool_choice.as_ref().is_some_and(|choice| !choice.is_null());
-            return Err(InvalidRequest::field(if is_said { "tool_choice" } else { "tools" }, message));
+            let is_given = request.tool_choice.as_ref().is_some_and(|choice| !choice.is_null());
+            return Err(InvalidRequest::field(if is_given { "tool_choice" } else { "tools" }, message));
         }
         ToolChoice::Required => vec![],
         ToolChoice::Of(names) => names,
