@@ -142,6 +142,9 @@ pub struct MediaConfig {
     pub max_frame_pixels: usize,
     /// Most packets of a video stream that are looked at.
     pub max_video_packets: usize,
+    /// Least share of a video's frames, or of a picture's rows, that must be decodable, 0 to 1. Below it the request is
+    /// refused, above it the reply tells the loss.
+    pub min_decoded_share: f64,
     /// Wall clock for probing and decoding one video.
     pub decode_timeout: Duration,
     /// Wall clock for downloading one video.
@@ -349,6 +352,7 @@ impl Default for MediaConfig {
             max_frame_side: 8192,
             max_frame_pixels: 8192 * 4320,
             max_video_packets: 2_000_000,
+            min_decoded_share: 0.5,
             decode_timeout: Duration::from_secs(60),
             fetch_timeout: Duration::from_secs(60),
             max_concurrent_fetches: 8,

@@ -1,21 +1,24 @@
 //! Runs ffmpeg so that exactly the sampled frames come out of it, and checks that they are the right ones.
 //!
 //! Called by `mod.rs`. Three ways: one pass that is fed with nothing but the packets needed (`packet_feed.rs`), short passes
-//! that seek near each sample and pick by display time, or one pass over the whole file that picks frames by their
-//! number. The decoder logs every frame that it decodes; a pass whose log is not what the packet table promised is thrown
-//! away and the whole file is decoded instead.
+//! that seek near each sample and pick by display time, or one pass over the whole file. The decoder logs every frame that
+//! it decodes and every frame that it gives out (`decode_log.rs`); a pass whose log is not what the packet table promised
+//! is thrown away and the whole file is decoded instead.
 //! Must never hold more than a few source-size frames, and never trust a frame that was not checked.
 //!
-//! Colour goes to RGB as plain decoders do it (swscale's default conversion: bicubic, range and matrix as tagged,
-//! BT.601 if untagged): this is how the frames that the model was trained on were made.
+//! Color goes to RGB as decord does it, which made the frames that the model was trained on: swscale with `bilinear`, range
+//! and matrix as tagged, BT.601 if untagged. Frames of another size or pixel format than the first go the same way, to
+//! the first one's size.
 
-use std::{fs::File, path::Path, sync::Arc};
+use std::{collections::BTreeMap, fs::File, path::Path, sync::Arc};
 
 use futures_util::{StreamExt, future::OptionFuture, stream};
 use tokio::{io::AsyncReadExt, process::ChildStdout, task::JoinHandle};
 
 use super::{
     MediaError,
+    completeness::Completeness,
+    decode_log::{DecodeLog, SHOWINFO},
     ffmpeg::{Manner, Tools, finish, pipe_failed, read_lines},
     frame_sampling::{Sampling, Timeline},
     packet_feed::Feed,
@@ -25,8 +28,6 @@ use super::{
 };
 use crate::telemetry::Trail;
 
-/// How ffmpeg's `showinfo` begins its lines.
-const SHOWINFO: &str = "[Parsed_showinfo_0";
 /// What ffmpeg says where no GPU can be used at all.
 const NO_GPU: [&str; 2] = ["Device creation failed", "No device available for decoder"];
 /// Of all videos that go to a GPU: see [`Probe::fits_gpu`].
@@ -76,6 +77,8 @@ pub struct Decoded {
     /// One mapped frame for each distinct index, in order.
     pub frames: Vec<Vec<u8>>,
     pub way: Way,
+    /// How much of the video is there and was decoded without faults.
+    pub completeness: Completeness,
 }
 
 /// Decodes one probed file.
@@ -89,6 +92,8 @@ pub struct Decoder<'a> {
     pub places: &'a DecoderPlaces,
     /// Counts what is decoded.
     pub trail: Trail,
+    /// Least share of the frames that must be decodable, 0 to 1.
+    pub min_decoded_share: f64,
 }
 
 /// What a run of ffmpeg reads.
@@ -110,10 +115,23 @@ struct Pass {
 
 /// What one run gave.
 struct PassOutput {
-    /// Mapped frames, in the order selected.
+    /// Mapped frames, in the order that they came out.
     frames: Vec<Vec<u8>>,
-    /// pts of every frame decoded, in display order.
-    decoded: Vec<Option<i64>>,
+    /// More frames came out than were wanted.
+    surplus: bool,
+    log: DecodeLog,
+    /// Whether ffmpeg itself took the run for a success.
+    succeeded: bool,
+}
+
+impl PassOutput {
+    /// The frames, if they are those of these pts, all decoded without faults.
+    fn exactly(self, wanted: &[i64]) -> Option<Vec<Vec<u8>>> {
+        let given = self.log.selected.iter().take(self.frames.len());
+        let given = given.map(|position| position.and_then(|position| self.log.decoded[position]));
+        let exact = !self.surplus && self.log.damages() == 0 && given.eq(wanted.iter().copied().map(Some));
+        exact.then_some(self.frames)
+    }
 }
 
 impl Decoder<'_> {
@@ -121,16 +139,17 @@ impl Decoder<'_> {
     pub async fn sample(&self, sampling: &Sampling) -> Result<Decoded, MediaError> {
         let timeline = self.probe.timeline.clone();
         let indices = sampling.indices(&timeline)?;
+        let completeness = self.probe.completeness;
         if let Some(feed) = self.feed_plan(&indices).await {
-            let packets = feed.num_packets();
+            let way = Way::NeededPackets { packets: feed.num_packets() };
             if let Some(frames) = self.decode_fed(feed).await? {
-                return Ok(Decoded { timeline, indices, frames, way: Way::NeededPackets { packets } });
+                return Ok(Decoded { timeline, indices, frames, way, completeness });
             }
             tracing::info!("feeding the needed packets was not exact; decoding the whole video");
         } else if let Some(segments) = self.seek_plan(&indices).await {
-            let passes = segments.len();
+            let way = Way::Seeks { passes: segments.len() };
             if let Some(frames) = self.decode_segments(segments).await? {
-                return Ok(Decoded { timeline, indices, frames, way: Way::Seeks { passes } });
+                return Ok(Decoded { timeline, indices, frames, way, completeness });
             }
             tracing::info!(codec = self.probe.codec, "seeking was not exact; decoding the whole video");
         }
@@ -140,26 +159,37 @@ impl Decoder<'_> {
     /// The same frames by decoding everything.
     pub async fn sample_whole_file(&self, sampling: &Sampling) -> Result<Decoded, MediaError> {
         let mut timeline = self.probe.timeline.clone();
-        // The second pass is for videos whose packets promised another number of frames than the first pass saw.
+        // Stamps of the frames in display order: what the packets promise, then what the first pass saw.
+        let mut stamps: Option<Vec<Option<i64>>> = None;
         for passes in 1..=2 {
             let indices = sampling.indices(&timeline)?;
             let wanted = distinct(&indices);
-            let output = self
-                .run(Pass {
-                    input: Input::File { seek_seconds: None },
-                    threads: self.tools.threads,
-                    select: wanted.iter().map(|index| format!("eq(n,{index})")).collect(),
-                    max_decoded: usize::MAX,
-                    stop_early: false,
-                })
-                .await?;
-            let Some(output) = output.filter(|output| !output.decoded.is_empty()) else { break };
-            let PassOutput { frames, decoded } = output;
-            timeline = self.on_packets(move |packets| Arc::new(packets.decoded_timeline(&decoded))).await;
-            if frames.len() == wanted.len() && sampling.indices(&timeline)? == indices {
+            let picked = wanted.clone();
+            let pick = move |packets: &PacketTable| {
+                select_terms(stamps.as_deref().unwrap_or(packets.shown()), &picked)
+            };
+            let pass = Pass {
+                input: Input::File { seek_seconds: None },
+                threads: self.tools.threads,
+                select: self.on_packets(pick).await,
+                max_decoded: usize::MAX,
+                stop_early: false,
+            };
+            let Some(PassOutput { frames, surplus, log, .. }) = self.run(pass).await? else { break };
+            let completeness = self.probe.completeness.after_decoding(&log);
+            completeness.check(self.min_decoded_share)?;
+            let DecodeLog { decoded, selected, .. } = log;
+            let seen = move |packets: &PacketTable| (Arc::new(packets.decoded_timeline(&decoded)), decoded);
+            let (seen_timeline, decoded) = self.on_packets(seen).await;
+            let exact = frames.len() == wanted.len()
+                && !surplus
+                && selected.iter().copied().eq(wanted.iter().copied().map(Some));
+            timeline = seen_timeline;
+            if exact && sampling.indices(&timeline)? == indices {
                 let way = Way::WholeFile { passes };
-                return Ok(Decoded { timeline, indices, frames, way });
+                return Ok(Decoded { timeline, indices, frames, way, completeness });
             }
+            stamps = Some(decoded);
         }
         Err(MediaError::Undecodable(
             "the video could not be decoded; check that it plays and send it again".into(),
@@ -188,9 +218,10 @@ impl Decoder<'_> {
         };
         let Some(output) = self.run(pass).await? else { return Ok(None) };
         let times = 0..=feed.wanted.last().map_or(0, |&last| last as i64);
-        let seen = output.decoded.iter().copied().take_while(|&time| time <= Some(*times.end()));
-        let exact = output.frames.len() == feed.wanted.len() && seen.eq(times.clone().map(Some));
-        Ok(exact.then_some(output.frames))
+        let seen = output.log.decoded.iter().copied().take_while(|&time| time <= Some(*times.end()));
+        let as_planned = seen.eq(times.clone().map(Some));
+        let wanted: Vec<i64> = feed.wanted.iter().map(|&time| time as i64).collect();
+        Ok(output.exactly(&wanted).filter(|_| as_planned))
     }
 
     async fn seek_plan(&self, indices: &[usize]) -> Option<Vec<Segment>> {
@@ -251,17 +282,19 @@ impl Decoder<'_> {
         };
         let Some(output) = self.run(pass).await? else { return Ok(None) };
         let last = segment.wanted.last().copied();
-        let seen = output.decoded.iter().filter(|&&pts| pts >= Some(segment.from_pts) && pts <= last);
-        let exact = output.frames.len() == segment.wanted.len()
-            && seen.copied().eq(segment.expected.iter().copied().map(Some));
-        Ok(exact.then_some(output.frames))
+        let seen = output.log.decoded.iter().filter(|&&pts| pts >= Some(segment.from_pts) && pts <= last);
+        let as_planned = seen.copied().eq(segment.expected.iter().copied().map(Some));
+        Ok(output.exactly(&segment.wanted).filter(|_| as_planned))
     }
 
-    /// Runs ffmpeg, on the GPU if there is one for this; none if it failed or went over `max_decoded`.
+    /// Runs ffmpeg, on the GPU if there is one for this; none if the run went over `max_decoded`.
     async fn run(&self, pass: Pass) -> Result<Option<PassOutput>, MediaError> {
         if let Some(gpu) = self.tools.gpu().filter(|_| self.probe.fits_gpu()) {
+            let wanted = pass.select.len();
             match self.run_once(&pass, Some(gpu)).await {
-                Ok(Some(output)) if output.frames.len() == pass.select.len() => return Ok(Some(output)),
+                Ok(Some(output)) if output.succeeded && output.frames.len() == wanted => {
+                    return Ok(Some(output));
+                }
                 _ => {
                     tracing::info!(codec = self.probe.codec, "not decoded by the GPU; the processor does it")
                 }
@@ -280,36 +313,38 @@ impl Decoder<'_> {
         let running = self.tools.start_as(self.command(pass, gpu)?, manner)?;
         let feeding = fed.zip(running.stdin).map(|(feed, stdin)| feed.give_to(stdin));
         let feeding = async { OptionFuture::from(feeding).await.unwrap_or(Ok(())) };
-        let mut decoded = Vec::new();
+        let mut account = DecodeLog::default();
         let frames = self.read_frames(running.stdout, wanted);
         let log = read_lines(running.stderr, |line| {
-            match shown_pts(line) {
-                Some(pts) => decoded.push(pts),
-                None if gpu.is_some() && NO_GPU.iter().any(|sign| line.contains(sign)) => {
+            if !account.take(line) {
+                if gpu.is_some() && NO_GPU.iter().any(|sign| line.contains(sign)) {
                     self.tools.give_up_gpu(line);
                 }
-                None if !line.starts_with(SHOWINFO) => tracing::trace!(line, "ffmpeg"),
-                None => {}
+                tracing::trace!(line, "ffmpeg");
             }
             // Any error stops the pass; this one never leaves `run`.
-            if decoded.len() > pass.max_decoded { Err(overrun()) } else { Ok(()) }
+            if account.decoded.len() > pass.max_decoded { Err(overrun()) } else { Ok(()) }
         });
         let output = tokio::try_join!(frames, log, feeding);
-        self.trail.decoded_frames(decoded.len());
-        let (frames, (), ()) = match output {
+        self.trail.decoded_frames(account.decoded.len());
+        let ((frames, surplus), (), ()) = match output {
             Ok(output) => output,
-            Err(_) if decoded.len() > pass.max_decoded => return Ok(None),
+            Err(_) if account.decoded.len() > pass.max_decoded => return Ok(None),
             Err(error) => return Err(error),
         };
-        let status = finish(running.child).await?;
-        Ok((status.success() || !frames.is_empty()).then_some(PassOutput { frames, decoded }))
+        let succeeded = finish(running.child).await?.success();
+        Ok(Some(PassOutput { frames, surplus, log: account, succeeded }))
     }
 
     fn command(&self, pass: &Pass, gpu: Option<usize>) -> Result<std::process::Command, MediaError> {
         let (width, height) = (self.probe.width, self.probe.height);
         let mut command = self.tools.ffmpeg(pass.threads)?;
+        // Every line counts, also one that says the same as the line before.
+        command.args(["-loglevel", "repeat+level+info"]);
         // Frames that cannot be right (decoding began too late for them) must not come out at all.
         command.args(["-flags", "-output_corrupt", "-noautorotate", "-copyts"]);
+        // Filters that were rebuilt for another size or format would begin to count anew.
+        command.args(["-reinit_filter", "0"]);
         if let Some(gpu) = gpu {
             Tools::accelerate(&mut command, gpu);
         }
@@ -328,13 +363,21 @@ impl Decoder<'_> {
         }
         let select = format!("select='{}'", pass.select.join("+"));
         // A stream may change its size midway: the pipe's frames may not.
-        let scale = format!("scale={width}:{height}:flags=bicubic");
-        let mut filters = vec!["showinfo=checksum=0", &select];
+        let scale = format!("scale={width}:{height}:flags=bilinear");
+        let mut filters = vec![SHOWINFO, &select, SHOWINFO];
         if gpu.is_some() {
-            // A GPU's pictures have their colours interleaved. Put apart, they take the same way to RGB as others.
+            // A GPU's pictures have their colors interleaved. Put apart, they take the same way to RGB as others.
             filters.push(GPU_PIXEL_FORMAT);
         }
-        filters.extend(self.probe.orientation.filters);
+        let orientation = self.probe.orientation;
+        let (stored_width, stored_height) =
+            if orientation.swaps_sides { (height, width) } else { (width, height) };
+        let stored = format!("scale={stored_width}:{stored_height}:flags=bilinear");
+        if !orientation.filters.is_empty() {
+            // Filters that turn pictures take every one for as large as the first. Does nothing to those that are.
+            filters.push(&stored);
+        }
+        filters.extend(orientation.filters);
         filters.extend([scale.as_str(), "format=rgb24"]);
         command.args(["-map", "0:V:0", "-an", "-sn", "-dn", "-vf", &filters.join(",")]);
         if pass.stop_early {
@@ -344,9 +387,13 @@ impl Decoder<'_> {
         Ok(command)
     }
 
-    /// Reads at most `wanted` frames and maps each while the next one is read. Takes the pipe, so that a decoder
-    /// with more to say fails instead of waiting for a reader.
-    async fn read_frames(&self, mut stdout: ChildStdout, wanted: usize) -> Result<Vec<Vec<u8>>, MediaError> {
+    /// Reads frames and maps each while the next one is read: `wanted` ones, and whether there were more (dropped, for the
+    /// log to come to its end). Takes the pipe, so that a decoder with more to say fails instead of waiting for a reader.
+    async fn read_frames(
+        &self,
+        mut stdout: ChildStdout,
+        wanted: usize,
+    ) -> Result<(Vec<Vec<u8>>, bool), MediaError> {
         let frame_bytes = self.probe.width * self.probe.height * 3;
         let mut frames = Vec::with_capacity(wanted);
         let mut mapping: Option<JoinHandle<Vec<u8>>> = None;
@@ -357,10 +404,32 @@ impl Decoder<'_> {
             }
             match frame {
                 Some(frame) if frames.len() < wanted => mapping = Some(self.map.start(frame)),
-                _ => return Ok(frames),
+                Some(_) => {
+                    let dropped = tokio::io::copy(&mut stdout, &mut tokio::io::sink()).await;
+                    dropped.map_err(|error| pipe_failed(&error))?;
+                    return Ok((frames, true));
+                }
+                None => return Ok((frames, false)),
             }
         }
     }
+}
+
+/// Picks the frames at positions `wanted` (ascending) of `stamps` by their pts; by their number where they have none of
+/// their own.
+fn select_terms(stamps: &[Option<i64>], wanted: &[usize]) -> Terms {
+    let stamp = |index: &usize| stamps.get(*index).copied().flatten();
+    let mut uses: BTreeMap<i64, usize> = wanted.iter().filter_map(stamp).map(|pts| (pts, 0)).collect();
+    for pts in stamps.iter().flatten() {
+        if let Some(uses) = uses.get_mut(pts) {
+            *uses += 1;
+        }
+    }
+    let term = |index: &usize| match stamp(index) {
+        Some(pts) if uses.get(&pts) == Some(&1) => format!("eq(pts,{pts})"),
+        _ => format!("eq(n,{index})"),
+    };
+    wanted.iter().map(term).collect()
 }
 
 /// Passes that may hold frames of so many bytes at the same time, at least one.
@@ -378,12 +447,6 @@ async fn read_frame(stdout: &mut ChildStdout, bytes: usize) -> Result<Option<Vec
         }
     }
     Ok(Some(frame))
-}
-
-/// The pts in a line of `showinfo`: `… n:   0 pts:   512 pts_time:0.04 …` (`pts:NOPTS` if it has none).
-fn shown_pts(line: &str) -> Option<Option<i64>> {
-    let (head, rest) = line.strip_prefix(SHOWINFO)?.split_once(" pts:")?;
-    head.contains(" n:").then(|| rest.split_whitespace().next().and_then(|pts| pts.parse().ok()))
 }
 
 fn distinct(indices: &[usize]) -> Vec<usize> {
@@ -409,12 +472,9 @@ mod tests {
     }
 
     #[test]
-    fn frame_times_are_read_from_the_log() {
-        let line = "[Parsed_showinfo_0 @ 0x5623] [info] n:   7 pts:  -512 pts_time:-0.04 pos: 48 fmt:yuv420p";
-        assert_eq!(shown_pts(line), Some(Some(-512)));
-        let missing = "[Parsed_showinfo_0 @ 0x5623] [info] n:   7 pts:NOPTS   pts_time:NOPTS";
-        assert_eq!(shown_pts(missing), Some(None));
-        assert_eq!(shown_pts("[Parsed_showinfo_0 @ 0x5623] [info] config in time_base: 1/1000"), None);
-        assert_eq!(shown_pts("[h264 @ 0x5] [error] n: 1 pts: 2"), None);
+    fn frames_are_picked_by_time_where_that_tells_them_apart() {
+        let stamps = [Some(-40), Some(0), Some(40), Some(40), None];
+        let terms = select_terms(&stamps, &[0, 2, 3, 4, 9]);
+        assert_eq!(terms, ["eq(pts,-40)", "eq(n,2)", "eq(n,3)", "eq(n,4)", "eq(n,9)"]);
     }
 }

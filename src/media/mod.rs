@@ -4,7 +4,11 @@
 
 mod address;
 mod caller;
+mod claims;
+mod clock;
+mod completeness;
 mod decode;
+mod decode_log;
 mod error;
 mod fetch;
 pub mod ffmpeg;
@@ -12,6 +16,7 @@ mod file_store;
 mod flights;
 mod frame_cache;
 pub mod frame_sampling;
+mod mp4_boxes;
 mod packet_feed;
 mod packet_table;
 mod pictures;
@@ -21,6 +26,7 @@ mod probe;
 mod sandbox;
 mod source;
 mod tools;
+mod truncated_pictures;
 
 use std::{path::PathBuf, sync::Arc, time::Instant};
 
@@ -56,7 +62,7 @@ pub use self::{
 };
 
 /// Goes into every digest: changes whenever the same video would give other pixels.
-const PREPROCESSING_VERSION: u32 = 1;
+const PREPROCESSING_VERSION: u32 = 2;
 
 /// Where a video comes from. `http` has checked the form, this module checks the policy.
 #[derive(Debug)]
@@ -106,8 +112,16 @@ pub struct FrameSampling {
 /// What was sampled, for the reply's `video` object.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, ToSchema)]
 pub struct VideoInfo {
-    /// Frames of the source's video stream.
+    /// Frames of the source's video stream that frames are sampled from.
     pub source_frames: usize,
+    /// Frames that the source promises. More than `decoded_frames` where a part of it did not arrive or is damaged; then
+    /// an estimate by bytes in containers that do not count their frames.
+    pub promised_frames: usize,
+    /// Frames that can be decoded whole, as far as is known: a damaged frame that was not needed may not be noticed.
+    pub decoded_frames: usize,
+    /// Share of the promised content that can be decoded, 0 to 1: frames of a video, rows of pictures. Requests below
+    /// one half are refused.
+    pub decoded_share: f64,
     /// Seconds; unknown of a list of frames whose rate was not said.
     pub duration: Option<f64>,
     /// Displayed size (after rotation), pixels; of a list: its first frame's.
@@ -260,11 +274,14 @@ impl MediaLoader {
             })?
         };
         let decoded = trail.time(Stage::Decode, decode).await?;
-        let Pictures { frames, width, height, codec, resizing } = decoded;
+        let Pictures { frames, width, height, codec, decoded_share, resizing } = decoded;
         trail.decoded_frames(frames.len());
         resizing.run(Stage::Resize).into_iter().for_each(|run| trail.push(run));
         let info = VideoInfo {
             source_frames: frames.len(),
+            promised_frames: frames.len(),
+            decoded_frames: frames.len(),
+            decoded_share,
             duration: selection.duration,
             width,
             height,
@@ -309,7 +326,8 @@ impl MediaLoader {
     /// To be used by who has a place.
     fn decoder<'a>(&'a self, video: &'a LocalFile, probe: &'a Probe, map: FrameMap) -> Decoder<'a> {
         let (tools, places) = (&self.tools, &self.places);
-        Decoder { tools, file: video.path(), probe, map, places, trail: Trail::default() }
+        let min_decoded_share = self.config.min_decoded_share;
+        Decoder { tools, file: video.path(), probe, map, places, trail: Trail::default(), min_decoded_share }
     }
 
     /// Waits for a place among the decoders, then gives `work` its time.
@@ -372,6 +390,9 @@ fn video_info(probe: &Probe, decoded: &Decoded, sampling: &Sampling) -> VideoInf
     let timeline = &decoded.timeline;
     VideoInfo {
         source_frames: timeline.times.len(),
+        promised_frames: decoded.completeness.promised,
+        decoded_frames: decoded.completeness.decoded,
+        decoded_share: decoded.completeness.share(),
         duration: Some(timeline.duration),
         width: probe.width,
         height: probe.height,

@@ -15,17 +15,14 @@ use tokio::{io::AsyncWriteExt, process::ChildStdin, sync::mpsc, task::spawn_bloc
 use super::{
     MediaError,
     ffmpeg::pipe_failed,
+    mp4_boxes::Span,
     packet_table::{NeededGroup, PacketTable},
 };
 
-/// H.264 parameter sets are a few hundred bytes; a box that claims more is not what it seems.
-const MAX_CONFIGURATION_BYTES: u64 = 64 << 10;
 /// A larger packet is not worth holding: 4K pictures have a few megabytes.
 const MAX_PACKET_BYTES: usize = 32 << 20;
 /// NAL units looked at for one video: half an hour of four slices a picture, and half a second's work.
 const MAX_UNITS: usize = 1_000_000;
-/// Boxes looked at on one level: a file has some ten.
-const MAX_BOXES: usize = 1000;
 /// Bytes of a `VisualSampleEntry` before the boxes in it (ISO/IEC 14496-12, 12.1.3).
 const SAMPLE_ENTRY_BYTES: u64 = 78;
 
@@ -209,16 +206,7 @@ struct Colour {
 impl Track {
     /// None where there are several, or several descriptions of one, or it is not plain H.264.
     fn find(file: &File) -> Option<Self> {
-        let whole = Span { start: 0, end: file.metadata().ok()?.len() };
-        let movie = whole.only(file, b"moov")?;
-        let is_video = |media: &Span| {
-            let mut kind = [0; 4];
-            let handler = media.only(file, b"hdlr");
-            let read = handler.and_then(|handler| file.read_exact_at(&mut kind, handler.start + 8).ok());
-            read.is_some() && &kind == b"vide"
-        };
-        let tracks = movie.boxes(file)?.into_iter().filter(|(kind, _)| kind == b"trak");
-        let mut videos = tracks.filter_map(|(_, track)| track.only(file, b"mdia")).filter(is_video);
+        let mut videos = Span::whole(file)?.only(file, b"moov")?.video_media(file)?.into_iter();
         let (media, None) = (videos.next()?, videos.next()) else { return None };
         let table = media.only(file, b"minf")?.only(file, b"stbl")?;
         // Version, flags and the number of entries, which must be 1, come first.
@@ -302,67 +290,6 @@ impl Colour {
             all.extend(number([0x55, 0xb9], if full { 2 } else { 1 }));
         }
         all
-    }
-}
-
-/// A part of a file; of a box, what is in it.
-#[derive(Debug, Clone, Copy)]
-struct Span {
-    start: u64,
-    end: u64,
-}
-
-impl Span {
-    /// The boxes side by side here (ISO/IEC 14496-12, 4.2), none if they do not fit or are too many.
-    fn boxes(&self, file: &File) -> Option<Vec<([u8; 4], Span)>> {
-        let (mut boxes, mut at) = (Vec::new(), self.start);
-        // QuickTime ends some lists with four zero bytes.
-        while self.end.saturating_sub(at) >= 8 {
-            let mut head = [0; 8];
-            file.read_exact_at(&mut head, at).ok()?;
-            let [a, b, c, d, kind @ ..] = head;
-            let (len, header) = match u32::from_be_bytes([a, b, c, d]) {
-                0 => (self.end - at, 8),
-                1 => {
-                    let mut long = [0; 8];
-                    file.read_exact_at(&mut long, at + 8).ok()?;
-                    (u64::from_be_bytes(long), 16)
-                }
-                len => (len.into(), 8),
-            };
-            let end = at.checked_add(len)?;
-            if len < header || end > self.end || boxes.len() == MAX_BOXES {
-                return None;
-            }
-            boxes.push((kind, Span { start: at + header, end }));
-            at = end;
-        }
-        Some(boxes)
-    }
-
-    /// The first box of a kind.
-    fn only(&self, file: &File, kind: &[u8; 4]) -> Option<Span> {
-        self.boxes(file)?.into_iter().find(|(found, _)| found == kind).map(|(_, span)| span)
-    }
-
-    /// The one box here.
-    fn single(&self, file: &File) -> Option<([u8; 4], Span)> {
-        match self.boxes(file)?.as_slice() {
-            [one] => Some(*one),
-            _ => None,
-        }
-    }
-
-    fn after(&self, bytes: u64) -> Option<Span> {
-        let start = self.start.checked_add(bytes)?;
-        (start <= self.end).then_some(Span { start, ..*self })
-    }
-
-    fn read(&self, file: &File) -> Option<Vec<u8>> {
-        let len = self.end - self.start;
-        let mut bytes = vec![0; usize::try_from(len.min(MAX_CONFIGURATION_BYTES)).ok()?];
-        file.read_exact_at(&mut bytes, self.start).ok()?;
-        (len <= MAX_CONFIGURATION_BYTES).then_some(bytes)
     }
 }
 

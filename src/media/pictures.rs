@@ -23,6 +23,7 @@ use super::{
     frame_sampling::{Applied, Sampling, Timeline},
     pixels::Resizer,
     source::LocalFile,
+    truncated_pictures::{Truncated, rows_share},
 };
 use crate::{config::MediaConfig, telemetry::PieceTimer};
 
@@ -100,6 +101,8 @@ pub struct Pictures {
     pub height: usize,
     /// The first one's format.
     pub codec: &'static str,
+    /// Share of the rows of all pictures that arrived, 0 to 1.
+    pub decoded_share: f64,
     pub resizing: PieceTimer,
 }
 
@@ -120,15 +123,23 @@ pub fn decode(
     config: &MediaConfig,
     cancelled: &AtomicBool,
 ) -> Result<Pictures, MediaError> {
-    let mut pictures =
-        Pictures { frames: vec![], width: 0, height: 0, codec: "", resizing: PieceTimer::default() };
+    let mut pictures = Pictures {
+        frames: vec![],
+        width: 0,
+        height: 0,
+        codec: "",
+        decoded_share: 0.0,
+        resizing: PieceTimer::default(),
+    };
     let mut resizer: Option<(u32, u32, Resizer)> = None;
     for (number, file) in files.iter().enumerate() {
         if cancelled.load(Ordering::Relaxed) {
             // Nobody waits for it.
             return Err(MediaError::Internal("decoding pictures was cancelled".into()));
         }
-        let (picture, codec) = read(file, config).map_err(|error| named(error, number, files.len()))?;
+        let (picture, codec, share) =
+            read(file, config).map_err(|error| named(error, number, files.len()))?;
+        pictures.decoded_share += share / files.len() as f64;
         let started = Instant::now();
         let (width, height) = picture.dimensions();
         if number == 0 {
@@ -156,8 +167,9 @@ pub fn format(bytes: &[u8]) -> Option<(ImageFormat, &'static str)> {
     }
 }
 
-/// As a viewer would see it: turned as its metadata says, without transparency.
-fn read(file: &LocalFile, config: &MediaConfig) -> Result<(RgbImage, &'static str), MediaError> {
+/// A picture as a viewer would see it, turned as its metadata says, without transparency; its format; and the share of its
+/// rows that arrived.
+fn read(file: &LocalFile, config: &MediaConfig) -> Result<(RgbImage, &'static str, f64), MediaError> {
     let bytes = fs::read(file.path()).map_err(|error| {
         tracing::error!(%error, "a picture's file vanished");
         MediaError::Internal("the picture could not be read; try again".into())
@@ -171,7 +183,9 @@ fn read(file: &LocalFile, config: &MediaConfig) -> Result<(RgbImage, &'static st
     let max_side = u32::try_from(config.max_frame_side).unwrap_or(u32::MAX);
     (limits.max_image_width, limits.max_image_height) = (Some(max_side), Some(max_side));
     limits.max_alloc = Some((config.max_frame_pixels * MAX_PIXEL_BYTES) as u64);
-    let mut reader = ImageReader::with_format(Cursor::new(&bytes), format);
+    let truncated = Truncated::find(&bytes, format);
+    let data = truncated.as_ref().map_or(&bytes[..], |truncated| truncated.arrived);
+    let mut reader = ImageReader::with_format(Cursor::new(data), format);
     reader.limits(limits);
     let mut decoder = reader.into_decoder().map_err(|error| damaged(&error, config))?;
     let (width, height) = decoder.dimensions();
@@ -180,8 +194,15 @@ fn read(file: &LocalFile, config: &MediaConfig) -> Result<(RgbImage, &'static st
     }
     let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
     let mut picture = DynamicImage::from_decoder(decoder).map_err(|error| damaged(&error, config))?;
+    let rows_share = truncated.map_or(1.0, |_| rows_share(&picture.to_rgb8()));
+    if rows_share < config.min_decoded_share {
+        return Err(MediaError::Undecodable(format!(
+            "only {:.0} % of the picture arrived; send the whole picture",
+            rows_share * 100.0
+        )));
+    }
     picture.apply_orientation(orientation);
-    Ok((picture.into_rgb8(), codec))
+    Ok((picture.into_rgb8(), codec, rows_share))
 }
 
 fn damaged(error: &image::ImageError, config: &MediaConfig) -> MediaError {

@@ -9,6 +9,9 @@ use image::ImageFormat;
 
 use super::{
     MediaError,
+    claims::FileClaims,
+    clock::Clock,
+    completeness::{Completeness, Source},
     ffmpeg::{ALLOWED_CODECS, Tools, finish, read_lines},
     frame_sampling::Timeline,
     packet_table::{Packet, PacketTable},
@@ -17,7 +20,7 @@ use crate::config::MediaConfig;
 
 /// What ffprobe is asked for. Packets come first, then the stream, then the container.
 const ENTRIES: &str = "packet=pts,dts,duration,size,pos,flags\
-    :stream=codec_name,pix_fmt,width,height,time_base,avg_frame_rate,r_frame_rate,has_b_frames\
+    :stream=codec_name,pix_fmt,width,height,time_base,avg_frame_rate,r_frame_rate,has_b_frames,nb_frames\
     :stream_side_data=displaymatrix:format=duration";
 
 /// Containers by their first bytes.
@@ -123,6 +126,8 @@ pub struct Probe {
     pub packets: Arc<PacketTable>,
     /// As the packets tell it.
     pub timeline: Arc<Timeline>,
+    /// As the packets and the file's length tell it.
+    pub completeness: Completeness,
 }
 
 impl Probe {
@@ -137,6 +142,7 @@ impl Probe {
 /// Probes `file`. The errors are the client's: not a video, not allowed, damaged, too long or too large.
 pub async fn probe(tools: &Tools, file: &Path, config: &MediaConfig) -> Result<Probe, MediaError> {
     let container = sniff_file(file).await?;
+    let (opened, claims) = FileClaims::open(file, container).await?;
     let mut command = tools.ffprobe()?;
     command
         .args(["-f", container.demuxer(), "-select_streams", "V:0", "-show_entries", ENTRIES])
@@ -159,7 +165,9 @@ pub async fn probe(tools: &Tools, file: &Path, config: &MediaConfig) -> Result<P
     }
     let config = config.clone();
     // Sorting a long video's packets takes up to 100 ms.
-    let check = tokio::task::spawn_blocking(move || report.check(container, &config));
+    let check = tokio::task::spawn_blocking(move || {
+        report.check(&Source { file: &opened, container, claims }, &config)
+    });
     check.await.expect("checking a report does not panic: this is a bug")
 }
 
@@ -205,14 +213,12 @@ struct Complaints {
     /// The first codec that is not on the list: of the video or of another stream.
     codec_refused: Option<String>,
     too_many_pixels: bool,
-    truncated: bool,
 }
 
 impl Complaints {
     fn take(&mut self, line: &str) {
         tracing::debug!(line, "ffprobe");
         self.too_many_pixels |= line.contains("exceeds specified max pixel count");
-        self.truncated |= line.contains("partial file") || line.contains("File ended prematurely");
         self.container_refused |= line.contains("Format not on whitelist");
         if let Some((_, rest)) = line.split_once("Codec (")
             && let Some((codec, _)) = rest.split_once(") not on whitelist")
@@ -230,9 +236,6 @@ impl Complaints {
         }
         if self.container_refused {
             return Err(MediaError::Unsupported("this container is not accepted; send mp4 or webm".into()));
-        }
-        if self.truncated {
-            return Err(MediaError::Undecodable("the video file is cut off; send it again, whole".into()));
         }
         Ok(())
     }
@@ -264,6 +267,8 @@ struct Report {
     time_base: Option<(u32, u32)>,
     frame_rates: Vec<f64>,
     has_b_frames: bool,
+    /// By the container's header.
+    claimed_frames: Option<usize>,
     matrix: Vec<i64>,
     /// Seconds, as the container claims.
     duration: Option<f64>,
@@ -301,6 +306,7 @@ impl Report {
             "pix_fmt" => self.pixel_format = value.to_owned(),
             "width" => self.width = value.parse().unwrap_or(0),
             "height" => self.height = value.parse().unwrap_or(0),
+            "nb_frames" => self.claimed_frames = value.parse().ok(),
             "has_b_frames" => self.has_b_frames = value != "0",
             "time_base" => self.time_base = fraction(value),
             "avg_frame_rate" | "r_frame_rate" => {
@@ -320,7 +326,7 @@ impl Report {
         }
     }
 
-    fn check(self, container: Container, config: &MediaConfig) -> Result<Probe, MediaError> {
+    fn check(mut self, source: &Source<'_>, config: &MediaConfig) -> Result<Probe, MediaError> {
         let Some(codec) = self.codec else {
             return Err(MediaError::Undecodable("the file has no video stream; send a video".into()));
         };
@@ -339,7 +345,12 @@ impl Report {
         }
         // The average is what players count by; files without one have a base rate at least.
         let rate = self.frame_rates.iter().copied().find(|rate| (0.01..1000.0).contains(rate));
-        let packets = PacketTable::new(self.packets, time_base, rate.unwrap_or(25.0), self.has_b_frames);
+        let completeness = Completeness::of_packets(&mut self.packets, self.claimed_frames, source);
+        completeness.check(config.min_decoded_share)?;
+        let container = source.container;
+        let may_jump = container == Container::MpegTs;
+        let clock = Clock { time_base, nominal_rate: rate.unwrap_or(25.0), may_jump };
+        let packets = PacketTable::new(self.packets, clock, self.has_b_frames);
         let timeline = packets.timeline();
         let seconds = timeline.duration.max(self.duration.unwrap_or(0.0));
         if seconds > config.max_video_seconds {
@@ -354,7 +365,17 @@ impl Report {
             (width, height) = (height, width);
         }
         let (packets, timeline, pixel_format) = (Arc::new(packets), Arc::new(timeline), self.pixel_format);
-        Ok(Probe { container, codec, pixel_format, width, height, orientation, packets, timeline })
+        Ok(Probe {
+            container,
+            codec,
+            pixel_format,
+            width,
+            height,
+            orientation,
+            packets,
+            timeline,
+            completeness,
+        })
     }
 }
 
@@ -393,6 +414,8 @@ fn packet(fields: &str) -> Packet {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+
     use super::*;
 
     #[test]
@@ -462,7 +485,11 @@ mod tests {
         assert_eq!((report.duration, report.has_b_frames), (Some(10.5), true));
         assert_eq!(report.frame_rates, [25.0]);
         assert!(report.take("packet|pts=3").is_err());
-        let probe = report.check(Container::Mp4, &MediaConfig::default()).unwrap();
+        let claims = FileClaims { encrypted: false, promised_bytes: 300, present_bytes: 300 };
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&[1; 300]).unwrap();
+        let source = Source { file: &file, container: Container::Mp4, claims };
+        let probe = report.check(&source, &MediaConfig::default()).unwrap();
         assert_eq!((probe.width, probe.height, probe.codec.as_str()), (36, 64, "h264"));
     }
 }
