@@ -142,8 +142,8 @@ pub struct MediaConfig {
     pub max_frame_pixels: usize,
     /// Most packets of a video stream that are looked at.
     pub max_video_packets: usize,
-    /// Least share of a video's frames, or of a picture's rows, that must be decodable, 0 to 1. Below it the request is
-    /// refused, above it the reply tells the loss.
+    /// Least share of a video's frames, or of a picture's rows, that must be decodable, 0 to 1.
+    /// Below it the request is refused, above it the reply tells the loss.
     pub min_decoded_share: f64,
     /// Wall clock for probing and decoding one video.
     pub decode_timeout: Duration,

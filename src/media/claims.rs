@@ -1,8 +1,8 @@
 //! Reads from a file's structure whether it is encrypted, and how many bytes it should have.
 //!
-//! Called by `probe.rs`, on the blocking pool, before anything is decoded. Reads headers and a few blocks, never
-//! the whole file. A claimed duration is no claim here: recorders write it before they know it.
-//! Must never take what it cannot read for a fault: decoding decides then.
+//! Called by `probe.rs`, on the blocking pool, before anything is decoded. Reads headers and a few
+//! blocks, never the whole file. A claimed duration is no claim here: recorders write it before
+//! they know it. Must never report an unreadable structure as a fault: decoding decides then.
 
 use std::{fs::File, os::unix::fs::FileExt, path::Path};
 
@@ -24,11 +24,12 @@ const DESCRIPTIONS_HEADER_BYTES: u64 = 8;
 /// Claims of a file's structure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FileClaims {
-    /// Nothing of the video can be decoded without a key.
+    /// Decoding needs a key.
     pub encrypted: bool,
     /// Bytes that the file should have, at least its length.
     pub promised_bytes: u64,
-    /// Bytes up to the end of its content: downloaders reserve the whole length and leave zeros where nothing arrived.
+    /// Bytes up to the end of its content: downloaders reserve the whole length and leave zeros
+    /// where nothing arrived.
     pub present_bytes: u64,
 }
 
@@ -71,20 +72,20 @@ impl FileClaims {
         FileClaims { encrypted, promised_bytes: end, present_bytes }
     }
 
-    /// Whether bytes are missing.
+    /// Returns true if bytes are missing.
     pub fn is_short(&self) -> bool {
         self.present_bytes < self.promised_bytes
     }
 }
 
-/// What the headers say.
+/// Findings of one container's headers.
 struct Layout {
     encrypted: bool,
-    /// Where the last part ends that holds content; behind the file's end if that is cut off.
+    /// End of the last part with content; past the file's end in a truncated file.
     end: u64,
 }
 
-/// Where the zeros begin that fill the file up to `end`; `end` if they are few.
+/// Returns the start of the zeros that fill the file up to `end`, or `end` if they are few.
 fn content_end(file: &File, end: u64) -> u64 {
     let mut block = vec![0; BLOCK_BYTES as usize];
     let mut last_content = |from: u64, to: u64| {
@@ -106,7 +107,7 @@ fn content_end(file: &File, end: u64) -> u64 {
     refined(end, 0, &mut last_content)
 }
 
-/// The end of the content, which lies somewhere from `content` to `end`.
+/// Finds the end of the content between `content` and `end` by bisection.
 fn refined(end: u64, content: u64, last_content: &mut impl FnMut(u64, u64) -> Option<u64>) -> u64 {
     let (mut low, mut high) = (content, end);
     while high.saturating_sub(low) > BLOCK_BYTES {
@@ -155,7 +156,7 @@ fn mp4_layout(file: &File, len: u64) -> Layout {
     Layout { encrypted, end: if at < len { len } else { end } }
 }
 
-/// Whether every description of every video track is of encrypted samples.
+/// Returns true if all sample descriptions of all video tracks are of encrypted samples.
 fn is_encrypted_movie(file: &File, movie: &Span) -> Option<bool> {
     let mut kinds = Vec::new();
     for media in movie.video_media(file)? {
@@ -269,7 +270,7 @@ fn has_encrypted_video(file: &File, tracks: &Element) -> bool {
     !videos.is_empty() && videos.iter().all(is_encrypted)
 }
 
-/// Where the last RIFF chunk of an AVI file ends (large ones have several).
+/// Returns the end of the last RIFF chunk of an AVI file (large files have several).
 fn riff_end(file: &File, len: u64) -> u64 {
     let mut at = 0;
     for _ in 0..MAX_ELEMENTS {
@@ -286,7 +287,8 @@ fn riff_end(file: &File, len: u64) -> u64 {
     at.max(len)
 }
 
-/// Whether most packets of a transport stream that carry programs are scrambled (ISO/IEC 13818-1, 2.4.3.3).
+/// Returns true if most program packets of a transport stream are scrambled (ISO/IEC 13818-1,
+/// 2.4.3.3).
 fn is_scrambled(file: &File, len: u64) -> bool {
     let (mut clear, mut scrambled) = (0, 0);
     let mut block = vec![0; BLOCK_BYTES as usize];
@@ -307,7 +309,7 @@ fn is_scrambled(file: &File, len: u64) -> bool {
     scrambled > clear
 }
 
-/// The packets in a block, which may begin anywhere.
+/// Iterates over the packets in a block of bytes, from the first sync byte on.
 fn ts_packets(block: &[u8]) -> impl Iterator<Item = &[u8]> {
     let in_sync =
         |start: usize, stride: usize| (0..4).all(|packet| block.get(start + packet * stride) == Some(&b'G'));

@@ -1,13 +1,14 @@
 //! Times of frames from their time stamps, also where the stamps are not quite in order.
 //!
-//! Called by `packet_table.rs`. Pure. Stamps that do not decrease are kept as they are. A stamp that is missing or falls
-//! out of the order is replaced from its neighbors, and a clock that restarts goes on one frame after the frame before:
-//! a fault changes times at its own place only.
+//! Called by `packet_table.rs`. Pure. Stamps that do not decrease are kept as they are. A stamp
+//! that is missing or falls out of the order is replaced from its neighbors, and a clock that
+//! restarts goes on one frame after the frame before: a fault changes times at its own place only.
 //! Must never read a claimed length: only the stamps of frames count.
 
 use super::frame_sampling::Timeline;
 
-/// Seconds between two frames that mean a restart where clocks may jump: ffmpeg and players use the same bound.
+/// Seconds between two frames that mean a restart where clocks may jump: ffmpeg and players use the
+/// same bound.
 const MAX_GAP_SECONDS: f64 = 10.0;
 
 /// Unit and rate of a stream's time stamps.
@@ -17,17 +18,19 @@ pub struct Clock {
     pub time_base: (u32, u32),
     /// Frames a second, for frames without neighbors that tell it.
     pub nominal_rate: f64,
-    /// Whether the container's clock may jump forward without a pause in the video, as in transport streams.
+    /// The container's clock may jump forward without a pause in the video, as in transport
+    /// streams.
     pub may_jump: bool,
 }
 
 impl Clock {
-    /// Seconds of so many units.
+    /// Converts time units to seconds.
     pub fn seconds(&self, units: f64) -> f64 {
         units * f64::from(self.time_base.0) / f64::from(self.time_base.1)
     }
 
-    /// The times of frames with these stamps, in display order. `last_duration`: of the last frame, in units; 0 if unknown.
+    /// Returns the times of frames with these stamps, in display order. `last_duration` is in
+    /// units, 0 if unknown.
     pub fn timeline(&self, pts: &[Option<i64>], last_duration: i64) -> Timeline {
         let known = without_outliers(pts);
         let step = self.usual_step(&known);
@@ -45,7 +48,7 @@ impl Clock {
         Timeline { times, duration }
     }
 
-    /// Units from one frame to the next: the median where frames follow each other, else of the nominal rate.
+    /// Returns the median step between frames in units, or the step of the nominal rate.
     fn usual_step(&self, pts: &[Option<i64>]) -> i128 {
         let pairs = pts.windows(2).filter_map(|pair| Some(i128::from(pair[1]?) - i128::from(pair[0]?)));
         let mut steps: Vec<i128> = pairs.filter(|&step| step > 0).collect();
@@ -56,7 +59,7 @@ impl Clock {
         *steps.select_nth_unstable(middle).1
     }
 
-    /// Stamps that do not decrease, one for each frame; none if no frame has one.
+    /// Returns one stamp per frame, non-decreasing; `None` if no frame has a stamp.
     fn repaired(&self, pts: &[Option<i64>], step: i128) -> Option<Vec<i128>> {
         let first_known = pts.iter().position(Option::is_some)?;
         let max_gap = match self.may_jump {
@@ -94,7 +97,7 @@ impl Clock {
     }
 }
 
-/// The stamps without those of single frames that fall out of an order which goes on behind them.
+/// Removes the stamps of single frames that break an order which continues after them.
 fn without_outliers(pts: &[Option<i64>]) -> Vec<Option<i64>> {
     let mut kept = pts.to_vec();
     let known: Vec<(usize, i64)> =

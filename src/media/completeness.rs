@@ -1,8 +1,9 @@
-//! The one rule for media of which a part is missing: below `MediaConfig::min_decoded_share` they are refused, above it the
-//! reply says how much was promised and how much could be decoded.
+//! The one rule for media of which a part is missing: below `MediaConfig::min_decoded_share` they
+//! are refused, above it the reply says how much was promised and how much could be decoded.
 //!
-//! Called by `probe.rs` (what did not arrive, by the packet table and the file's length), `decode.rs` (what the decoder could
-//! not decode) and `pictures.rs` (rows of a picture). Must never count a frame that the decoder only guessed.
+//! Called by `probe.rs` (what did not arrive, by the packet table and the file's length),
+//! `decode.rs` (what the decoder could not decode) and `pictures.rs` (rows of a picture). Must
+//! never count a frame that the decoder only guessed.
 
 use std::{fs::File, os::unix::fs::FileExt};
 
@@ -21,7 +22,8 @@ pub struct Completeness {
 }
 
 impl Completeness {
-    /// Drops the packets of `packets` that did not arrive. `claimed_frames`: by the container's header. Blocks.
+    /// Drops the packets of `packets` that did not arrive. `claimed_frames`: by the container's
+    /// header. Blocks.
     pub fn of_packets(packets: &mut Vec<Packet>, claimed_frames: Option<usize>, source: &Source<'_>) -> Self {
         let shown = |packets: &[Packet]| packets.iter().filter(|packet| !packet.discard).count();
         let listed = shown(packets);
@@ -45,21 +47,24 @@ impl Completeness {
         Completeness { promised, decoded }
     }
 
-    /// The same after all packets that are there were given to a decoder.
+    /// Returns the completeness after a decoder has processed all packets.
     pub fn after_decoding(self, log: &DecodeLog) -> Self {
         let (fed, whole) = (self.decoded, log.num_whole());
         let without_frame = fed.max(log.decoded.len()) - whole;
-        // Some packets have no frame of their own (second fields, frames that are only referred to), but never
-        // more than every other one. Otherwise only what the decoder complained about is lost.
+        // Some packets have no frame of their own (second fields, frames that are only referred
+        // to), but never more than every other one. Otherwise only what the decoder complained
+        // about is lost.
         let lost = if whole * 2 + 1 < fed { without_frame } else { log.damages().min(without_frame) };
         Completeness { promised: self.promised - fed + whole + lost, decoded: whole }
     }
 
-    /// Share of the promised frames that can be decoded, 0 to 1.
+    /// Returns the share of the promised frames that can be decoded, 0 to 1.
     pub fn share(self) -> f64 {
         if self.promised == 0 { 0.0 } else { self.decoded as f64 / self.promised as f64 }
     }
 
+    /// Checks the share.
+    ///
     /// # Errors
     /// When less than `min_share` can be decoded.
     pub fn check(self, min_share: f64) -> Result<(), MediaError> {
@@ -77,7 +82,7 @@ impl Completeness {
     }
 }
 
-/// Where packets come from.
+/// The file that packets were read from.
 #[derive(Debug)]
 pub struct Source<'a> {
     pub file: &'a File,

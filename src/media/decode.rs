@@ -1,14 +1,15 @@
 //! Runs ffmpeg so that exactly the sampled frames come out of it, and checks that they are the right ones.
 //!
-//! Called by `mod.rs`. Three ways: one pass that is fed with nothing but the packets needed (`packet_feed.rs`), short passes
-//! that seek near each sample and pick by display time, or one pass over the whole file. The decoder logs every frame that
-//! it decodes and every frame that it gives out (`decode_log.rs`); a pass whose log is not what the packet table promised
-//! is thrown away and the whole file is decoded instead.
-//! Must never hold more than a few source-size frames, and never trust a frame that was not checked.
+//! Called by `mod.rs`. Three ways: one pass that is fed with nothing but the packets needed
+//! (`packet_feed.rs`), short passes that seek near each sample and pick by display time, or one
+//! pass over the whole file. The decoder logs every frame that it decodes and every frame that it
+//! gives out (`decode_log.rs`); a pass whose log is not what the packet table promised is thrown
+//! away and the whole file is decoded instead. Must never hold more than a few source-size frames,
+//! and never trust a frame that was not checked.
 //!
-//! Color goes to RGB as decord does it, which made the frames that the model was trained on: swscale with `bilinear`, range
-//! and matrix as tagged, BT.601 if untagged. Frames of another size or pixel format than the first go the same way, to
-//! the first one's size.
+//! Color goes to RGB as decord does it, which made the frames that the model was trained on:
+//! swscale with `bilinear`, range and matrix as tagged, BT.601 if untagged. Frames of another size
+//! or pixel format than the first go the same way, to the first one's size.
 
 use std::{collections::BTreeMap, fs::File, path::Path, sync::Arc};
 
@@ -77,7 +78,7 @@ pub struct Decoded {
     /// One mapped frame for each distinct index, in order.
     pub frames: Vec<Vec<u8>>,
     pub way: Way,
-    /// How much of the video is there and was decoded without faults.
+    /// Promised frames, and those decoded without faults.
     pub completeness: Completeness,
 }
 
@@ -120,17 +121,17 @@ struct PassOutput {
     /// More frames came out than were wanted.
     surplus: bool,
     log: DecodeLog,
-    /// Whether ffmpeg itself took the run for a success.
+    /// ffmpeg exited with status 0.
     succeeded: bool,
 }
 
 impl PassOutput {
-    /// Whether ffmpeg got as far as decoding.
+    /// Returns true if ffmpeg got as far as decoding.
     fn tells_of_the_video(&self) -> bool {
         self.succeeded || !self.log.decoded.is_empty() || self.log.damages() > 0
     }
 
-    /// The frames, if they are those of these pts, all decoded without faults.
+    /// Returns the frames if their pts are `wanted` and the decoder reported no damage.
     fn exactly(self, wanted: &[i64]) -> Option<Vec<Vec<u8>>> {
         let given = self.log.selected.iter().take(self.frames.len());
         let given = given.map(|position| position.and_then(|position| self.log.decoded[position]));
@@ -164,7 +165,8 @@ impl Decoder<'_> {
     /// The same frames by decoding everything.
     pub async fn sample_whole_file(&self, sampling: &Sampling) -> Result<Decoded, MediaError> {
         let mut timeline = self.probe.timeline.clone();
-        // Stamps of the frames in display order: what the packets promise, then what the first pass saw.
+        // Stamps of the frames in display order: what the packets promise, then what the first pass
+        // saw.
         let mut stamps: Option<Vec<Option<i64>>> = None;
         for passes in 1..=2 {
             let indices = sampling.indices(&timeline)?;
@@ -355,7 +357,7 @@ impl Decoder<'_> {
         command.args(["-loglevel", "repeat+level+info"]);
         // Frames that cannot be right (decoding began too late for them) must not come out at all.
         command.args(["-flags", "-output_corrupt", "-noautorotate", "-copyts"]);
-        // Filters that were rebuilt for another size or format would begin to count anew.
+        // Filters that were rebuilt for another size or format would restart their frame count.
         command.args(["-reinit_filter", "0"]);
         if let Some(gpu) = gpu {
             Tools::accelerate(&mut command, gpu);
@@ -378,7 +380,8 @@ impl Decoder<'_> {
         let scale = format!("scale={width}:{height}:flags=bilinear");
         let mut filters = vec![SHOWINFO, &select, SHOWINFO];
         if gpu.is_some() {
-            // A GPU's pictures have their colors interleaved. Put apart, they take the same way to RGB as others.
+            // A GPU's pictures have their colors interleaved. Put apart, they take the same way to
+            // RGB as others.
             filters.push(GPU_PIXEL_FORMAT);
         }
         let orientation = self.probe.orientation;
@@ -386,7 +389,8 @@ impl Decoder<'_> {
             if orientation.swaps_sides { (height, width) } else { (width, height) };
         let stored = format!("scale={stored_width}:{stored_height}:flags=bilinear");
         if !orientation.filters.is_empty() {
-            // Filters that turn pictures take every one for as large as the first. Does nothing to those that are.
+            // Filters that turn pictures take every one for as large as the first. Does nothing to
+            // those that are.
             filters.push(&stored);
         }
         filters.extend(orientation.filters);
@@ -399,8 +403,9 @@ impl Decoder<'_> {
         Ok(command)
     }
 
-    /// Reads frames and maps each while the next one is read: `wanted` ones, and whether there were more (dropped, for the
-    /// log to come to its end). Takes the pipe, so that a decoder with more to say fails instead of waiting for a reader.
+    /// Reads frames and maps each while the next one is read: `wanted` ones, and whether there were
+    /// more (dropped, for the log to come to its end). Takes the pipe, so that a decoder with more
+    /// to say fails instead of waiting for a reader.
     async fn read_frames(
         &self,
         mut stdout: ChildStdout,
@@ -427,8 +432,8 @@ impl Decoder<'_> {
     }
 }
 
-/// Picks the frames at positions `wanted` (ascending) of `stamps` by their pts; by their number where they have none of
-/// their own.
+/// Picks the frames at positions `wanted` (ascending) of `stamps` by their pts; by their number
+/// where they have none of their own.
 fn select_terms(stamps: &[Option<i64>], wanted: &[usize]) -> Terms {
     let stamp = |index: &usize| stamps.get(*index).copied().flatten();
     let mut uses: BTreeMap<i64, usize> = wanted.iter().filter_map(stamp).map(|pts| (pts, 0)).collect();

@@ -1,8 +1,7 @@
-//! Reads the log of a decoder process: which frames it decoded, which it gave out, and which it could not decode.
+//! Parses the log of a decoder process: frames decoded, frames written, packets lost.
 //!
-//! Called by `decode.rs`, line by line. The log decides which frame is which: filters are told what to pick, but their own
-//! count begins anew when ffmpeg rebuilds them.
-//! Must never keep more of a line than a number.
+//! Called by `decode.rs`, line by line. The log identifies frames: a filter's own frame count
+//! restarts when ffmpeg rebuilds the filter graph. Must never keep more of a line than a number.
 
 /// ffmpeg's filter that logs every decoded frame; the first of a chain and the one behind `select`.
 pub const SHOWINFO: &str = "showinfo=checksum=0";
@@ -24,7 +23,8 @@ const NO_FPS_MODE: &str = "Unrecognized option 'fps_mode'";
 pub struct DecodeLog {
     /// pts of every frame decoded, in display order.
     pub decoded: Vec<Option<i64>>,
-    /// Positions in `decoded` of the frames given out, in their order; `None`: a frame that was not decoded.
+    /// Positions in `decoded` of the frames given out, in their order; `None`: a frame that was not
+    /// decoded.
     pub selected: Vec<Option<usize>>,
     /// Nothing was done: ffmpeg does not know the option `-fps_mode`.
     pub is_old_ffmpeg: bool,
@@ -53,17 +53,18 @@ impl DecodeLog {
         true
     }
 
-    /// Packets that gave no frame, and frames with replaced parts.
+    /// Returns the number of packets without a frame plus frames with concealed parts.
     pub fn damages(&self) -> usize {
         self.lost_packets + self.concealed_frames
     }
 
-    /// Frames that were decoded with all their parts.
+    /// Returns the number of frames decoded without concealment.
     pub fn num_whole(&self) -> usize {
         self.decoded.len().saturating_sub(self.concealed_frames)
     }
 
-    /// The last frame decoded so far that has this pts and was not given out yet: it is logged right before.
+    /// Returns the last decoded frame with this pts that was not given out yet: `select` logs it
+    /// right after.
     fn position_of(&self, pts: Option<i64>) -> Option<usize> {
         let from = self.selected.last().map_or(Some(0), |last| last.map(|last| last + 1))?;
         let later = self.decoded.get(from..)?;
@@ -71,7 +72,8 @@ impl DecodeLog {
     }
 }
 
-/// The pts in a line of `showinfo`: `… n:   0 pts:   512 pts_time:0.04 …` (`pts:NOPTS` if it has none).
+/// The pts in a line of `showinfo`: `… n:   0 pts:   512 pts_time:0.04 …` (`pts:NOPTS` if it has
+/// none).
 fn pts_of(line: &str, filter: &str) -> Option<Option<i64>> {
     let (head, rest) = line.strip_prefix(filter)?.split_once(" pts:")?;
     head.contains(" n:").then(|| rest.split_whitespace().next().and_then(|pts| pts.parse().ok()))

@@ -114,13 +114,15 @@ pub struct FrameSampling {
 pub struct VideoInfo {
     /// Frames of the source's video stream that frames are sampled from.
     pub source_frames: usize,
-    /// Frames that the source promises. More than `decoded_frames` where a part of it did not arrive or is damaged; then
-    /// an estimate by bytes in containers that do not count their frames.
+    /// Frames that the source promises. More than `decoded_frames` where a part of it did not
+    /// arrive or is damaged; then an estimate by bytes in containers that do not count their
+    /// frames.
     pub promised_frames: usize,
-    /// Frames that can be decoded whole, as far as is known: a damaged frame that was not needed may not be noticed.
+    /// Frames that can be decoded whole, as far as is known: a damaged frame that was not needed
+    /// may not be noticed.
     pub decoded_frames: usize,
-    /// Share of the promised content that can be decoded, 0 to 1: frames of a video, rows of pictures. Requests below
-    /// one half are refused.
+    /// Share of the promised content that can be decoded, 0 to 1: frames of a video, rows of
+    /// pictures. Requests below one half are refused.
     pub decoded_share: f64,
     /// Seconds; unknown of a list of frames whose rate was not said.
     pub duration: Option<f64>,

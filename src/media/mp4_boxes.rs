@@ -1,7 +1,7 @@
 //! Walks through the boxes of MP4 and QuickTime files (ISO/IEC 14496-12).
 //!
-//! Called by `packet_feed.rs` and `claims.rs`, on the blocking pool. Must never read more than a box's header, or a short
-//! box, at a time.
+//! Called by `packet_feed.rs` and `claims.rs`, on the blocking pool. Must never read more than a
+//! box's header, or a short box, at a time.
 
 use std::{fs::File, os::unix::fs::FileExt};
 
@@ -35,7 +35,8 @@ impl Span {
         Some(tracks.filter_map(|(_, track)| track.only(file, b"mdia")).filter(is_video).collect())
     }
 
-    /// The boxes side by side here (ISO/IEC 14496-12, 4.2), none if they do not fit or are too many.
+    /// The boxes side by side here (ISO/IEC 14496-12, 4.2), none if they do not fit or are too
+    /// many.
     pub fn boxes(&self, file: &File) -> Option<Vec<([u8; 4], Span)>> {
         let (mut boxes, mut at) = (Vec::new(), self.start);
         // QuickTime ends some lists with four zero bytes.

@@ -14,7 +14,8 @@ const SEEK_BACKOFF_SECONDS: f64 = 0.14;
 const UNINDEXED_LEAD_SECONDS: f64 = 0.5;
 /// Frames beyond the plan that a decoder may go through before the plan counts as failed.
 const OVERRUN_SLACK: usize = 64;
-/// Most places between a frame's positions in decoding and in display order: twice what H.264 and HEVC allow.
+/// Most places between a frame's positions in decoding and in display order: twice what H.264 and
+/// HEVC allow.
 const MAX_REORDERING: usize = 32;
 
 /// One packet of the video stream; times in units of the time base.
@@ -38,7 +39,8 @@ pub struct PacketTable {
     clock: Clock,
     /// Stamps of the shown frames in display order, as far as packets tell that order.
     shown: Vec<Option<i64>>,
-    /// Shown frames in display order: (pts, position in `packets`). None: times are missing or unusable.
+    /// Shown frames in display order: (pts, position in `packets`). None: times are missing or
+    /// unusable.
     display: Option<Vec<(i64, usize)>>,
     /// Usable starting points: positions of shown keyframes, ascending.
     keys: Vec<usize>,
@@ -71,7 +73,7 @@ pub struct NeededGroup<'a> {
 }
 
 impl PacketTable {
-    /// Finds the display order of `packets`, which lie in decoding order.
+    /// Finds the display order of `packets`, given in decoding order.
     pub fn new(mut packets: Vec<Packet>, clock: Clock, has_b_frames: bool) -> Self {
         // AVI stores decoding times only; without reordering they are the display times.
         if !has_b_frames && packets.iter().all(|packet| packet.pts.is_none()) {
@@ -219,12 +221,13 @@ struct DisplayOrder {
     positions: Vec<usize>,
     /// None: missing, or so far from its neighbors' that it cannot be right.
     stamps: Vec<Option<i64>>,
-    /// Whether no decoding time goes back, and no pts is far from those of its neighbors in the file.
+    /// No decoding time goes back, and no pts is far from those of its neighbors in the file.
     plain: bool,
 }
 
 impl DisplayOrder {
-    /// (pts, position in `packets`), if every frame has a usable pts and decoding can start at the first packet.
+    /// (pts, position in `packets`), if every frame has a usable pts and decoding can start at the
+    /// first packet.
     fn usable_display(&self, packets: &[Packet]) -> Option<Vec<(i64, usize)>> {
         // Pictures before the first keyframe, in either order, are dropped by some decoders.
         let start = packets.first().filter(|packet| packet.key)?.pts?;
@@ -238,7 +241,8 @@ impl DisplayOrder {
     }
 }
 
-/// Sorts shown packets by pts, between one restart of the clock and the next. A pts that moves its frame far away is wrong.
+/// Sorts shown packets by pts, between one restart of the clock and the next. A pts that moves its
+/// frame far away is wrong.
 fn display_order(packets: &[Packet]) -> DisplayOrder {
     let mut stamps: Vec<Option<i64>> = packets.iter().map(|packet| packet.pts).collect();
     let (mut positions, restarts) = sorted_by_stamp(packets, &stamps);
@@ -252,7 +256,8 @@ fn display_order(packets: &[Packet]) -> DisplayOrder {
     DisplayOrder { positions, stamps, plain }
 }
 
-/// Which of the sorted `positions` are farther from their place in the file than reordering explains.
+/// Returns the sorted `positions` that are farther from their place in the file than reordering
+/// explains.
 fn moved_far(positions: &[usize]) -> Vec<usize> {
     let mut in_file = positions.to_vec();
     in_file.sort_unstable();

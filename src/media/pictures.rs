@@ -139,7 +139,7 @@ pub fn decode(
         }
         let (picture, codec, share) =
             read(file, config).map_err(|error| named(error, number, files.len()))?;
-        pictures.decoded_share += share / files.len() as f64;
+        pictures.decoded_share += share;
         let started = Instant::now();
         let (width, height) = picture.dimensions();
         if number == 0 {
@@ -154,6 +154,7 @@ pub fn decode(
         pictures.frames.push(resizer.resize(picture.as_raw()));
         pictures.resizing.piece(started);
     }
+    pictures.decoded_share /= files.len().max(1) as f64;
     Ok(pictures)
 }
 
@@ -167,8 +168,8 @@ pub fn format(bytes: &[u8]) -> Option<(ImageFormat, &'static str)> {
     }
 }
 
-/// A picture as a viewer would see it, turned as its metadata says, without transparency; its format; and the share of its
-/// rows that arrived.
+/// A picture as a viewer would see it, turned as its metadata says, without transparency; its
+/// format; and the share of its rows that arrived.
 fn read(file: &LocalFile, config: &MediaConfig) -> Result<(RgbImage, &'static str, f64), MediaError> {
     let bytes = fs::read(file.path()).map_err(|error| {
         tracing::error!(%error, "a picture's file vanished");

@@ -126,7 +126,7 @@ pub struct Probe {
     pub packets: Arc<PacketTable>,
     /// As the packets tell it.
     pub timeline: Arc<Timeline>,
-    /// As the packets and the file's length tell it.
+    /// Promised and present frames, by the packets and the file's length.
     pub completeness: Completeness,
 }
 

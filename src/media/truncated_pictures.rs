@@ -1,7 +1,7 @@
 //! Finds out how much of a picture arrived.
 //!
-//! Called by `pictures.rs`. Decoders of JPEG fill what is missing and report no error; those of other formats fail.
-//! Pure. Must never take a whole picture for a part of one.
+//! Called by `pictures.rs`. Decoders of JPEG fill what is missing and report no error; those of
+//! other formats fail. Pure. Must never take a whole picture for a part of one.
 
 use image::{ImageFormat, RgbImage};
 
@@ -23,7 +23,8 @@ impl<'a> Truncated<'a> {
     }
 }
 
-/// Whether the markers of a JPEG lead to its end (ITU-T T.81, B.1): previews inside of segments have ends of their own.
+/// Returns true if the markers of a JPEG lead to its end (ITU-T T.81, B.1): previews inside of segments
+/// have ends of their own.
 fn jpeg_has_end(bytes: &[u8]) -> bool {
     let mut at = 2;
     while let Some(offset) = bytes.get(at..).and_then(|rest| rest.iter().position(|&byte| byte == 0xff)) {
@@ -43,8 +44,8 @@ fn jpeg_has_end(bytes: &[u8]) -> bool {
     false
 }
 
-/// Returns the share of a truncated picture's rows that arrived, at least coarsely: decoders repeat one row for all that are
-/// missing.
+/// Returns the share of a truncated picture's rows that arrived, at least coarsely: decoders repeat
+/// one row for all that are missing.
 pub fn rows_share(picture: &RgbImage) -> f64 {
     let row_bytes = picture.width() as usize * 3;
     let mut rows = picture.as_raw().chunks_exact(row_bytes.max(1)).rev();

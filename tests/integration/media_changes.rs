@@ -1,5 +1,5 @@
-//! Streams that change midway: another size, another pixel format, a clock that repeats or begins anew. Frames and times
-//! stay those of the video.
+//! Streams that change midway: another size, another pixel format, a clock that repeats or
+//! restarts. Frames and times stay those of the video.
 
 use std::path::{Path, PathBuf};
 
@@ -35,7 +35,8 @@ fn joined(directory: &Path, name: &str, formats: &[&str], options: &str, between
     remux(&list_path, name, "-f concat -safe 0", "-c copy")
 }
 
-/// The default sampling, and single frames that are reached by other ways, are the frames of the video.
+/// The default sampling, and single frames that are reached by other ways, are the frames of the
+/// video.
 async fn assert_exact(path: &Path, total: usize) {
     let name = path.display();
     let frames = sample(path).await;
@@ -100,7 +101,7 @@ async fn turned_videos_may_change_their_size() {
 }
 
 #[tokio::test]
-async fn a_clock_that_begins_anew_goes_on() {
+async fn a_restarted_clock_goes_on() {
     let directory = tempfile::tempdir().unwrap();
     let options = format!("{H264} -pix_fmt yuv420p");
     for (name, offsets) in

@@ -1,4 +1,5 @@
-//! Videos of which a part is missing or cannot be decoded: refused below the stated share, above it the loss is told.
+//! Videos of which a part is missing or cannot be decoded: refused below the stated share, above it
+//! the reply states the loss.
 
 use std::path::{Path, PathBuf};
 
@@ -21,7 +22,8 @@ fn write(directory: &Path, name: &str, bytes: &[u8]) -> PathBuf {
     path
 }
 
-/// Samples; frames that come are those that the reply names. At the end of what is there, some may miss between others.
+/// Samples; frames that come are those that the reply names. At the end of what is there, some may
+/// miss between others.
 async fn load(path: &Path, sampling: FrameSampling) -> Result<VideoInfo, MediaError> {
     let frames = loader().load(VideoSource::LocalFile(path.to_owned()), sampling).await?;
     let (read, info) = (numbers(&frames), frames.info.clone());
