@@ -9,6 +9,7 @@ mod clock;
 mod completeness;
 mod decode;
 mod decode_log;
+mod decode_pass;
 mod error;
 mod fetch;
 pub mod ffmpeg;
@@ -17,6 +18,7 @@ mod flights;
 mod frame_cache;
 pub mod frame_sampling;
 mod mp4_boxes;
+mod orientation;
 mod packet_feed;
 mod packet_table;
 mod pictures;
@@ -27,6 +29,7 @@ mod sandbox;
 mod source;
 mod tools;
 mod truncated_pictures;
+mod video_info;
 
 use std::{path::PathBuf, sync::Arc, time::Instant};
 
@@ -37,15 +40,16 @@ use tokio::sync::OwnedSemaphorePermit;
 use utoipa::ToSchema;
 
 use self::{
-    decode::{Decoded, Decoder, FrameMap},
+    decode::{Decoder, FrameMap},
     ffmpeg::Tools,
     frame_cache::FrameCache,
-    frame_sampling::{Applied, Sampling},
+    frame_sampling::Sampling,
     pictures::{CancelOnDrop, Pictures, Selection},
     pixels::Resizer,
     places::DecoderPlaces,
     probe::Probe,
     source::{LocalFile, SourceReader, is_picture_list},
+    video_info::{applied, video_info},
 };
 use crate::{
     config::MediaConfig,
@@ -244,7 +248,8 @@ impl MediaLoader {
         load: impl Future<Output = Result<VideoFrames, MediaError>>,
         trail: &Trail,
     ) -> Result<Arc<VideoFrames>, MediaError> {
-        let (frames, fresh) = self.cache.get_or_load(digest, async { load.await.map(Arc::new) }).await?;
+        let (frames, fresh) =
+            self.cache.get_or_load(digest, Box::pin(async { load.await.map(Arc::new) })).await?;
         trail.frame_cache(!fresh);
         Ok(frames)
     }
@@ -386,28 +391,4 @@ fn repeated(frames: &[Vec<u8>], indices: &[usize]) -> Arc<[u8]> {
         rgb.extend_from_slice(&frames[frame]);
     }
     rgb.into()
-}
-
-fn video_info(probe: &Probe, decoded: &Decoded, sampling: &Sampling) -> VideoInfo {
-    let timeline = &decoded.timeline;
-    VideoInfo {
-        source_frames: timeline.times.len(),
-        promised_frames: decoded.completeness.promised,
-        decoded_frames: decoded.completeness.decoded,
-        decoded_share: decoded.completeness.share(),
-        duration: Some(timeline.duration),
-        width: probe.width,
-        height: probe.height,
-        container: probe.container.name().to_owned(),
-        codec: probe.codec.clone(),
-        sampled_timestamps: decoded.indices.iter().map(|&index| timeline.times[index]).collect(),
-        ..applied(sampling.applied(), decoded.indices.clone())
-    }
-}
-
-/// What is said of the sampling alone.
-fn applied(applied: Applied, sampled_indices: Vec<usize>) -> VideoInfo {
-    let Applied { fps, max_frames, start, end } = applied;
-    let num_frames = sampled_indices.len();
-    VideoInfo { num_frames, fps, max_frames, start, end, sampled_indices, ..VideoInfo::default() }
 }

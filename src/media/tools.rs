@@ -14,7 +14,7 @@ use super::{
     frame_sampling::Sampling,
     probe,
     source::LocalFile,
-    video_info,
+    video_info::video_info,
 };
 use crate::{
     config::{HwAccel, MediaConfig},
