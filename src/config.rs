@@ -7,8 +7,7 @@ use std::{fmt, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 use axum::http::HeaderValue;
 use url::Url;
 
-/// Most threads that serve connections. They only pass tokens on: with as many as there are cores, they would take those
-/// from the model's.
+/// Most threads that serve connections: they only pass tokens on, and leave the cores to the model.
 pub const MAX_ASYNC_THREADS: usize = 4;
 
 /// Settings of the HTTP server and of everything behind it but the model.
@@ -142,8 +141,7 @@ pub struct MediaConfig {
     pub max_frame_pixels: usize,
     /// Most packets of a video stream that are looked at.
     pub max_video_packets: usize,
-    /// Least share of a video's frames, or of a picture's rows, that must be decodable, 0 to 1.
-    /// Below it the request is refused, above it the reply tells the loss.
+    /// Least share of a video's frames (a picture's rows) that must be decodable, 0 to 1.
     pub min_decoded_share: f64,
     /// Wall clock for probing and decoding one video.
     pub decode_timeout: Duration,

@@ -11,6 +11,10 @@ use super::{MediaError, claims::FileClaims, decode_log::DecodeLog, packet_table:
 
 /// Bytes at the beginning of a packet; no codec has a packet that begins with so many zeros.
 const PACKET_HEAD_BYTES: usize = 16;
+/// Most bytes that containers write before a packet, and one in so many that they write within it:
+/// transport streams cut packets into pieces.
+const PACKET_HEADER_BYTES: u64 = 400;
+const PACKET_OVERHEAD: usize = 40;
 /// Packets looked at before all of them are: what did not arrive is rarely less than a thousandth.
 const SAMPLED_PACKETS: usize = 1024;
 
@@ -28,9 +32,7 @@ impl Completeness {
         let shown = |packets: &[Packet]| packets.iter().filter(|packet| !packet.discard).count();
         let listed = shown(packets);
         let hidden = packets.len() - listed;
-        if matches!(source.container, Container::Mp4 | Container::Mov) {
-            source.drop_missing(packets);
-        }
+        source.drop_missing(packets);
         let decoded = shown(packets);
         let has_count = matches!(source.container, Container::Mp4 | Container::Mov | Container::Avi);
         let claimed = claimed_frames.filter(|_| has_count);
@@ -55,7 +57,13 @@ impl Completeness {
         // to), but never more than every other one. Otherwise only what the decoder complained
         // about is lost.
         let lost = if whole * 2 + 1 < fed { without_frame } else { log.damages().min(without_frame) };
-        Completeness { promised: self.promised - fed + whole + lost, decoded: whole }
+        let promised = (self.promised - fed + whole + lost).min(self.promised.max(whole));
+        Completeness { promised, decoded: whole }
+    }
+
+    /// Returns true if nothing is known to be missing.
+    pub fn is_whole(self) -> bool {
+        self.decoded >= self.promised
     }
 
     /// Returns the share of the promised frames that can be decoded, 0 to 1.
@@ -92,11 +100,24 @@ pub struct Source<'a> {
 
 impl Source<'_> {
     fn drop_missing(&self, packets: &mut Vec<Packet>) {
+        if !matches!(self.container, Container::Mp4 | Container::Mov) {
+            // No index: packets that demuxers find have arrived, but the last one may be cut off.
+            if self.claims.is_short() && packets.last().is_some_and(|packet| self.reaches_the_end(packet)) {
+                packets.pop();
+            }
+            return;
+        }
         let stride = packets.len() / SAMPLED_PACKETS + 1;
         let all_there = packets.iter().rev().step_by(stride).all(|packet| self.has_arrived(packet));
         if !all_there {
             packets.retain(|packet| self.has_arrived(packet));
         }
+    }
+
+    fn reaches_the_end(&self, packet: &Packet) -> bool {
+        let Some((position, len)) = packet.place else { return false };
+        let end = position.saturating_add((len + len / PACKET_OVERHEAD) as u64);
+        end.saturating_add(PACKET_HEADER_BYTES) >= self.claims.present_bytes
     }
 
     fn has_arrived(&self, packet: &Packet) -> bool {
@@ -176,9 +197,10 @@ mod tests {
         };
         assert_eq!(survey(Container::Mp4, None, 1000, 1000), (10, 7, 7), "zeros in place of packets");
         assert_eq!(survey(Container::Mp4, Some(40), 4000, 700), (40, 6, 6), "the last one may be cut");
-        assert_eq!(survey(Container::Avi, Some(40), 4000, 1000), (40, 10, 10));
+        assert_eq!(survey(Container::Avi, Some(40), 4000, 1000), (40, 9, 9));
+        assert_eq!(survey(Container::Avi, Some(40), 4000, 2000), (40, 10, 10));
         assert_eq!(survey(Container::Avi, Some(40), 1000, 1000), (10, 10, 10), "no byte is missing");
-        assert_eq!(survey(Container::WebM, None, 1409, 1000), (14, 10, 10), "by its bytes");
-        assert_eq!(survey(Container::WebM, None, 1009, 1000), (10, 10, 10), "an index is no frame");
+        assert_eq!(survey(Container::WebM, None, 2100, 1500), (14, 10, 10), "by its bytes");
+        assert_eq!(survey(Container::WebM, None, 1509, 1500), (10, 10, 10), "an index is no frame");
     }
 }

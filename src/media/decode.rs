@@ -24,7 +24,7 @@ use super::{
     ffmpeg::Tools,
     frame_sampling::{Sampling, Timeline},
     packet_feed::Feed,
-    packet_table::{PacketTable, Segment},
+    packet_table::{PacketTable, SeenFrame, Segment},
     places::DecoderPlaces,
     probe::{Container, Probe},
 };
@@ -116,15 +116,15 @@ impl Decoder<'_> {
     /// The same frames by decoding everything.
     pub async fn sample_whole_file(&self, sampling: &Sampling) -> Result<Decoded, MediaError> {
         let mut timeline = self.probe.timeline.clone();
-        // Stamps of the frames in display order: what the packets promise, then what the first pass
-        // saw.
-        let mut stamps: Option<Vec<Option<i64>>> = None;
+        let parts_missing = !self.probe.completeness.is_whole();
+        // The frames that the packets promise, then those that the first pass saw.
+        let mut seen: Option<Vec<SeenFrame>> = None;
         for passes in 1..=2 {
             let indices = sampling.indices(&timeline)?;
             let wanted = distinct(&indices);
             let picked = wanted.clone();
             let pick = move |packets: &PacketTable| {
-                select_terms(stamps.as_deref().unwrap_or(packets.shown()), &picked)
+                select_terms(&seen.unwrap_or_else(|| packets.promised_frames()), &picked)
             };
             let pass = Pass {
                 input: Input::File { seek_seconds: None },
@@ -138,17 +138,20 @@ impl Decoder<'_> {
             let completeness = self.probe.completeness.after_decoding(&log);
             completeness.check(self.min_decoded_share)?;
             let DecodeLog { decoded, selected, .. } = log;
-            let seen = move |packets: &PacketTable| (Arc::new(packets.decoded_timeline(&decoded)), decoded);
-            let (seen_timeline, decoded) = self.on_packets(seen).await;
-            let exact = frames.len() == wanted.len()
-                && !surplus
-                && selected.iter().copied().eq(wanted.iter().copied().map(Some));
+            let account = move |packets: &PacketTable| {
+                let seen = packets.seen_frames(&decoded, parts_missing);
+                let stamps: Vec<Option<i64>> = seen.iter().map(|frame| frame.pts).collect();
+                (Arc::new(packets.timeline_of(&stamps)), seen)
+            };
+            let (seen_timeline, seen_frames) = self.on_packets(account).await;
             timeline = seen_timeline;
+            let given = wanted.iter().map(|&index| seen_frames.get(index).map(|frame| frame.number));
+            let exact = frames.len() == wanted.len() && !surplus && given.eq(selected);
             if exact && sampling.indices(&timeline)? == indices {
                 let way = Way::WholeFile { passes };
                 return Ok(Decoded { timeline, indices, frames, way, completeness });
             }
-            stamps = Some(decoded);
+            seen = Some(seen_frames);
         }
         Err(MediaError::Undecodable(
             "the video could not be decoded; check that it plays and send it again".into(),
@@ -247,19 +250,19 @@ impl Decoder<'_> {
     }
 }
 
-/// Picks the frames at positions `wanted` (ascending) of `stamps` by their pts; by their number
-/// where they have none of their own.
-fn select_terms(stamps: &[Option<i64>], wanted: &[usize]) -> Terms {
-    let stamp = |index: &usize| stamps.get(*index).copied().flatten();
-    let mut uses: BTreeMap<i64, usize> = wanted.iter().filter_map(stamp).map(|pts| (pts, 0)).collect();
-    for pts in stamps.iter().flatten() {
-        if let Some(uses) = uses.get_mut(pts) {
+/// Picks the frames at positions `wanted` (ascending) of `seen` by their pts; by their number in the
+/// decoder's output if another frame has the same pts.
+fn select_terms(seen: &[SeenFrame], wanted: &[usize]) -> Terms {
+    let pts = |index: &usize| seen.get(*index).and_then(|frame| frame.pts);
+    let mut uses: BTreeMap<i64, usize> = wanted.iter().filter_map(pts).map(|pts| (pts, 0)).collect();
+    for pts in seen.iter().filter_map(|frame| frame.pts) {
+        if let Some(uses) = uses.get_mut(&pts) {
             *uses += 1;
         }
     }
-    let term = |index: &usize| match stamp(index) {
+    let term = |index: &usize| match pts(index) {
         Some(pts) if uses.get(&pts) == Some(&1) => format!("eq(pts,{pts})"),
-        _ => format!("eq(n,{index})"),
+        _ => format!("eq(n,{})", seen.get(*index).map_or(*index, |frame| frame.number)),
     };
     wanted.iter().map(term).collect()
 }
@@ -290,7 +293,9 @@ mod tests {
     #[test]
     fn frames_are_picked_by_time_where_that_tells_them_apart() {
         let stamps = [Some(-40), Some(0), Some(40), Some(40), None];
-        let terms = select_terms(&stamps, &[0, 2, 3, 4, 9]);
-        assert_eq!(terms, ["eq(pts,-40)", "eq(n,2)", "eq(n,3)", "eq(n,4)", "eq(n,9)"]);
+        let frame = |(index, &pts)| SeenFrame { number: index + 100, pts };
+        let seen: Vec<SeenFrame> = stamps.iter().enumerate().map(frame).collect();
+        let terms = select_terms(&seen, &[0, 2, 3, 4]);
+        assert_eq!(terms, ["eq(pts,-40)", "eq(n,102)", "eq(n,103)", "eq(n,104)"]);
     }
 }
