@@ -16,8 +16,7 @@ pub use hwaccel::HwAccel;
 pub use reasoning_field::ReasoningField;
 pub use stores::{FilesConfig, NamedMediaConfig};
 
-/// Most threads that serve connections. They only pass tokens on: with as many as there are cores, they would take those
-/// from the model's.
+/// Most threads that serve connections: they only pass tokens on, and leave the cores to the model.
 pub const MAX_ASYNC_THREADS: usize = 4;
 
 /// Settings of the HTTP server and of everything behind it but the model.
@@ -161,6 +160,8 @@ pub struct MediaConfig {
     pub max_animation_frames: usize,
     /// Most pixels per frame of an animated picture: its decoder holds several copies of a frame.
     pub max_animation_frame_pixels: usize,
+    /// Least share of a video's frames (a picture's rows) that must be decodable, 0 to 1.
+    pub min_decoded_share: f64,
     /// Wall clock for probing and decoding one video.
     pub decode_timeout: Duration,
     /// Wall clock for downloading one video.
@@ -329,6 +330,7 @@ impl Default for MediaConfig {
             max_video_packets: 2_000_000,
             max_animation_frames: 10_000,
             max_animation_frame_pixels: 4096 * 2304,
+            min_decoded_share: 0.5,
             decode_timeout: Duration::from_secs(60),
             fetch_timeout: Duration::from_secs(60),
             max_concurrent_fetches: 8,

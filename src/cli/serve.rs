@@ -15,7 +15,9 @@ use super::{
     start::{Started, ensure_ffmpeg, own_threads, start},
 };
 use crate::{
-    config::{Config, EngineConfig, FilesConfig, MediaConfig, NamedMediaConfig, ReasoningField, ResponsesConfig},
+    config::{
+        Config, EngineConfig, FilesConfig, MediaConfig, NamedMediaConfig, ReasoningField, ResponsesConfig,
+    },
     engine::EngineHandle,
     http::{self, Access, AppState},
     model::placement::Placement,

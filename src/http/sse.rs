@@ -174,13 +174,7 @@ impl Writer {
     }
 
     /// More of an answer that is a call.
-    async fn send_call(
-        &mut self,
-        generation: &Generation,
-        index: usize,
-        text: &str,
-        tokens: &[ScoredToken],
-    ) {
+    async fn send_call(&mut self, generation: &Generation, index: usize, text: &str, tokens: &[ScoredToken]) {
         let mut logprobs = self.view.logprobs(tokens);
         for piece in self.calls[index].push(text) {
             let logprobs = logprobs.take();

@@ -16,8 +16,8 @@ use super::{
     MediaError,
     container::{Container, HEAD_BYTES},
     frame_sampling::Timeline,
-    pictures,
     local_file::LocalFile,
+    pictures,
 };
 use crate::config::MediaConfig;
 

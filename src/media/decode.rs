@@ -1,42 +1,38 @@
 //! Runs ffmpeg so that exactly the sampled frames come out of it, and checks that they are the right ones.
 //!
-//! Called by `mod.rs`. Three ways: one pass that is fed with nothing but the packets needed (`packet_feed.rs`), short passes
-//! that seek near each sample and pick by display time, or one pass over the whole file that picks frames by their
-//! number. The decoder logs every frame that it decodes; a pass whose log is not what the packet table promised is thrown
-//! away and the whole file is decoded instead.
-//! Must never hold more than a few source-size frames, and never trust a frame that was not checked.
+//! Called by `mod.rs`. Three ways: one pass that is fed with nothing but the packets needed
+//! (`packet_feed.rs`), short passes that seek near each sample and pick by display time, or one
+//! pass over the whole file. The decoder logs every frame that it decodes and every frame that it
+//! gives out (`decode_log.rs`); a pass whose log is not what the packet table promised is thrown
+//! away and the whole file is decoded instead. Must never hold more than a few source-size frames,
+//! and never trust a frame that was not checked.
 //!
-//! Colour goes to RGB as plain decoders do it (swscale's default conversion: bicubic, range and matrix as tagged,
-//! BT.601 if untagged): this is how the frames that the model was trained on were made.
+//! Color goes to RGB as decord does it, which made the frames that the model was trained on:
+//! swscale with `bilinear`, range and matrix as tagged, BT.601 if untagged. Frames of another size
+//! or pixel format than the first go the same way, to the first one's size.
 
-use std::{fs::File, path::Path, sync::Arc};
+use std::{collections::BTreeMap, fs::File, path::Path, sync::Arc};
 
-use futures_util::{StreamExt, future::OptionFuture, stream};
-use tokio::{io::AsyncReadExt, process::ChildStdout, task::JoinHandle};
+use futures_util::{StreamExt, stream};
+use tokio::task::JoinHandle;
 
 use super::{
     MediaError,
+    completeness::Completeness,
     container::Container,
-    ffmpeg::{Manner, Tools, finish, pipe_failed, read_lines},
+    decode_log::DecodeLog,
+    decode_pass::{Input, Pass, PassOutput, Terms},
+    ffmpeg::Tools,
     frame_sampling::{Sampling, Timeline},
     packet_feed::Feed,
-    packet_table::{PacketTable, Segment},
+    packet_table::{PacketTable, SeenFrame, Segment},
     places::DecoderPlaces,
-    probe::{Probe, file_url},
+    probe::Probe,
 };
 use crate::telemetry::Trail;
 
-/// How ffmpeg's `showinfo` begins its lines.
-const SHOWINFO: &str = "[Parsed_showinfo_0";
-/// What ffmpeg says where no GPU can be used at all.
-const NO_GPU: [&str; 2] = ["Device creation failed", "No device available for decoder"];
-/// Of all videos that go to a GPU: see [`Probe::fits_gpu`].
-const GPU_PIXEL_FORMAT: &str = "format=yuv420p";
 /// Memory for source-size frames of all passes of one video; a pass holds two (one arrives, one is mapped).
 const MAX_PASS_FRAMES_BYTES: usize = 256 << 20;
-/// `eq(...)` terms of a select expression; every one is evaluated for every decoded frame.
-type Terms = Vec<String>;
-
 /// What is done with each frame `[height, width, 3]` as it arrives, on the blocking pool.
 #[derive(Clone)]
 pub struct FrameMap(Arc<dyn Fn(Vec<u8>) -> Vec<u8> + Send + Sync>);
@@ -46,7 +42,7 @@ impl FrameMap {
         FrameMap(Arc::new(map))
     }
 
-    fn start(&self, frame: Vec<u8>) -> JoinHandle<Vec<u8>> {
+    pub fn start(&self, frame: Vec<u8>) -> JoinHandle<Vec<u8>> {
         let map = self.0.clone();
         tokio::task::spawn_blocking(move || map(frame))
     }
@@ -77,6 +73,8 @@ pub struct Decoded {
     /// One mapped frame for each distinct index, in order.
     pub frames: Vec<Vec<u8>>,
     pub way: Way,
+    /// Promised frames, and those decoded without faults.
+    pub completeness: Completeness,
 }
 
 /// Decodes one probed file.
@@ -90,31 +88,8 @@ pub struct Decoder<'a> {
     pub places: &'a DecoderPlaces,
     /// Counts what is decoded.
     pub trail: Trail,
-}
-
-/// What a run of ffmpeg reads.
-enum Input {
-    File { seek_seconds: Option<f64> },
-    Fed(Arc<Feed>),
-}
-
-/// One run of ffmpeg.
-struct Pass {
-    input: Input,
-    threads: usize,
-    select: Terms,
-    /// Decoding more frames than this is a failure.
-    max_decoded: usize,
-    /// Stop once all selected frames are out.
-    stop_early: bool,
-}
-
-/// What one run gave.
-struct PassOutput {
-    /// Mapped frames, in the order selected.
-    frames: Vec<Vec<u8>>,
-    /// pts of every frame decoded, in display order.
-    decoded: Vec<Option<i64>>,
+    /// Least share of the frames that must be decodable, 0 to 1.
+    pub min_decoded_share: f64,
 }
 
 impl Decoder<'_> {
@@ -122,16 +97,17 @@ impl Decoder<'_> {
     pub async fn sample(&self, sampling: &Sampling) -> Result<Decoded, MediaError> {
         let timeline = self.probe.timeline.clone();
         let indices = sampling.indices(&timeline)?;
+        let completeness = self.probe.completeness;
         if let Some(feed) = self.feed_plan(&indices).await {
-            let packets = feed.num_packets();
+            let way = Way::NeededPackets { packets: feed.num_packets() };
             if let Some(frames) = self.decode_fed(feed).await? {
-                return Ok(Decoded { timeline, indices, frames, way: Way::NeededPackets { packets } });
+                return Ok(Decoded { timeline, indices, frames, way, completeness });
             }
             tracing::info!("feeding the needed packets was not exact; decoding the whole video");
         } else if let Some(segments) = self.seek_plan(&indices).await {
-            let passes = segments.len();
+            let way = Way::Seeks { passes: segments.len() };
             if let Some(frames) = self.decode_segments(segments).await? {
-                return Ok(Decoded { timeline, indices, frames, way: Way::Seeks { passes } });
+                return Ok(Decoded { timeline, indices, frames, way, completeness });
             }
             tracing::info!(codec = self.probe.codec, "seeking was not exact; decoding the whole video");
         }
@@ -141,26 +117,42 @@ impl Decoder<'_> {
     /// The same frames by decoding everything.
     pub async fn sample_whole_file(&self, sampling: &Sampling) -> Result<Decoded, MediaError> {
         let mut timeline = self.probe.timeline.clone();
-        // The second pass is for videos whose packets promised another number of frames than the first pass saw.
+        let parts_missing = !self.probe.completeness.is_whole();
+        // The frames that the packets promise, then those that the first pass saw.
+        let mut seen: Option<Vec<SeenFrame>> = None;
         for passes in 1..=2 {
             let indices = sampling.indices(&timeline)?;
             let wanted = distinct(&indices);
-            let output = self
-                .run(Pass {
-                    input: Input::File { seek_seconds: None },
-                    threads: self.tools.threads,
-                    select: wanted.iter().map(|index| format!("eq(n,{index})")).collect(),
-                    max_decoded: usize::MAX,
-                    stop_early: false,
-                })
-                .await?;
-            let Some(output) = output.filter(|output| !output.decoded.is_empty()) else { break };
-            let PassOutput { frames, decoded } = output;
-            timeline = self.on_packets(move |packets| Arc::new(packets.decoded_timeline(&decoded))).await;
-            if frames.len() == wanted.len() && sampling.indices(&timeline)? == indices {
+            let picked = wanted.clone();
+            let pick = move |packets: &PacketTable| {
+                select_terms(&seen.unwrap_or_else(|| packets.promised_frames()), &picked)
+            };
+            let pass = Pass {
+                input: Input::File { seek_seconds: None },
+                threads: self.tools.threads,
+                select: self.on_packets(pick).await,
+                max_decoded: usize::MAX,
+                stop_early: false,
+            };
+            let output = self.run(pass).await?.filter(PassOutput::tells_of_the_video);
+            let Some(PassOutput { frames, surplus, log, .. }) = output else { break };
+            let completeness = self.probe.completeness.after_decoding(&log);
+            completeness.check(self.min_decoded_share)?;
+            let DecodeLog { decoded, selected, .. } = log;
+            let account = move |packets: &PacketTable| {
+                let seen = packets.seen_frames(&decoded, parts_missing);
+                let stamps: Vec<Option<i64>> = seen.iter().map(|frame| frame.pts).collect();
+                (Arc::new(packets.timeline_of(&stamps)), seen)
+            };
+            let (seen_timeline, seen_frames) = self.on_packets(account).await;
+            timeline = seen_timeline;
+            let given = wanted.iter().map(|&index| seen_frames.get(index).map(|frame| frame.number));
+            let exact = frames.len() == wanted.len() && !surplus && given.eq(selected);
+            if exact && sampling.indices(&timeline)? == indices {
                 let way = Way::WholeFile { passes };
-                return Ok(Decoded { timeline, indices, frames, way });
+                return Ok(Decoded { timeline, indices, frames, way, completeness });
             }
+            seen = Some(seen_frames);
         }
         Err(MediaError::Undecodable(
             "the video could not be decoded; check that it plays and send it again".into(),
@@ -189,9 +181,10 @@ impl Decoder<'_> {
         };
         let Some(output) = self.run(pass).await? else { return Ok(None) };
         let times = 0..=feed.wanted.last().map_or(0, |&last| last as i64);
-        let seen = output.decoded.iter().copied().take_while(|&time| time <= Some(*times.end()));
-        let exact = output.frames.len() == feed.wanted.len() && seen.eq(times.clone().map(Some));
-        Ok(exact.then_some(output.frames))
+        let seen = output.log.decoded.iter().copied().take_while(|&time| time <= Some(*times.end()));
+        let as_planned = seen.eq(times.clone().map(Some));
+        let wanted: Vec<i64> = feed.wanted.iter().map(|&time| time as i64).collect();
+        Ok(output.exactly(&wanted).filter(|_| as_planned))
     }
 
     async fn seek_plan(&self, indices: &[usize]) -> Option<Vec<Segment>> {
@@ -251,118 +244,27 @@ impl Decoder<'_> {
         };
         let Some(output) = self.run(pass).await? else { return Ok(None) };
         let last = segment.wanted.last().copied();
-        let seen = output.decoded.iter().filter(|&&pts| pts >= Some(segment.from_pts) && pts <= last);
-        let exact = output.frames.len() == segment.wanted.len()
-            && seen.copied().eq(segment.expected.iter().copied().map(Some));
-        Ok(exact.then_some(output.frames))
+        let seen = output.log.decoded.iter().filter(|&&pts| pts >= Some(segment.from_pts) && pts <= last);
+        let as_planned = seen.copied().eq(segment.expected.iter().copied().map(Some));
+        Ok(output.exactly(&segment.wanted).filter(|_| as_planned))
     }
+}
 
-    /// Runs ffmpeg, on the GPU if there is one for this; none if it failed or went over `max_decoded`.
-    async fn run(&self, pass: Pass) -> Result<Option<PassOutput>, MediaError> {
-        if let Some(gpu) = self.tools.gpu().filter(|_| self.probe.fits_gpu()) {
-            match self.run_once(&pass, Some(gpu)).await {
-                Ok(Some(output)) if output.frames.len() == pass.select.len() => return Ok(Some(output)),
-                _ => {
-                    tracing::info!(codec = self.probe.codec, "not decoded by the GPU; the processor does it")
-                }
-            }
-        }
-        self.run_once(&pass, None).await
-    }
-
-    async fn run_once(&self, pass: &Pass, gpu: Option<usize>) -> Result<Option<PassOutput>, MediaError> {
-        let wanted = pass.select.len();
-        let fed = match &pass.input {
-            Input::Fed(feed) => Some(feed.clone()),
-            Input::File { .. } => None,
-        };
-        let manner = Manner { fed: fed.is_some(), on_gpu: gpu.is_some() };
-        let running = self.tools.start_as(self.command(pass, gpu)?, manner)?;
-        let feeding = fed.zip(running.stdin).map(|(feed, stdin)| feed.give_to(stdin));
-        let feeding = async { OptionFuture::from(feeding).await.unwrap_or(Ok(())) };
-        let mut decoded = Vec::new();
-        let frames = self.read_frames(running.stdout, wanted);
-        let log = read_lines(running.stderr, |line| {
-            match shown_pts(line) {
-                Some(pts) => decoded.push(pts),
-                None if gpu.is_some() && NO_GPU.iter().any(|sign| line.contains(sign)) => {
-                    self.tools.give_up_gpu(line);
-                }
-                None if !line.starts_with(SHOWINFO) => tracing::trace!(line, "ffmpeg"),
-                None => {}
-            }
-            // Any error stops the pass; this one never leaves `run`.
-            if decoded.len() > pass.max_decoded { Err(overrun()) } else { Ok(()) }
-        });
-        let output = tokio::try_join!(frames, log, feeding);
-        self.trail.decoded_frames(decoded.len());
-        let (frames, (), ()) = match output {
-            Ok(output) => output,
-            Err(_) if decoded.len() > pass.max_decoded => return Ok(None),
-            Err(error) => return Err(error),
-        };
-        let status = finish(running.child).await?;
-        Ok((status.success() || !frames.is_empty()).then_some(PassOutput { frames, decoded }))
-    }
-
-    fn command(&self, pass: &Pass, gpu: Option<usize>) -> Result<std::process::Command, MediaError> {
-        let (width, height) = (self.probe.width, self.probe.height);
-        let mut command = self.tools.ffmpeg(pass.threads)?;
-        // Frames that cannot be right (decoding began too late for them) must not come out at all.
-        command.args(["-flags", "-output_corrupt", "-noautorotate", "-copyts"]);
-        if let Some(gpu) = gpu {
-            Tools::accelerate(&mut command, gpu);
-        }
-        match &pass.input {
-            Input::Fed(_) => {
-                command.args(["-f", Container::Matroska.demuxer(), "-i", "pipe:0"]);
-            }
-            Input::File { seek_seconds } => {
-                if let Some(seconds) = seek_seconds {
-                    // Absolute and inexact: `select` picks the frames, by the times the container gives them.
-                    command.args(["-seek_timestamp", "1", "-noaccurate_seek", "-ss"]);
-                    command.arg(format!("{seconds:.6}"));
-                }
-                command.args(["-f", self.probe.container.demuxer(), "-i"]).arg(file_url(self.file));
-            }
-        }
-        let select = format!("select='{}'", pass.select.join("+"));
-        // A stream may change its size midway: the pipe's frames may not.
-        let scale = format!("scale={width}:{height}:flags=bicubic");
-        let mut filters = vec!["showinfo=checksum=0", &select];
-        if gpu.is_some() {
-            // A GPU's pictures have their colours interleaved. Put apart, they take the same way to RGB as others.
-            filters.push(GPU_PIXEL_FORMAT);
-        }
-        filters.extend(self.probe.orientation.filters);
-        filters.extend([scale.as_str(), "format=rgb24"]);
-        // A feed has one stream.
-        let stream = if matches!(pass.input, Input::Fed(_)) { 0 } else { self.probe.stream_index };
-        command.args(["-map", &format!("0:{stream}"), "-an", "-sn", "-dn", "-vf", &filters.join(",")]);
-        if pass.stop_early {
-            command.args(["-frames:v", &pass.select.len().to_string()]);
-        }
-        command.args(["-fps_mode", "passthrough", "-f", "rawvideo", "pipe:1"]);
-        Ok(command)
-    }
-
-    /// Reads at most `wanted` frames and maps each while the next one is read. Takes the pipe, so that a decoder
-    /// with more to say fails instead of waiting for a reader.
-    async fn read_frames(&self, mut stdout: ChildStdout, wanted: usize) -> Result<Vec<Vec<u8>>, MediaError> {
-        let frame_bytes = self.probe.width * self.probe.height * 3;
-        let mut frames = Vec::with_capacity(wanted);
-        let mut mapping: Option<JoinHandle<Vec<u8>>> = None;
-        loop {
-            let frame = read_frame(&mut stdout, frame_bytes).await?;
-            if let Some(mapping) = mapping.take() {
-                frames.push(mapping.await.expect("frames are mapped without panics: this is a bug"));
-            }
-            match frame {
-                Some(frame) if frames.len() < wanted => mapping = Some(self.map.start(frame)),
-                _ => return Ok(frames),
-            }
+/// Picks the frames at positions `wanted` (ascending) of `seen` by their pts; by their number in the
+/// decoder's output if another frame has the same pts.
+fn select_terms(seen: &[SeenFrame], wanted: &[usize]) -> Terms {
+    let pts = |index: &usize| seen.get(*index).and_then(|frame| frame.pts);
+    let mut uses: BTreeMap<i64, usize> = wanted.iter().filter_map(pts).map(|pts| (pts, 0)).collect();
+    for pts in seen.iter().filter_map(|frame| frame.pts) {
+        if let Some(uses) = uses.get_mut(&pts) {
+            *uses += 1;
         }
     }
+    let term = |index: &usize| match pts(index) {
+        Some(pts) if uses.get(&pts) == Some(&1) => format!("eq(pts,{pts})"),
+        _ => format!("eq(n,{})", seen.get(*index).map_or(*index, |frame| frame.number)),
+    };
+    wanted.iter().map(term).collect()
 }
 
 /// Passes that may hold frames of so many bytes at the same time, at least one.
@@ -370,32 +272,10 @@ fn most_passes(frame_bytes: usize) -> usize {
     (MAX_PASS_FRAMES_BYTES / (2 * frame_bytes).max(1)).max(1)
 }
 
-/// One whole frame; none at the end of the output (a started frame is dropped: the pass is then short of one).
-async fn read_frame(stdout: &mut ChildStdout, bytes: usize) -> Result<Option<Vec<u8>>, MediaError> {
-    let mut frame = Vec::with_capacity(bytes);
-    let mut rest = stdout.take(bytes as u64);
-    while frame.len() < bytes {
-        if rest.read_buf(&mut frame).await.map_err(|error| pipe_failed(&error))? == 0 {
-            return Ok(None);
-        }
-    }
-    Ok(Some(frame))
-}
-
-/// The pts in a line of `showinfo`: `… n:   0 pts:   512 pts_time:0.04 …` (`pts:NOPTS` if it has none).
-fn shown_pts(line: &str) -> Option<Option<i64>> {
-    let (head, rest) = line.strip_prefix(SHOWINFO)?.split_once(" pts:")?;
-    head.contains(" n:").then(|| rest.split_whitespace().next().and_then(|pts| pts.parse().ok()))
-}
-
 fn distinct(indices: &[usize]) -> Vec<usize> {
     let mut distinct = indices.to_vec();
     distinct.dedup();
     distinct
-}
-
-fn overrun() -> MediaError {
-    MediaError::Internal("the decoder went past its plan: this is a bug".into())
 }
 
 #[cfg(test)]
@@ -411,12 +291,11 @@ mod tests {
     }
 
     #[test]
-    fn frame_times_are_read_from_the_log() {
-        let line = "[Parsed_showinfo_0 @ 0x5623] [info] n:   7 pts:  -512 pts_time:-0.04 pos: 48 fmt:yuv420p";
-        assert_eq!(shown_pts(line), Some(Some(-512)));
-        let missing = "[Parsed_showinfo_0 @ 0x5623] [info] n:   7 pts:NOPTS   pts_time:NOPTS";
-        assert_eq!(shown_pts(missing), Some(None));
-        assert_eq!(shown_pts("[Parsed_showinfo_0 @ 0x5623] [info] config in time_base: 1/1000"), None);
-        assert_eq!(shown_pts("[h264 @ 0x5] [error] n: 1 pts: 2"), None);
+    fn frames_are_picked_by_time_where_that_tells_them_apart() {
+        let stamps = [Some(-40), Some(0), Some(40), Some(40), None];
+        let frame = |(index, &pts)| SeenFrame { number: index + 100, pts };
+        let seen: Vec<SeenFrame> = stamps.iter().enumerate().map(frame).collect();
+        let terms = select_terms(&seen, &[0, 2, 3, 4]);
+        assert_eq!(terms, ["eq(pts,-40)", "eq(n,102)", "eq(n,103)", "eq(n,104)"]);
     }
 }

@@ -75,6 +75,7 @@ pub struct Tools {
     sandbox: Sandbox,
     hwaccel: HwAccel,
     gpu_failed: Arc<AtomicBool>,
+    has_no_fps_mode: Arc<AtomicBool>,
 }
 
 impl Tools {
@@ -89,6 +90,7 @@ impl Tools {
             sandbox: Sandbox::new(config.max_decoder_memory_bytes, config.decode_timeout, threads),
             hwaccel: config.hwaccel,
             gpu_failed: Arc::default(),
+            has_no_fps_mode: Arc::default(),
         }
     }
 
@@ -125,6 +127,17 @@ impl Tools {
     /// Lets the GPU decode the input that comes next. Frames come back to the processor's memory.
     pub fn accelerate(command: &mut Command, gpu: usize) {
         command.args(["-hwaccel", "cuda", "-hwaccel_device", &gpu.to_string()]);
+    }
+
+    /// Output options that give every frame out once, in the words of this ffmpeg.
+    pub fn passthrough(&self) -> [&'static str; 2] {
+        let old = self.has_no_fps_mode.load(Ordering::Relaxed);
+        [if old { "-vsync" } else { "-fps_mode" }, "passthrough"]
+    }
+
+    /// Remembers that this ffmpeg is older than 5.1, which brought the option `-fps_mode`.
+    pub fn give_up_fps_mode(&self) {
+        self.has_no_fps_mode.store(true, Ordering::Relaxed);
     }
 
     /// The GPU that decodes, unless it was found that it cannot.

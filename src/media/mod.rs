@@ -4,10 +4,15 @@
 
 mod address;
 mod caller;
+mod claims;
+mod clock;
+mod completeness;
 mod container;
 mod content;
 mod data_url;
 mod decode;
+mod decode_log;
+mod decode_pass;
 mod error;
 mod fetch;
 pub mod ffmpeg;
@@ -19,6 +24,7 @@ mod inflate;
 mod local_file;
 mod mp4_boxes;
 mod named_media;
+mod orientation;
 mod packet_feed;
 mod packet_list;
 mod packet_table;
@@ -32,6 +38,8 @@ mod selection;
 mod source;
 mod streams;
 mod tools;
+mod truncated_pictures;
+mod video_info;
 mod video_source;
 
 use std::{sync::Arc, time::Instant};
@@ -43,10 +51,10 @@ use utoipa::ToSchema;
 
 use self::{
     content::Content,
-    decode::{Decoded, Decoder, FrameMap},
+    decode::{Decoder, FrameMap},
     ffmpeg::Tools,
     frame_cache::FrameCache,
-    frame_sampling::{Applied, Sampling},
+    frame_sampling::Sampling,
     local_file::LocalFile,
     pictures::PictureSource,
     pixels::Resizer,
@@ -54,6 +62,7 @@ use self::{
     probe::Probe,
     selection::{PictureList, Selection},
     source::{Fetched, SourceReader},
+    video_info::video_info,
 };
 use crate::{
     config::MediaConfig,
@@ -89,8 +98,18 @@ pub struct FrameSampling {
 /// What was sampled, for the reply's `video` object.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, ToSchema)]
 pub struct VideoInfo {
-    /// Frames of the video stream, or pictures of a list.
+    /// Frames of the video stream that are sampled from, or pictures of a list.
     pub source_frames: usize,
+    /// Frames that the source promises. More than `decoded_frames` where a part of it did not
+    /// arrive or is damaged; then an estimate by bytes in containers that do not count their
+    /// frames.
+    pub promised_frames: usize,
+    /// Frames that can be decoded whole, as far as is known: a damaged frame that was not needed
+    /// may not be noticed.
+    pub decoded_frames: usize,
+    /// Share of the promised content that can be decoded, 0 to 1: frames of a video, rows of
+    /// pictures. Requests below one half are refused.
+    pub decoded_share: f64,
     /// Seconds from the file's start to the end of its last frame; null for a list of frames
     /// without times.
     pub duration: Option<f64>,
@@ -257,7 +276,8 @@ impl MediaLoader {
         load: impl Future<Output = Result<VideoFrames, MediaError>>,
         trail: &Trail,
     ) -> Result<Arc<VideoFrames>, MediaError> {
-        let (frames, fresh) = self.cache.get_or_load(digest, async { load.await.map(Arc::new) }).await?;
+        let (frames, fresh) =
+            self.cache.get_or_load(digest, Box::pin(async { load.await.map(Arc::new) })).await?;
         trail.frame_cache(!fresh);
         Ok(frames)
     }
@@ -294,7 +314,8 @@ impl MediaLoader {
     /// To be used by who has a place.
     fn decoder<'a>(&'a self, video: &'a LocalFile, probe: &'a Probe, map: FrameMap) -> Decoder<'a> {
         let (tools, places) = (&self.tools, &self.places);
-        Decoder { tools, file: video.path(), probe, map, places, trail: Trail::default() }
+        let min_decoded_share = self.config.min_decoded_share;
+        Decoder { tools, file: video.path(), probe, map, places, trail: Trail::default(), min_decoded_share }
     }
 
     /// Waits for a place among the decoders, then gives `work` its time.
@@ -351,26 +372,4 @@ fn repeated(frames: &[Vec<u8>], indices: &[usize]) -> Arc<[u8]> {
         rgb.extend_from_slice(&frames[frame]);
     }
     rgb.into()
-}
-
-fn video_info(probe: &Probe, decoded: &Decoded, sampling: &Sampling) -> VideoInfo {
-    let timeline = &decoded.timeline;
-    VideoInfo {
-        source_frames: timeline.times.len(),
-        duration: Some(timeline.duration),
-        width: probe.width,
-        height: probe.height,
-        container: probe.container.name().to_owned(),
-        codec: probe.codec.clone(),
-        ignored_streams: probe.ignored_streams.clone(),
-        sampled_timestamps: decoded.indices.iter().map(|&index| timeline.times[index]).collect(),
-        ..applied(sampling.applied(), decoded.indices.clone())
-    }
-}
-
-/// What is said of the sampling alone.
-fn applied(applied: Applied, sampled_indices: Vec<usize>) -> VideoInfo {
-    let Applied { fps, max_frames, start, end } = applied;
-    let num_frames = sampled_indices.len();
-    VideoInfo { num_frames, fps, max_frames, start, end, sampled_indices, ..VideoInfo::default() }
 }

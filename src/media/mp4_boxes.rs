@@ -36,8 +36,19 @@ pub fn display_matrix(file: &File, id: u32) -> Option<Matrix> {
     Some(product(&track.matrix, &matrix_at(&header, 4 + times + 16)?))
 }
 
+/// Returns the number of samples in the index of track `id` (ISO/IEC 14496-12, 8.7.3).
+pub fn sample_count(file: &File, id: u32) -> Option<usize> {
+    let track = tracks(file)?.into_iter().find(|track| track.id == id)?;
+    let table = track.span.only(file, b"mdia")?.only(file, b"minf")?.only(file, b"stbl")?;
+    let sizes = table.only(file, b"stsz").or_else(|| table.only(file, b"stz2"))?;
+    // Version and flags, then the size of all samples or of a field.
+    let mut count = [0; 4];
+    file.read_exact_at(&mut count, sizes.start + 8).ok()?;
+    usize::try_from(u32::from_be_bytes(count)).ok()
+}
+
 fn movie(file: &File) -> Option<Span> {
-    Span { start: 0, end: file.metadata().ok()?.len() }.only(file, b"moov")
+    Span::whole(file)?.only(file, b"moov")
 }
 
 impl TrackBox {
@@ -80,6 +91,25 @@ pub struct Span {
 }
 
 impl Span {
+    /// Returns the whole file.
+    pub fn whole(file: &File) -> Option<Self> {
+        Some(Span { start: 0, end: file.metadata().ok()?.len() })
+    }
+
+    /// Returns the media boxes of the video tracks of a movie box.
+    pub fn video_media(&self, file: &File) -> Option<Vec<Span>> {
+        let mut videos = Vec::new();
+        for (kind, track) in self.boxes(file)? {
+            let Some(media) = track.only(file, b"mdia").filter(|_| &kind == b"trak") else { continue };
+            let Some(handler) = media.only(file, b"hdlr") else { continue };
+            let mut handles = [0; 4];
+            if file.read_exact_at(&mut handles, handler.start + 8).is_ok() && &handles == b"vide" {
+                videos.push(media);
+            }
+        }
+        Some(videos)
+    }
+
     /// Returns the boxes of this level (ISO/IEC 14496-12, 4.2); `None` if they do not fit or are
     /// too many.
     pub fn boxes(&self, file: &File) -> Option<Vec<([u8; 4], Span)>> {

@@ -3,7 +3,9 @@
 //! Made by `probe.rs`, read by `decode.rs`. What it says about frames is a prediction (hidden frames, damaged
 //! packets and leading pictures make the decoder disagree): `decode.rs` must check every frame against the decoder.
 
-use super::frame_sampling::Timeline;
+use std::collections::HashSet;
+
+use super::{clock::Clock, frame_sampling::Timeline};
 
 /// Starting a process costs about as much as decoding this many pixels (measured: 65 ms against 420 Mpixel/s of H.264
 /// on one thread).
@@ -12,10 +14,11 @@ const PROCESS_START_PIXELS: usize = 27_000_000;
 const SEEK_BACKOFF_SECONDS: f64 = 0.14;
 /// Transport streams have no index: decoding starts at any packet this long before the keyframe.
 const UNINDEXED_LEAD_SECONDS: f64 = 0.5;
-/// Longest duration of a last frame that is believed, unless another frame is as long.
-const MAX_LAST_FRAME_SECONDS: f64 = 10.0;
 /// Frames beyond the plan that a decoder may go through before the plan counts as failed.
 const OVERRUN_SLACK: usize = 64;
+/// Most places between a frame's positions in decoding and in display order: twice what H.264 and
+/// HEVC allow.
+const MAX_REORDERING: usize = 32;
 
 /// One packet of the video stream; times in units of the time base.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -35,16 +38,22 @@ pub struct Packet {
 #[derive(Debug)]
 pub struct PacketTable {
     packets: Vec<Packet>,
-    /// (numerator, denominator) of a time unit in seconds.
-    time_base: (u32, u32),
-    /// Frames a second, where times are missing.
-    nominal_rate: f64,
-    /// Shown frames in display order: (pts, position in `packets`). None: times are missing, doubled or unusable.
+    clock: Clock,
+    /// Stamps of the shown frames in display order, as far as packets tell that order.
+    shown: Vec<Option<i64>>,
+    /// Shown frames in display order: (pts, position in `packets`). None: times are missing or
+    /// unusable.
     display: Option<Vec<(i64, usize)>>,
     /// Usable starting points: positions of shown keyframes, ascending.
     keys: Vec<usize>,
-    /// Container time that players show as 0, seconds; none: the time of the first frame.
-    zero: Option<f64>,
+}
+
+/// A frame of the decoder's output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SeenFrame {
+    /// Position in the output.
+    pub number: usize,
+    pub pts: Option<i64>,
 }
 
 /// One run of the decoder: from a keyframe to the last frame wanted of it.
@@ -74,92 +83,51 @@ pub struct NeededGroup<'a> {
 }
 
 impl PacketTable {
-    /// `nominal_rate` is in frames a second.
-    pub fn new(
-        mut packets: Vec<Packet>,
-        time_base: (u32, u32),
-        nominal_rate: f64,
-        has_b_frames: bool,
-    ) -> Self {
+    /// Finds the display order of `packets`, given in decoding order.
+    pub fn new(mut packets: Vec<Packet>, clock: Clock, has_b_frames: bool) -> Self {
         // AVI stores decoding times only; without reordering they are the display times.
         if !has_b_frames && packets.iter().all(|packet| packet.pts.is_none()) {
             packets.iter_mut().for_each(|packet| packet.pts = packet.dts);
         }
-        let display = display_order(&packets);
+        let order = display_order(&packets);
+        let display = order.usable_display(&packets);
         let usable = |packet: &Packet| packet.key && !packet.discard && packet.pts.is_some();
         let keys = (0..packets.len()).filter(|&position| usable(&packets[position])).collect();
-        PacketTable { packets, time_base, nominal_rate, display, keys, zero: None }
+        PacketTable { packets, clock, shown: order.stamps, display, keys }
     }
 
-    /// Sets the start of the file: `container_start` is the earliest start of all streams, seconds,
-    /// from where players count. A negative start is audio encoder priming, which players drop.
-    pub fn starting_at(mut self, container_start: Option<f64>) -> Self {
-        // Without a pts on the first packet (AVI with B-frames), the clock of decoded frames is a guess.
-        let is_timed = self.packets.first().is_some_and(|packet| packet.pts.is_some());
-        self.zero = container_start.filter(|_| is_timed).map(|start| start.max(0.0));
-        self
+    /// Returns the frames that the packets promise, in display order.
+    pub fn promised_frames(&self) -> Vec<SeenFrame> {
+        self.shown.iter().enumerate().map(|(number, &pts)| SeenFrame { number, pts }).collect()
     }
 
-    /// Frames that will be shown.
-    pub fn num_shown(&self) -> usize {
-        self.packets.iter().filter(|packet| !packet.discard).count()
+    /// Returns the decoded frames that may be sampled, in display order. With `parts_missing` those are
+    /// the frames of known packets: a packet that is cut off gives a frame with a part of its picture.
+    pub fn seen_frames(&self, decoded: &[Option<i64>], parts_missing: bool) -> Vec<SeenFrame> {
+        let seen = decoded.iter().enumerate().map(|(number, &pts)| SeenFrame { number, pts });
+        let known: HashSet<Option<i64>> = match parts_missing {
+            true => self.shown.iter().copied().collect(),
+            false => HashSet::new(),
+        };
+        let of_known: Vec<SeenFrame> = seen.clone().filter(|frame| known.contains(&frame.pts)).collect();
+        // A decoder with other times than the container tells nothing of packets.
+        if of_known.len() * 2 > decoded.len() { of_known } else { seen.collect() }
     }
 
-    /// When the frames are shown, as far as the packets tell.
+    /// Returns the times at which frames are shown, as far as the packets tell.
     pub fn timeline(&self) -> Timeline {
-        match &self.display {
-            Some(display) => self.timeline_of(display.iter().map(|&(pts, _)| pts).collect()),
-            None => self.nominal_timeline(self.num_shown()),
-        }
+        self.timeline_of(&self.shown)
     }
 
-    /// The timeline of frames that were really decoded.
-    pub fn decoded_timeline(&self, decoded: &[Option<i64>]) -> Timeline {
-        let times: Option<Vec<i64>> = decoded.iter().copied().collect();
-        match times {
-            Some(times) if !times.is_empty() && times.is_sorted_by(|a, b| a < b) => self.timeline_of(times),
-            _ => self.nominal_timeline(decoded.len()),
-        }
-    }
-
-    fn timeline_of(&self, pts: Vec<i64>) -> Timeline {
-        let Some(&first) = pts.first() else { return self.nominal_timeline(0) };
-        let last_seconds = self.last_frame_seconds(&pts);
-        let offset = self.offset(first);
-        let times: Vec<f64> =
-            pts.iter().map(|&pts| offset + self.seconds((pts as i128 - first as i128) as f64)).collect();
-        let duration = times[times.len() - 1] + last_seconds;
-        Timeline { times, duration }
-    }
-
-    /// Returns the duration of the last of the frames at `pts` (not empty), seconds. Some demuxers
-    /// stretch it to the duration that the container claims: a value far above that of every other
-    /// frame is not used.
-    fn last_frame_seconds(&self, pts: &[i64]) -> f64 {
-        let last = pts.last().copied();
-        let stored =
-            self.packets.iter().find(|packet| packet.pts == last).map_or(0, |packet| packet.duration);
-        let stored = self.seconds(stored as f64);
-        let gaps = pts.windows(2).map(|pair| (pair[1] as i128 - pair[0] as i128) as f64);
-        let longest = gaps.fold(0.0, f64::max);
-        let bound = self.seconds(longest).max(MAX_LAST_FRAME_SECONDS);
-        if stored > 0.0 && stored <= bound { stored } else { 1.0 / self.nominal_rate }
-    }
-
-    fn nominal_timeline(&self, frames: usize) -> Timeline {
-        let offset =
-            self.packets.iter().find_map(|packet| packet.pts).map_or(0.0, |first| self.offset(first));
-        let times = (0..frames).map(|index| offset + index as f64 / self.nominal_rate).collect();
-        Timeline { times, duration: offset + frames as f64 / self.nominal_rate }
-    }
-
-    /// Returns the seconds from the file's start, as players count, to its first frame.
-    fn offset(&self, first_pts: i64) -> f64 {
-        self.zero.map_or(0.0, |zero| (self.seconds(first_pts as f64) - zero).max(0.0))
+    /// Returns the timeline of frames with these stamps, in display order.
+    pub fn timeline_of(&self, stamps: &[Option<i64>]) -> Timeline {
+        let last = stamps.last().copied().flatten();
+        let stored = self.packets.iter().find(|packet| packet.pts == last && last.is_some());
+        self.clock.timeline(stamps, stored.map_or(0, |packet| packet.duration))
     }
 
     fn seconds(&self, units: f64) -> f64 {
-        units * f64::from(self.time_base.0) / f64::from(self.time_base.1)
+        self.clock.seconds(units)
     }
 
     /// A way to the frames at display indices `wanted` (ascending, distinct) that is clearly cheaper than decoding
@@ -169,7 +137,7 @@ impl PacketTable {
         let process_start = (PROCESS_START_PIXELS / pixels.max(1)).clamp(4, 400);
         let mut segments: Vec<Segment> = Vec::new();
         for &index in wanted {
-            let &(pts, position) = display.get(index)?;
+            let (pts, position) = only_of_its_time(display, index)?;
             let key = self.key_before(position, pts)?;
             match segments.last_mut() {
                 // Decoding on costs no more than starting anew.
@@ -215,7 +183,7 @@ impl PacketTable {
         // (keyframe, last packet, wanted pts)
         let mut groups: Vec<(usize, usize, Vec<i64>)> = Vec::new();
         for &index in wanted {
-            let &(pts, position) = display.get(index)?;
+            let (pts, position) = only_of_its_time(display, index)?;
             let key = self.key_before(position, pts)?;
             match groups.last_mut() {
                 Some((_, end, wanted)) if key <= *end => {
@@ -263,20 +231,82 @@ impl PacketTable {
     }
 }
 
-/// Shown frames by pts, if every one has a pts of its own and decoding can start at the first packet.
-fn display_order(packets: &[Packet]) -> Option<Vec<(i64, usize)>> {
-    let mut display = Vec::with_capacity(packets.len());
+/// The shown frame at a display index, if no other has its pts: frames are picked by pts.
+fn only_of_its_time(display: &[(i64, usize)], index: usize) -> Option<(i64, usize)> {
+    let &(pts, position) = display.get(index)?;
+    let same = |neighbor: Option<usize>| neighbor.and_then(|at| display.get(at)).is_some_and(|f| f.0 == pts);
+    (!same(index.checked_sub(1)) && !same(index.checked_add(1))).then_some((pts, position))
+}
+
+/// Shown packets in display order.
+struct DisplayOrder {
+    /// Positions among the packets.
+    positions: Vec<usize>,
+    /// None: missing, or so far from its neighbors' that it cannot be right.
+    stamps: Vec<Option<i64>>,
+    /// No decoding time goes back, and no pts is far from those of its neighbors in the file.
+    plain: bool,
+}
+
+impl DisplayOrder {
+    /// (pts, position in `packets`), if every frame has a usable pts and decoding can start at the
+    /// first packet.
+    fn usable_display(&self, packets: &[Packet]) -> Option<Vec<(i64, usize)>> {
+        // Pictures before the first keyframe, in either order, are dropped by some decoders.
+        let start = packets.first().filter(|packet| packet.key)?.pts?;
+        if !self.plain || packets.iter().any(|packet| packet.pts.is_none()) {
+            return None;
+        }
+        let pairs = self.stamps.iter().zip(&self.positions);
+        let display: Vec<(i64, usize)> =
+            pairs.map(|(stamp, &position)| Some(((*stamp)?, position))).collect::<Option<_>>()?;
+        (display.first()?.0 >= start).then_some(display)
+    }
+}
+
+/// Sorts shown packets by pts, between one restart of the clock and the next. A pts that moves its
+/// frame far away is wrong.
+fn display_order(packets: &[Packet]) -> DisplayOrder {
+    let mut stamps: Vec<Option<i64>> = packets.iter().map(|packet| packet.pts).collect();
+    let (mut positions, restarts) = sorted_by_stamp(packets, &stamps);
+    let far = moved_far(&positions);
+    let plain = restarts == 0 && far.is_empty();
+    if !far.is_empty() {
+        far.into_iter().for_each(|position| stamps[position] = None);
+        (positions, _) = sorted_by_stamp(packets, &stamps);
+    }
+    let stamps = positions.iter().map(|&position| stamps[position]).collect();
+    DisplayOrder { positions, stamps, plain }
+}
+
+/// Returns the sorted `positions` that are farther from their place in the file than reordering
+/// explains.
+fn moved_far(positions: &[usize]) -> Vec<usize> {
+    let mut in_file = positions.to_vec();
+    in_file.sort_unstable();
+    let place = |position: &usize| in_file.binary_search(position).unwrap_or(0);
+    let ranked = positions.iter().enumerate();
+    let far = ranked.filter(|(rank, position)| rank.abs_diff(place(position)) > MAX_REORDERING);
+    far.map(|(_, &position)| position).collect()
+}
+
+/// Positions of shown packets in display order, and how often the decoding times go back.
+fn sorted_by_stamp(packets: &[Packet], stamps: &[Option<i64>]) -> (Vec<usize>, usize) {
+    // (restarts of the clock before it, pts or a stand-in, position)
+    let mut keyed: Vec<(usize, i64, usize)> = Vec::with_capacity(packets.len());
+    let (mut restarts, mut last_dts, mut last_stamp) = (0, None, i64::MIN);
     for (position, packet) in packets.iter().enumerate() {
-        let pts = packet.pts?;
+        if packet.dts.is_some() {
+            restarts += usize::from(packet.dts < last_dts);
+            last_dts = packet.dts;
+        }
+        last_stamp = stamps[position].or(packet.dts).unwrap_or(last_stamp);
         if !packet.discard {
-            display.push((pts, position));
+            keyed.push((restarts, last_stamp, position));
         }
     }
-    // Pictures before the first keyframe, in either order, are dropped by some decoders.
-    let start = packets.first().filter(|packet| packet.key)?.pts?;
-    display.sort_unstable();
-    let distinct = display.windows(2).all(|pair| pair[0].0 < pair[1].0);
-    (distinct && display.first()?.0 >= start).then_some(display)
+    keyed.sort_unstable();
+    (keyed.into_iter().map(|(_, _, position)| position).collect(), restarts)
 }
 
 #[cfg(test)]
@@ -316,8 +346,11 @@ mod tests {
         order
     }
 
+    const CLOCK: Clock =
+        Clock { time_base: (1, 1000), nominal_rate: 25.0, may_jump: false, file_start: None };
+
     fn table(packets: Vec<Packet>) -> PacketTable {
-        PacketTable::new(packets, (1, 1000), 25.0, true)
+        PacketTable::new(packets, CLOCK, true)
     }
 
     #[test]
@@ -326,17 +359,6 @@ mod tests {
         assert_eq!(timeline.times.len(), 20);
         assert!(timeline.times.iter().enumerate().all(|(i, &t)| (t - i as f64 * 0.04).abs() < 1e-9));
         assert!((timeline.duration - 0.8).abs() < 1e-9);
-    }
-
-    #[test]
-    fn a_last_frame_that_is_stretched_to_the_claimed_length_is_not_believed() {
-        let duration = |last: i64| {
-            let mut packets = stream(2, 10);
-            packets.iter_mut().find(|packet| packet.pts == Some(19 * 40 + 80)).unwrap().duration = last;
-            table(packets).timeline().duration
-        };
-        assert!((duration(5000) - 5.76).abs() < 1e-9, "a picture held at the end");
-        assert!((duration(40_000_000) - 0.8).abs() < 1e-9);
     }
 
     #[test]
@@ -379,17 +401,70 @@ mod tests {
         };
         assert!(broken(|_| ()).is_some());
         assert_eq!(broken(|packets| packets[7].pts = None), None);
-        assert_eq!(broken(|packets| packets[7].pts = packets[8].pts), None);
+        assert_eq!(
+            broken(|packets| packets[5001].pts = packets[5000].pts),
+            None,
+            "two frames of the time wanted"
+        );
+        assert_eq!(broken(|packets| packets[5000].pts = Some(i64::MAX)), None);
+        assert!(
+            broken(|packets| packets[7].pts = packets[8].pts).is_some(),
+            "two frames of a time elsewhere"
+        );
         assert_eq!(broken(|packets| packets[0].key = false), None);
         assert_eq!(broken(|packets| packets[1].pts = Some(-1)), None);
+    }
+
+    #[test]
+    fn times_that_repeat_or_restart_are_repaired_at_their_place() {
+        let seconds = |packets: Vec<Packet>| table(packets).timeline();
+        let plain = seconds(stream(4, 50));
+        let mut doubled = stream(4, 50);
+        doubled[100].pts = doubled[100].pts.map(|pts| pts - 40);
+        let times = seconds(doubled).times;
+        let changed: Vec<usize> = (0..200).filter(|&index| times[index] != plain.times[index]).collect();
+        assert_eq!((changed, times[100]), (vec![100], times[99]));
+        for restart in [0, 3000] {
+            let mut packets = stream(4, 50);
+            for packet in &mut packets[100..] {
+                packet.pts = packet.pts.map(|pts| pts - 4000 + restart);
+                packet.dts = packet.dts.map(|dts| dts - 4000 + restart);
+            }
+            let repaired = seconds(packets);
+            assert_eq!(repaired.times.len(), 200);
+            assert!(repaired.times.iter().zip(&plain.times).all(|(a, b)| (a - b).abs() < 1e-9), "{restart}");
+        }
+        let mut spike = stream(4, 50);
+        spike[103].pts = Some(1 << 50);
+        spike[153].pts = None;
+        let repaired = seconds(spike);
+        assert!(repaired.times.iter().zip(&plain.times).all(|(a, b)| (a - b).abs() < 0.081), "{repaired:?}");
+        assert!((repaired.duration - 8.0).abs() < 1e-9);
+    }
+
+    #[test]
+    fn frames_of_packets_that_are_cut_off_are_not_sampled() {
+        let table = table(stream(1, 10));
+        let decoded: Vec<Option<i64>> = (0..11).map(|frame| Some(frame * 40 + 80)).collect();
+        let numbers = |decoded: &[Option<i64>], parts_missing| {
+            let seen = table.seen_frames(decoded, parts_missing);
+            seen.iter().map(|frame| frame.number).collect::<Vec<_>>()
+        };
+        assert_eq!(numbers(&decoded, true), (0..10).collect::<Vec<_>>());
+        assert_eq!(numbers(&decoded, false), (0..11).collect::<Vec<_>>());
+        assert_eq!(
+            numbers(&[None; 11], true),
+            (0..11).collect::<Vec<_>>(),
+            "other times than the container's"
+        );
     }
 
     #[test]
     fn decoding_times_stand_in_only_without_reordering() {
         let mut packets = stream(2, 10);
         packets.iter_mut().for_each(|packet| packet.pts = None);
-        assert!(PacketTable::new(packets.clone(), (1, 1000), 25.0, true).display.is_none());
-        assert!(PacketTable::new(packets, (1, 1000), 25.0, false).display.is_some());
+        assert!(PacketTable::new(packets.clone(), CLOCK, true).display.is_none());
+        assert!(PacketTable::new(packets, CLOCK, false).display.is_some());
     }
 
     #[test]

@@ -6,12 +6,13 @@
 use std::sync::Arc;
 
 use super::{
-    Caller, MediaError, MediaLoader, VideoFrames, VideoInfo, applied,
+    Caller, MediaError, MediaLoader, VideoFrames, VideoInfo,
     content::{self, Content},
     local_file::LocalFile,
     pictures::{CancelOnDrop, PictureDecoder, PictureSource, Pictures},
     repeated,
     selection::Selection,
+    video_info::applied,
 };
 use crate::telemetry::{Stage, Trail};
 
@@ -68,11 +69,14 @@ impl MediaLoader {
             })?
         };
         let decoded = trail.time(Stage::Decode, decode).await?;
-        let Pictures { frames, width, height, codec, resizing } = decoded;
+        let Pictures { frames, width, height, codec, decoded_share, resizing } = decoded;
         trail.decoded_frames(frames.len());
         resizing.run(Stage::Resize).into_iter().for_each(|run| trail.push(run));
         let info = VideoInfo {
             source_frames: selection.source_frames,
+            promised_frames: selection.source_frames,
+            decoded_frames: selection.source_frames,
+            decoded_share,
             duration: selection.duration,
             width,
             height,

@@ -29,6 +29,7 @@ use super::{
     content::{self, Animation, Content},
     local_file::LocalFile,
     pixels::Resizer,
+    truncated_pictures::{Truncated, rows_share},
 };
 use crate::{config::MediaConfig, telemetry::PieceTimer};
 
@@ -50,6 +51,8 @@ pub struct Pictures {
     pub height: usize,
     /// The first one's format.
     pub codec: &'static str,
+    /// Share of the rows of all pictures that arrived, 0 to 1.
+    pub decoded_share: f64,
     pub resizing: PieceTimer,
 }
 
@@ -90,6 +93,14 @@ impl PictureSource {
     }
 }
 
+/// A decoded still image.
+struct Still {
+    picture: RgbImage,
+    codec: &'static str,
+    /// Share of its rows that arrived, 0 to 1.
+    rows_share: f64,
+}
+
 /// A decoder of pictures, one after the other.
 #[derive(Debug)]
 pub struct PictureDecoder {
@@ -108,20 +119,23 @@ impl PictureDecoder {
         let mut collector = Collector::new(self.image_size);
         if let PictureSource::Animation(file, animation) = source {
             self.read_frames(file, animation, wanted, &mut collector)?;
+            collector.pictures.decoded_share = 1.0;
             return Ok(collector.pictures);
         }
         let files = source.files();
         for &number in wanted {
             self.check_cancelled()?;
             let read = self.read(&files[number]);
-            let (picture, codec) = read.map_err(|error| named(error, number, files.len()))?;
+            let Still { picture, codec, rows_share } =
+                read.map_err(|error| named(error, number, files.len()))?;
+            collector.pictures.decoded_share += rows_share / wanted.len() as f64;
             collector.push(&picture, codec);
         }
         Ok(collector.pictures)
     }
 
     /// Decodes a still image as viewers show it: rotated by its metadata, on white.
-    fn read(&self, file: &LocalFile) -> Result<(RgbImage, &'static str), MediaError> {
+    fn read(&self, file: &LocalFile) -> Result<Still, MediaError> {
         let bytes = read_file(file)?;
         let Some((format, codec)) = format(&bytes) else { return Err(unsupported()) };
         if let Content::Animation(animation) = content::of(file, &self.config)? {
@@ -131,15 +145,24 @@ impl PictureDecoder {
                 animation.name()
             )));
         }
-        let mut reader = ImageReader::with_format(Cursor::new(&bytes), format);
+        let truncated = Truncated::find(&bytes, format);
+        let data = truncated.as_ref().map_or(&bytes[..], |truncated| truncated.arrived);
+        let mut reader = ImageReader::with_format(Cursor::new(data), format);
         reader.limits(self.limits(self.config.max_frame_pixels * MAX_PIXEL_BYTES));
         let mut decoder = reader.into_decoder().map_err(|error| damaged(&error, &self.config))?;
         self.check_size(decoder.dimensions(), self.config.max_frame_pixels)?;
         let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
         let picture = DynamicImage::from_decoder(decoder).map_err(|error| damaged(&error, &self.config))?;
+        let rows_share = truncated.map_or(1.0, |_| rows_share(&picture.to_rgb8()));
+        if rows_share < self.config.min_decoded_share {
+            return Err(MediaError::Undecodable(format!(
+                "only {:.0} % of the picture arrived; send the whole picture",
+                rows_share * 100.0
+            )));
+        }
         let mut picture = on_white(picture);
         picture.apply_orientation(orientation);
-        Ok((picture.into_rgb8(), codec))
+        Ok(Still { picture: picture.into_rgb8(), codec, rows_share })
     }
 
     /// Decodes an animation up to the last frame wanted: each frame may be a patch of the previous
@@ -243,8 +266,14 @@ struct Collector {
 
 impl Collector {
     fn new(image_size: usize) -> Self {
-        let pictures =
-            Pictures { frames: vec![], width: 0, height: 0, codec: "", resizing: PieceTimer::default() };
+        let pictures = Pictures {
+            resizing: PieceTimer::default(),
+            frames: vec![],
+            width: 0,
+            height: 0,
+            codec: "",
+            decoded_share: 0.0,
+        };
         Collector { pictures, image_size, resizer: None }
     }
 

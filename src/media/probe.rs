@@ -8,10 +8,14 @@ use std::{fs::File, io::Read, path::Path, sync::Arc};
 
 use super::{
     MediaError,
+    claims::FileClaims,
+    clock::Clock,
+    completeness::{Completeness, Source},
     container::{Container, HEAD_BYTES, HOW_TO_CONVERT},
     ffmpeg::{ALLOWED_CODECS, Tools, finish, read_lines},
     frame_sampling::Timeline,
-    mp4_boxes::{Matrix, display_matrix},
+    mp4_boxes::sample_count,
+    orientation::Orientation,
     packet_list::{PRINT_PACKETS, PacketList},
     packet_table::PacketTable,
     streams::{Stream, StreamList},
@@ -20,56 +24,6 @@ use crate::config::MediaConfig;
 
 /// Most video streams of one file whose frames are counted.
 const MAX_RENDITIONS: usize = 16;
-
-/// How a stored picture is turned for display: ffmpeg filters, applied to sampled frames only.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Orientation {
-    pub filters: &'static [&'static str],
-    pub swaps_sides: bool,
-}
-
-impl Orientation {
-    /// From the display matrix `[a b u; c d v; x y w]`, row by row. Anything but quarter turns and mirrors is ignored.
-    fn from_matrix(&[a, b, _, c, d, ..]: &Matrix) -> Self {
-        let filters: &[&str] = match (a.signum(), b.signum(), c.signum(), d.signum()) {
-            (-1, 0, 0, 1) => &["hflip"],
-            (1, 0, 0, -1) => &["vflip"],
-            (-1, 0, 0, -1) => &["hflip", "vflip"],
-            (0, 1, -1, 0) => &["transpose=clock"],
-            (0, -1, 1, 0) => &["transpose=cclock"],
-            (0, 1, 1, 0) => &["transpose=cclock_flip"],
-            (0, -1, -1, 0) => &["transpose=clock_flip"],
-            _ => &[],
-        };
-        Orientation { filters, swaps_sides: filters.iter().any(|filter| filter.starts_with("transpose")) }
-    }
-
-    /// Converts the angle that ffmpeg prints, which does not tell mirrors.
-    fn from_degrees(degrees: f64) -> Self {
-        let filters: &[&str] = match degrees.round() as i64 {
-            -90 | 270 => &["transpose=clock"],
-            90 | -270 => &["transpose=cclock"],
-            180 | -180 => &["hflip", "vflip"],
-            _ => &[],
-        };
-        Orientation { filters, swaps_sides: filters.len() == 1 }
-    }
-
-    /// Reads the display matrix of an MP4 or MOV file, or uses the printed angle. Blocks.
-    fn find(file: &Path, container: Container, stream: &Stream) -> Self {
-        let Some(degrees) = stream.rotation_degrees else { return Orientation::default() };
-        let matrix = match (container, stream.id) {
-            (Container::Mp4 | Container::Mov, Some(id)) => {
-                File::open(file).ok().and_then(|file| display_matrix(&file, id))
-            }
-            _ => None,
-        };
-        match matrix {
-            Some(matrix) => Orientation::from_matrix(&matrix),
-            None => Orientation::from_degrees(degrees),
-        }
-    }
-}
 
 /// What is known of a video before decoding it.
 #[derive(Debug)]
@@ -92,6 +46,8 @@ pub struct Probe {
     pub packets: Arc<PacketTable>,
     /// As the packets tell it.
     pub timeline: Arc<Timeline>,
+    /// Promised and present frames, by the packets and the file's length.
+    pub completeness: Completeness,
 }
 
 impl Probe {
@@ -106,6 +62,7 @@ impl Probe {
 /// Probes `file`. The errors are the client's: not a video, not allowed, damaged, too long or too large.
 pub async fn probe(tools: &Tools, file: &Path, config: &MediaConfig) -> Result<Probe, MediaError> {
     let container = sniff_file(file).await?;
+    let (opened, claims) = FileClaims::open(file, container).await?;
     let prober = Prober { tools, file, container, config };
     let mut listing = prober.list(&["0:V:0".to_owned()], &PRINT_PACKETS).await?;
     if listing.streams.streams.is_empty() {
@@ -121,9 +78,11 @@ pub async fn probe(tools: &Tools, file: &Path, config: &MediaConfig) -> Result<P
     if !listing.succeeded {
         return Err(damaged());
     }
-    let (file, config) = (file.to_owned(), config.clone());
+    let config = config.clone();
     // Sorting a long video's packets takes up to 100 ms.
-    let check = tokio::task::spawn_blocking(move || listing.check(&stream, container, &file, &config));
+    let check = tokio::task::spawn_blocking(move || {
+        listing.check(&stream, &Source { file: &opened, container, claims }, &config)
+    });
     check.await.expect("checking a listing does not panic: this is a bug")
 }
 
@@ -243,23 +202,18 @@ fn refuse_codec(stream: &Stream) -> Result<(), MediaError> {
 struct Complaints {
     container_refused: bool,
     too_many_pixels: bool,
-    truncated: bool,
 }
 
 impl Complaints {
     fn take(&mut self, line: &str) {
         tracing::trace!(line, "ffmpeg");
         self.too_many_pixels |= line.contains("exceeds specified max pixel count");
-        self.truncated |= line.contains("partial file") || line.contains("File ended prematurely");
         self.container_refused |= line.contains("Format not on whitelist");
     }
 
     fn judge(&self) -> Result<(), MediaError> {
         if self.container_refused {
             return Err(MediaError::Unsupported("this container is not accepted; send mp4 or webm".into()));
-        }
-        if self.truncated {
-            return Err(MediaError::Undecodable("the video file is cut off; send it again, whole".into()));
         }
         Ok(())
     }
@@ -274,14 +228,8 @@ fn too_large(config: &MediaConfig) -> MediaError {
 
 impl Listing {
     /// Checks the limits and builds the packet table. Blocks.
-    fn check(
-        self,
-        stream: &Stream,
-        container: Container,
-        file: &Path,
-        config: &MediaConfig,
-    ) -> Result<Probe, MediaError> {
-        let Listing { streams, packets, complaints, .. } = self;
+    fn check(self, stream: &Stream, source: &Source<'_>, config: &MediaConfig) -> Result<Probe, MediaError> {
+        let Listing { streams, mut packets, complaints, .. } = self;
         let (width, height) = packets.size;
         let (Some(time_base), 1.., 1..) = (packets.time_base, width, height) else {
             return Err(if complaints.too_many_pixels { too_large(config) } else { damaged() });
@@ -293,9 +241,18 @@ impl Listing {
         if packets.packets.is_empty() {
             return Err(damaged());
         }
-        let rate = stream.frame_rate.filter(|rate| (0.01..1000.0).contains(rate)).unwrap_or(25.0);
-        let table = PacketTable::new(packets.packets, time_base, rate, packets.reorders)
-            .starting_at(streams.start_seconds);
+        let claimed_frames = stream.id.and_then(|id| sample_count(source.file, id));
+        let completeness = Completeness::of_packets(&mut packets.packets, claimed_frames, source);
+        completeness.check(config.min_decoded_share)?;
+        // Without a pts on the first packet (AVI with B-frames), the clock of decoded frames is a guess.
+        let is_timed = packets.packets.first().is_some_and(|packet| packet.pts.is_some());
+        let clock = Clock {
+            time_base,
+            nominal_rate: stream.frame_rate.filter(|rate| (0.01..1000.0).contains(rate)).unwrap_or(25.0),
+            may_jump: source.container == Container::MpegTs,
+            file_start: streams.start_seconds.filter(|_| is_timed),
+        };
+        let table = PacketTable::new(packets.packets, clock, packets.reorders);
         let timeline = table.timeline();
         if timeline.duration > config.max_video_seconds {
             return Err(MediaError::Undecodable(format!(
@@ -303,12 +260,12 @@ impl Listing {
                 timeline.duration, config.max_video_seconds
             )));
         }
-        let orientation = Orientation::find(file, container, stream);
+        let orientation = Orientation::find(source.file, source.container, stream);
         let (width, height) = if orientation.swaps_sides { (height, width) } else { (width, height) };
         let start = streams.start_seconds;
         tracing::debug!(stream = stream.index, start, codec = stream.codec, "probed");
         Ok(Probe {
-            container,
+            container: source.container,
             codec: stream.codec.clone(),
             stream_index: stream.index,
             track_id: stream.id,
@@ -319,6 +276,7 @@ impl Listing {
             orientation,
             packets: Arc::new(table),
             timeline: Arc::new(timeline),
+            completeness,
         })
     }
 }
@@ -326,28 +284,6 @@ impl Listing {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn quarter_turns_and_mirrors_become_filters() {
-        let one = 65536;
-        let filters = |a, b, c, d| Orientation::from_matrix(&[a, b, 0, c, d, 0, 0, 0, 1 << 30]).filters;
-        assert_eq!(filters(one, 0, 0, one), [""; 0]);
-        assert_eq!(filters(0, one, -one, 0), ["transpose=clock"]);
-        assert_eq!(filters(0, -one, one, 0), ["transpose=cclock"]);
-        assert_eq!(filters(-one, 0, 0, -one), ["hflip", "vflip"]);
-        assert_eq!(filters(-one, 0, 0, one), ["hflip"]);
-        assert_eq!(filters(46341, 46341, -46341, 46341), [""; 0]);
-    }
-
-    #[test]
-    fn a_turn_told_in_degrees_is_the_same_turn() {
-        let filters = |degrees| Orientation::from_degrees(degrees).filters;
-        assert_eq!(filters(-90.0), ["transpose=clock"]);
-        assert_eq!(filters(90.0), ["transpose=cclock"]);
-        assert_eq!(filters(-180.0), ["hflip", "vflip"]);
-        assert_eq!(filters(0.0), [""; 0]);
-        assert!(Orientation::from_degrees(90.0).swaps_sides && !Orientation::from_degrees(180.0).swaps_sides);
-    }
 
     #[test]
     fn a_codec_that_is_not_accepted_is_named_with_the_line_that_converts_it() {

@@ -13,7 +13,8 @@ use super::{
     ffmpeg::Tools,
     frame_sampling::Sampling,
     local_file::LocalFile,
-    probe, video_info,
+    probe,
+    video_info::video_info,
 };
 use crate::{
     config::{HwAccel, MediaConfig},

@@ -184,7 +184,7 @@ async fn odd_sizes_and_rates_are_exact() {
 }
 
 /// Writes the display matrix `[a b; c d]` into an mp4's track header.
-fn set_display_matrix(path: &Path, [a, b, c, d]: [i32; 4]) {
+pub fn set_display_matrix(path: &Path, [a, b, c, d]: [i32; 4]) {
     let mut file = std::fs::read(path).unwrap();
     let header = file.windows(4).position(|tag| tag == b"tkhd").unwrap();
     // Past the tag, version, times, ids, duration, layer and volume.

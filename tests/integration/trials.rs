@@ -162,7 +162,10 @@ async fn a_window_begins_where_a_player_would_begin() {
         trial.upload("two_equal_times.mkv", knobs(json!({"start": 20, "end": 30, "num_frames": 4}))).await;
     let times: Vec<f64> = serde_json::from_value(video["sampled_timestamps"].clone()).unwrap();
     assert_eq!(frames.len(), 4);
-    assert!((times[0] - 20.0).abs() < 0.4 && times.iter().all(|time| (19.6..30.0).contains(time)), "{times:?}");
+    assert!(
+        (times[0] - 20.0).abs() < 0.4 && times.iter().all(|time| (19.6..30.0).contains(time)),
+        "{times:?}"
+    );
     let indices: Vec<usize> = serde_json::from_value(video["sampled_indices"].clone()).unwrap();
     assert_eq!(numbers(&frames), indices);
 

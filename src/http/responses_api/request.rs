@@ -203,8 +203,7 @@ pub fn check(
     let obfuscation = request.stream_options.as_ref().and_then(|options| options.include_obfuscation);
     let object = tools.put_into(request.into_object(&valid, limits.model_id, is_kept));
     let (stream, choices, functions) = (valid.stream, valid.choices.clone(), valid.functions());
-    let shape =
-        Shape { stream, obfuscation: obfuscation.unwrap_or(false), object, choices, functions, kept };
+    let shape = Shape { stream, obfuscation: obfuscation.unwrap_or(false), object, choices, functions, kept };
     Ok((valid, shape))
 }
 

@@ -242,7 +242,8 @@ fn listed_frame(path: &str, frame: TextOr<ListedFrame>) -> Result<String, Invali
     let mut uuid = Uuid::default();
     let url = frame.image_url.map(|image| image_url(&own, image, &mut uuid)).transpose()?.flatten();
     if uuid.0.is_some() {
-        let message = "a frame of a list has no uuid; give one to the part, or send the frames as image_url parts";
+        let message =
+            "a frame of a list has no uuid; give one to the part, or send the frames as image_url parts";
         return Err(InvalidRequest::field(format!("{own}.uuid"), message));
     }
     url.ok_or_else(|| InvalidRequest::field(&own, "the frame has no picture; send its URL"))

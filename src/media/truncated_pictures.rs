@@ -1,0 +1,98 @@
+//! Finds out how much of a picture arrived.
+//!
+//! Called by `pictures.rs`. Decoders of JPEG fill what is missing and report no error; those of
+//! other formats fail. Pure. Must never take a whole picture for a part of one.
+
+use image::{ImageFormat, RgbImage};
+
+/// A picture without its end.
+#[derive(Debug)]
+pub struct Truncated<'a> {
+    /// Its bytes up to the zeros that stand for what did not arrive.
+    pub arrived: &'a [u8],
+}
+
+impl<'a> Truncated<'a> {
+    /// None: the picture is whole, or its decoder reports what is missing.
+    pub fn find(bytes: &'a [u8], format: ImageFormat) -> Option<Self> {
+        if format != ImageFormat::Jpeg || jpeg_has_end(bytes) {
+            return None;
+        }
+        let content = bytes.iter().rposition(|&byte| byte != 0).map_or(0, |last| last + 1);
+        Some(Truncated { arrived: &bytes[..content] })
+    }
+}
+
+/// Returns true if the markers of a JPEG lead to its end (ITU-T T.81, B.1): previews inside of segments
+/// have ends of their own.
+fn jpeg_has_end(bytes: &[u8]) -> bool {
+    let mut at = 2;
+    while let Some(offset) = bytes.get(at..).and_then(|rest| rest.iter().position(|&byte| byte == 0xff)) {
+        at += offset + 1;
+        match bytes.get(at) {
+            None => return false,
+            Some(0xd9) => return true,
+            // Stuffed bytes, restarts and standalone markers; fill bytes come before a marker.
+            Some(0x00 | 0x01 | 0xd0..=0xd8) => at += 1,
+            Some(0xff) => {}
+            Some(_) => {
+                let Some(&[high, low]) = bytes.get(at + 1..at + 3) else { return false };
+                at += 1 + usize::from(u16::from_be_bytes([high, low]));
+            }
+        }
+    }
+    false
+}
+
+/// Returns the share of a truncated picture's rows that arrived, at least coarsely: decoders repeat
+/// one row for all that are missing.
+pub fn rows_share(picture: &RgbImage) -> f64 {
+    let row_bytes = picture.width() as usize * 3;
+    let mut rows = picture.as_raw().chunks_exact(row_bytes.max(1)).rev();
+    let Some(last) = rows.next() else { return 0.0 };
+    let missing = 1 + rows.take_while(|row| *row == last).count();
+    1.0 - missing as f64 / f64::from(picture.height().max(1))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    /// A picture without two equal rows.
+    fn jpeg(options: &str) -> Vec<u8> {
+        let mut ffmpeg = Command::new("ffmpeg");
+        ffmpeg.args(["-loglevel", "error", "-f", "lavfi", "-i", "mandelbrot=size=320x240", "-frames:v", "1"]);
+        ffmpeg.args(options.split_whitespace()).args(["-f", "mjpeg", "-"]);
+        ffmpeg.output().unwrap().stdout
+    }
+
+    fn share(bytes: &[u8]) -> Option<f64> {
+        let truncated = Truncated::find(bytes, ImageFormat::Jpeg)?;
+        let picture = image::load_from_memory_with_format(truncated.arrived, ImageFormat::Jpeg);
+        Some(picture.map_or(0.0, |picture| rows_share(&picture.into_rgb8())))
+    }
+
+    #[test]
+    fn missing_rows_of_a_jpeg_are_counted() {
+        for options in ["-pix_fmt yuvj420p", "-pix_fmt yuvj444p -huffman default", "-pix_fmt yuvj422p -q:v 1"]
+        {
+            let whole = jpeg(options);
+            assert_eq!(share(&whole), None, "{options}");
+            let garbage_behind = [&whole[..], &[0; 500], b"more"].concat();
+            assert_eq!(share(&garbage_behind), None, "{options}");
+            let mut last: f64 = 1.0;
+            for percent in [95, 80, 60, 40, 20, 5] {
+                let cut = &whole[..whole.len() * percent / 100];
+                let found = share(cut).unwrap();
+                assert!((found - percent as f64 / 100.0).abs() < 0.2, "{options} {percent}: {found}");
+                assert!(found <= last && found < 1.0, "{options} {percent}: {found} after {last}");
+                let reserved = [cut, &vec![0; whole.len() - cut.len()]].concat();
+                assert!((share(&reserved).unwrap() - found).abs() < 0.01, "{options} {percent}");
+                last = found;
+            }
+            assert!(last < 0.2, "{options}: {last}");
+        }
+    }
+}
