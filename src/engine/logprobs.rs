@@ -9,8 +9,9 @@ pub fn is_asked_for(params: &SamplingParams) -> bool {
     params.top_logprobs.is_some() || !params.watched.is_empty()
 }
 
-/// Log probabilities of the `chosen` token and of those that `params` asks for; `None` when it asks for none.
-/// `logits` holds the ids that may be sampled; `others`, which no tokenizer knows, have their part in the distribution too.
+/// Log probabilities of the `chosen` token and of those that `params` asks for; `None` when it asks
+/// for none. `logits` holds the ids that may be sampled; `others`, which no tokenizer knows, have
+/// their part in the distribution too.
 pub fn report(
     logits: &[f32],
     others: &[f32],

@@ -29,7 +29,8 @@ pub(super) struct Request {
 pub(super) struct RequestTable(pub HashMap<SequenceId, Request>);
 
 impl Request {
-    /// Divides a submission into the scheduler's part and the engine's. `end_token_ids` are the model's.
+    /// Divides a submission into the scheduler's part and the engine's. `end_token_ids` are the
+    /// model's.
     pub(super) fn of(submission: Submission, end_token_ids: &[TokenId]) -> (SequenceSpec, Request) {
         let Submission { sequence, events, place } = submission;
         let NewSequence { token_ids, videos, cache_salt, mut sampling, guide } = sequence;

@@ -64,8 +64,8 @@ fn properties(document: &Value, schema: &Value, found: &mut BTreeSet<String>) {
     found.extend(schema["properties"].as_object().into_iter().flat_map(|object| object.keys().cloned()));
 }
 
-/// The keys of a reply are exactly what the document says (`videos` is there in place of `video` when there are several,
-/// `tool_calls` where a call was asked for).
+/// The keys of a reply are exactly what the document says (`videos` is there in place of `video`
+/// when there are several, `tool_calls` where a call was asked for).
 #[tokio::test]
 async fn replies_have_the_documented_fields() {
     let document = openapi::document();

@@ -110,7 +110,8 @@ fn a_stop_string_before_the_fewest_tokens_is_text() {
 const STOPS: [&str; 12] =
     ["a", ".", "\n", "no ", " so", "o B", "<", "</answer>", "a</answer>", "er>", "<think>", "😀"];
 
-/// The module's documentation of stop strings applied to the whole text at once; also whether one of them ended it.
+/// The module's documentation of stop strings applied to the whole text at once; also whether one
+/// of them ended it.
 fn expected_stopped(text: &str, stops: &[&str]) -> (String, String, bool) {
     let (mut segment, mut rest) = (Segment::Plain, text);
     let mut channels = [vec![], vec![]];
