@@ -84,7 +84,7 @@ def test_terminated_server_ends_its_streams_and_others_take_its_videos():
         body = question("Count.", clip, ignore_eos=True, max_tokens=400)
         with streaming(smg.url, body, clip.stem) as stream:
             leaving = owner(servers, stream.response.headers[ANSWERED_BY])
-            assert leaving.running() == 1
+            until("the stream runs", lambda: leaving.running() == 1)
             leaving.terminate()
             until("/ready says no", lambda: httpx.get(leaving.url + "/ready").status_code == 503)
             smg.until_healthy(2)
@@ -106,8 +106,8 @@ def test_full_server_is_spared_and_a_429_keeps_its_retry_after():
             assert reply.status_code == 200, "a retry finds the other server"
             assert reply.headers[ANSWERED_BY] != first.response.headers[ANSWERED_BY]
             with streaming(smg.url, body, "a"):
+                until("both servers are full", lambda: [server.running() for server in servers] == [1, 1])
                 reply = ask(smg.url, short, "a")
-                assert [server.running() for server in servers] == [1, 1]
                 assert (reply.status_code, reply.json()["error"]["code"]) == (429, "queue_full")
                 assert int(reply.headers["retry-after"]) >= 1
 
@@ -116,7 +116,7 @@ def test_disconnecting_client_frees_the_server_behind_the_gateway():
     with smg_before(1, *AFFINITY) as (smg, [server]):
         body = question("Count.", VIDEOS[0], ignore_eos=True, max_tokens=900)
         with streaming(smg.url, body, "a"):
-            assert server.running() == 1
+            until("the stream runs", lambda: server.running() == 1)
         until("nothing runs", lambda: server.running() == 0)
         assert server.metric('tinyllava_request_seconds_count{outcome="client_left"}') == 1
 

@@ -33,6 +33,9 @@ use crate::{
 
 /// For one try to reach a router.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
+/// Time for the router's subscription to arrive after the connection: the socket cannot tell, and what
+/// is sent before is lost.
+const SUBSCRIPTION_PAUSE: Duration = Duration::from_secs(1);
 
 /// Where events go.
 #[derive(Debug, Clone)]
@@ -215,8 +218,7 @@ impl Sender {
             }
             tokio::time::sleep(replay::PAUSE).await;
         }
-        // What the router subscribes to follows the connection; until then all is thrown away.
-        tokio::time::sleep(replay::PAUSE).await;
+        tokio::time::sleep(SUBSCRIPTION_PAUSE).await;
         true
     }
 
