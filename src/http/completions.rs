@@ -1,8 +1,9 @@
 //! `POST /v1/completions`: the model goes on with a text as it is, without template, tags or videos.
 //!
-//! Handler of the router. The request goes the way of chat requests (`http/pipeline.rs`) and shares their checks.
+//! Handler of the router. Requests take the path of chat requests (`pipeline.rs`) and share their checks.
 
 mod logprobs;
+mod stream;
 
 use std::sync::Arc;
 
@@ -26,10 +27,10 @@ use super::{
     generation::{Generation, finish_reason},
     json_fault::JsonFault,
     openapi::Refused,
-    pipeline::{self, Begun, Preparing},
+    pipeline::{self, Begun},
     record::RequestRecord,
     responses::{ReplyHead, Usage},
-    sse::{self, EventSink},
+    sse,
     state::{AppState, Loaded},
     types::{ChatRequest, Extra},
     validate::{self, InvalidRequest, Limits, RawPrompt, StreamExtras, ValidRequest},
@@ -152,7 +153,7 @@ pub async fn create(
     }
     let interval = state.config().keep_alive_interval;
     let preparing = pipeline::settle(preparing, interval).await?;
-    Ok(sse::respond(interval, |events| write(events, preparing, head, shape)))
+    Ok(sse::respond(interval, |events| stream::write(events, preparing, head, shape)))
 }
 
 /// From bytes to a valid request.
@@ -340,62 +341,4 @@ async fn fold(mut generation: Generation, head: ReplyHead, shape: Shape) -> Resu
         Json(TextCompletion { head, choices, usage, obfuscation: None }).into_response()
     });
     written.await.map_err(|error| ApiError::Internal(format!("writing a prompt's scores: {error}")))
-}
-
-/// The stream.
-async fn write(
-    events: EventSink,
-    preparing: Preparing,
-    head: ReplyHead,
-    shape: Shape,
-) -> Result<(), ApiError> {
-    let mut generation = preparing.await?;
-    let writer = Writer { events, head, extras: shape.extras };
-    let mut offsets = vec![0; generation.num_choices()];
-    // Prompts that are scored come when they are computed, others at once.
-    let scores_prompt = !shape.echo.is_empty() && shape.scorer.is_some();
-    let mut awaits_prompt = vec![scores_prompt; generation.num_choices()];
-    if !scores_prompt && !shape.echo.is_empty() {
-        for index in 0..generation.num_choices() {
-            let choice = TextChoice { index, text: shape.echo(index), ..TextChoice::default() };
-            writer.send(&generation, choice).await;
-        }
-    }
-    while let Some((index, event)) = generation.next().await? {
-        if std::mem::take(&mut awaits_prompt[index]) {
-            let mut text = shape.echo(index);
-            for tokens in generation.take_prompt(index).chunks(PROMPT_TOKENS_A_CHUNK) {
-                let text = std::mem::take(&mut text);
-                let logprobs = shape.prompt_logprobs(tokens, &mut offsets[index]);
-                let choice = TextChoice { index, text, logprobs, finish_reason: None };
-                writer.send(&generation, choice).await;
-            }
-        }
-        writer.send(&generation, shape.choice(index, event, &mut offsets[index])).await;
-    }
-    if shape.extras.usage {
-        writer.send_chunk(vec![], Some(generation.counts().into())).await;
-    }
-    writer.events.send_done().await;
-    Ok(())
-}
-
-/// Turns choices into events.
-struct Writer {
-    events: EventSink,
-    head: ReplyHead,
-    extras: StreamExtras,
-}
-
-impl Writer {
-    async fn send(&self, generation: &Generation, choice: TextChoice) {
-        let usage = self.extras.running_usage.then(|| generation.counts().into());
-        self.send_chunk(vec![choice], usage).await;
-    }
-
-    async fn send_chunk(&self, choices: Vec<TextChoice>, usage: Option<Usage>) {
-        let mut chunk = TextCompletion { head: self.head.clone(), choices, usage, obfuscation: None };
-        chunk.obfuscation = self.extras.obfuscation.then(|| sse::padding(&chunk));
-        self.events.send(&chunk).await;
-    }
 }

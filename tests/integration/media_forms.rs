@@ -133,8 +133,11 @@ async fn pictures_of_a_list_have_names_of_their_own() {
             url: url.map(|name| format!("http://{address}/{name}")),
             uuid: uuid.map(Into::into),
         };
+        let pictures_len = pictures.len();
         let pictures = VideoSource::Pictures(pictures.iter().map(picture).collect());
-        loader.load(pictures, FrameSampling::default()).await
+        // As many as there are: each picture is a frame.
+        let all = FrameSampling { num_frames: Some(pictures_len), ..FrameSampling::default() };
+        loader.load(pictures, all).await
     };
     let missing = list(&[(Some("a"), None), (None, Some("1"))]).await.unwrap_err();
     assert!(matches!(&missing, MediaError::NotFound { uuid } if uuid == "1"), "{missing:?}");
