@@ -10,7 +10,8 @@ pub struct Orientation {
 }
 
 impl Orientation {
-    /// From the display matrix `[a b u; c d v; x y w]`, row by row. Anything but quarter turns and mirrors is ignored.
+    /// From the display matrix `[a b u; c d v; x y w]`, row by row. Anything but quarter turns and
+    /// mirrors is ignored.
     pub fn from_matrix(matrix: &[i64]) -> Self {
         let &[a, b, _, c, d, ..] = matrix else { return Orientation::default() };
         let filters: &[&str] = match (a.signum(), b.signum(), c.signum(), d.signum()) {
