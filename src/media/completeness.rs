@@ -11,8 +11,8 @@ use super::{MediaError, claims::FileClaims, decode_log::DecodeLog, packet_table:
 
 /// Bytes at the beginning of a packet; no codec has a packet that begins with so many zeros.
 const PACKET_HEAD_BYTES: usize = 16;
-/// Transport streams cut packets into pieces: bytes before and behind a packet at most, and one byte
-/// in so many within it.
+/// Transport streams cut packets into pieces: bytes before and behind a packet at most, and one
+/// byte in so many within it.
 const TS_HEADER_BYTES: usize = 400;
 const TS_OVERHEAD: usize = 40;
 /// Packets looked at before all of them are: what did not arrive is rarely less than a thousandth.
