@@ -13,10 +13,10 @@ use super::{
 
 /// Bytes at the beginning of a packet; no codec has a packet that begins with so many zeros.
 const PACKET_HEAD_BYTES: usize = 16;
-/// Most bytes that containers write before a packet, and one in so many that they write within it:
-/// transport streams cut packets into pieces.
-const PACKET_HEADER_BYTES: u64 = 400;
-const PACKET_OVERHEAD: usize = 40;
+/// Transport streams cut packets into pieces: bytes before and behind a packet at most, and one
+/// byte in so many within it.
+const TS_HEADER_BYTES: usize = 400;
+const TS_OVERHEAD: usize = 40;
 /// Packets looked at before all of them are: what did not arrive is rarely less than a thousandth.
 const SAMPLED_PACKETS: usize = 1024;
 
@@ -118,8 +118,13 @@ impl Source<'_> {
 
     fn reaches_the_end(&self, packet: &Packet) -> bool {
         let Some((position, len)) = packet.place else { return false };
-        let end = position.saturating_add((len + len / PACKET_OVERHEAD) as u64);
-        end.saturating_add(PACKET_HEADER_BYTES) >= self.claims.present_bytes
+        let slack = match self.container {
+            Container::MpegTs => TS_HEADER_BYTES + len / TS_OVERHEAD,
+            // The demuxer cuts the packet to the file's end.
+            Container::Avi => 1,
+            _ => 0,
+        };
+        position.saturating_add((len + slack) as u64) > self.claims.present_bytes
     }
 
     fn has_arrived(&self, packet: &Packet) -> bool {

@@ -250,8 +250,8 @@ impl Decoder<'_> {
     }
 }
 
-/// Picks the frames at positions `wanted` (ascending) of `seen` by their pts; by their number in the
-/// decoder's output if another frame has the same pts.
+/// Picks the frames at positions `wanted` (ascending) of `seen` by their pts; by their number in
+/// the decoder's output if another frame has the same pts.
 fn select_terms(seen: &[SeenFrame], wanted: &[usize]) -> Terms {
     let pts = |index: &usize| seen.get(*index).and_then(|frame| frame.pts);
     let mut uses: BTreeMap<i64, usize> = wanted.iter().filter_map(pts).map(|pts| (pts, 0)).collect();

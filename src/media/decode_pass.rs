@@ -1,7 +1,7 @@
 //! Runs ffmpeg once over a video: the command, the frames that come out, and the log.
 //!
-//! Called by `decode.rs`, which plans the passes and judges what they gave. Must never hold more than
-//! two source-size frames of a run, and never leave a process behind.
+//! Called by `decode.rs`, which plans the passes and judges what they gave. Must never hold more
+//! than two source-size frames of a run, and never leave a process behind.
 
 use std::sync::Arc;
 
@@ -18,9 +18,9 @@ use super::{
     probe::file_url,
 };
 
-/// What ffmpeg says where no GPU can be used at all.
+/// Messages of ffmpeg where no GPU can be used at all.
 const NO_GPU: [&str; 2] = ["Device creation failed", "No device available for decoder"];
-/// Of all videos that go to a GPU: see [`Probe::fits_gpu`].
+/// Pixel format of all videos that go to a GPU: see `Probe::fits_gpu`.
 const GPU_PIXEL_FORMAT: &str = "format=yuv420p";
 /// `eq(...)` terms of a select expression; every one is evaluated for every decoded frame.
 pub type Terms = Vec<String>;
@@ -151,7 +151,8 @@ impl Decoder<'_> {
             }
             Input::File { seek_seconds } => {
                 if let Some(seconds) = seek_seconds {
-                    // Absolute and inexact: `select` picks the frames, by the times the container gives them.
+                    // Absolute and inexact: `select` picks the frames, by the times the container
+                    // gives them.
                     command.args(["-seek_timestamp", "1", "-noaccurate_seek", "-ss"]);
                     command.arg(format!("{seconds:.6}"));
                 }
@@ -217,7 +218,8 @@ impl Decoder<'_> {
     }
 }
 
-/// One whole frame; none at the end of the output (a started frame is dropped: the pass is then short of one).
+/// One whole frame; none at the end of the output (a started frame is dropped: the pass is then
+/// short of one).
 async fn read_frame(stdout: &mut ChildStdout, bytes: usize) -> Result<Option<Vec<u8>>, MediaError> {
     let mut frame = Vec::with_capacity(bytes);
     let mut rest = stdout.take(bytes as u64);

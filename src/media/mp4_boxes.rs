@@ -44,7 +44,8 @@ pub fn sample_count(file: &File, id: u32) -> Option<usize> {
     // Version and flags, then the size of all samples or of a field.
     let mut count = [0; 4];
     file.read_exact_at(&mut count, sizes.start + 8).ok()?;
-    usize::try_from(u32::from_be_bytes(count)).ok()
+    // The index of a fragmented file is empty: its samples are in the fragments.
+    usize::try_from(u32::from_be_bytes(count)).ok().filter(|&count| count > 0)
 }
 
 fn movie(file: &File) -> Option<Span> {

@@ -18,7 +18,8 @@ pub struct Orientation {
 }
 
 impl Orientation {
-    /// From the display matrix `[a b u; c d v; x y w]`, row by row. Anything but quarter turns and mirrors is ignored.
+    /// From the display matrix `[a b u; c d v; x y w]`, row by row. Anything but quarter turns and
+    /// mirrors is ignored.
     fn from_matrix(&[a, b, _, c, d, ..]: &Matrix) -> Self {
         let filters: &[&str] = match (a.signum(), b.signum(), c.signum(), d.signum()) {
             (-1, 0, 0, 1) => &["hflip"],

@@ -101,8 +101,9 @@ impl PacketTable {
         self.shown.iter().enumerate().map(|(number, &pts)| SeenFrame { number, pts }).collect()
     }
 
-    /// Returns the decoded frames that may be sampled, in display order. With `parts_missing` those are
-    /// the frames of known packets: a packet that is cut off gives a frame with a part of its picture.
+    /// Returns the decoded frames that may be sampled, in display order. With `parts_missing` those
+    /// are the frames of known packets: a packet that is cut off gives a frame with a part of its
+    /// picture.
     pub fn seen_frames(&self, decoded: &[Option<i64>], parts_missing: bool) -> Vec<SeenFrame> {
         let seen = decoded.iter().enumerate().map(|(number, &pts)| SeenFrame { number, pts });
         let known: HashSet<Option<i64>> = match parts_missing {

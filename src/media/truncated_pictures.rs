@@ -23,8 +23,8 @@ impl<'a> Truncated<'a> {
     }
 }
 
-/// Returns true if the markers of a JPEG lead to its end (ITU-T T.81, B.1): previews inside of segments
-/// have ends of their own.
+/// Returns true if the markers of a JPEG lead to its end (ITU-T T.81, B.1): previews inside of
+/// segments have ends of their own.
 fn jpeg_has_end(bytes: &[u8]) -> bool {
     let mut at = 2;
     while let Some(offset) = bytes.get(at..).and_then(|rest| rest.iter().position(|&byte| byte == 0xff)) {
