@@ -28,6 +28,7 @@ mod running;
 mod server;
 mod sse;
 mod state;
+mod text_or;
 pub mod tls;
 mod tokenize;
 mod tool_calls;

@@ -4,16 +4,14 @@
 //! Fields that are not listed land in `extra`, where validation decides: without effect at this
 //! value, or refused.
 
-use std::{collections::BTreeMap, fmt, marker::PhantomData};
+use std::collections::BTreeMap;
 
-use serde::{
-    Deserialize, Deserializer,
-    de::{MapAccess, SeqAccess, Visitor, value},
-};
+use serde::{Deserialize, Deserializer};
 use serde_json::{Map, Number, Value};
 use utoipa::ToSchema;
 
-use super::{json_fault::expected_of, openapi::parts};
+use super::openapi::parts;
+pub use super::text_or::TextOr;
 
 /// Fields without a place of their own.
 pub type Extra = Map<String, Value>;
@@ -365,46 +363,6 @@ pub struct SamplingKnobs {
     #[serde(flatten)]
     #[schema(ignore)]
     pub extra: Extra,
-}
-
-/// Plain text, or the structure `T`.
-#[derive(Debug)]
-pub enum TextOr<T> {
-    Text(String),
-    Other(T),
-}
-
-impl<'de, T: Deserialize<'de>> Deserialize<'de> for TextOr<T> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_any(TextOrVisitor(PhantomData))
-    }
-}
-
-/// By hand and not `untagged`, whose errors name neither the field nor the fault.
-struct TextOrVisitor<T>(PhantomData<T>);
-
-impl<'de, T: Deserialize<'de>> Visitor<'de> for TextOrVisitor<T> {
-    type Value = TextOr<T>;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "text or {}", expected_of::<T>())
-    }
-
-    fn visit_str<E>(self, text: &str) -> Result<Self::Value, E> {
-        Ok(TextOr::Text(text.to_owned()))
-    }
-
-    fn visit_string<E>(self, text: String) -> Result<Self::Value, E> {
-        Ok(TextOr::Text(text))
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(self, list: A) -> Result<Self::Value, A::Error> {
-        T::deserialize(value::SeqAccessDeserializer::new(list)).map(TextOr::Other)
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Self::Value, A::Error> {
-        T::deserialize(value::MapAccessDeserializer::new(map)).map(TextOr::Other)
-    }
 }
 
 #[cfg(test)]
