@@ -7,13 +7,13 @@ use std::{path::PathBuf, time::Duration};
 /// Limits of the files that clients upload to keep.
 #[derive(Debug, Clone)]
 pub struct FilesConfig {
-    /// Where they are kept; none: in a temporary directory that goes with the server.
+    /// Directory of the files; `None`: a temporary directory that goes with the server.
     pub dir: Option<PathBuf>,
     /// Bytes of all of them (of one: `max_video_bytes`).
     pub max_bytes: u64,
     /// Most files.
     pub max_files: usize,
-    /// How long a file is kept.
+    /// Age at which a file is removed.
     pub max_age: Duration,
 }
 

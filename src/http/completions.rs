@@ -1,6 +1,7 @@
 //! `POST /v1/completions`: the model goes on with a text as it is, without template, tags or videos.
 //!
-//! Handler of the router. Requests take the path of chat requests (`pipeline.rs`) and share their checks.
+//! Handler of the router. Requests take the path of chat requests (`pipeline.rs`) and share their
+//! checks.
 
 mod logprobs;
 mod stream;

@@ -1,7 +1,7 @@
 //! A field of a request that is plain text or a structure.
 //!
-//! Used by `types.rs` and the wire types of the endpoints. Must name the field and the fault in its errors, which serde's
-//! `untagged` does not.
+//! Used by `types.rs` and the wire types of the endpoints. Must name the field and the fault in its
+//! errors, which serde's `untagged` does not.
 
 use std::{fmt, marker::PhantomData};
 

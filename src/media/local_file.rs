@@ -26,7 +26,7 @@ pub struct LocalFile {
     pub content_hash: [u8; 32],
     pub num_bytes: usize,
     temporary: Option<Arc<TempPath>>,
-    /// Of a download: its share of the disk, given back after the file is removed.
+    /// A download's share of the disk, given back after the file is removed.
     _fetch_place: Option<Arc<OwnedSemaphorePermit>>,
 }
 

@@ -226,8 +226,8 @@ impl MediaLoader {
         Ok(frames)
     }
 
-    /// Frames of one file: a still, an animation or a video, as its bytes say. `is_picture_part`: it came in a part for
-    /// pictures, which decides how an unknown file is refused.
+    /// Loads the frames of one file: a still, an animation or a video, as its bytes say.
+    /// `is_picture_part` decides how an unknown file is refused.
     async fn load_file(
         &self,
         file: &LocalFile,

@@ -55,7 +55,7 @@ impl MediaLoader {
         let mut wanted = selection.indices.clone();
         wanted.dedup();
         let work = tokio::task::spawn_blocking(move || {
-            // Given back when the work has really ended, whoever still waits for it.
+            // Given back when the work has really ended, also if no one waits for it.
             let _place = place;
             decoder.decode(&source, &wanted)
         });

@@ -29,7 +29,7 @@ use super::{
     content::{self, Animation, Content},
     local_file::LocalFile,
     pixels::Resizer,
-    truncated_pictures::{Truncated, rows_share},
+    truncated_pictures::{self, Truncated, rows_share},
 };
 use crate::{config::MediaConfig, telemetry::PieceTimer};
 
@@ -152,8 +152,9 @@ impl PictureDecoder {
         let mut decoder = reader.into_decoder().map_err(|error| damaged(&error, &self.config))?;
         self.check_size(decoder.dimensions(), self.config.max_frame_pixels)?;
         let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
-        let picture = DynamicImage::from_decoder(decoder).map_err(|error| damaged(&error, &self.config))?;
-        let rows_share = truncated.map_or(1.0, |_| rows_share(&picture.to_rgb8()));
+        let decoded = truncated_pictures::decode(decoder, format);
+        let (picture, share) = decoded.map_err(|error| damaged(&error, &self.config))?;
+        let rows_share = truncated.map_or(share, |_| rows_share(&picture.to_rgb8()));
         if rows_share < self.config.min_decoded_share {
             return Err(MediaError::Undecodable(format!(
                 "only {:.0} % of the picture arrived; send the whole picture",

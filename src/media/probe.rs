@@ -244,7 +244,8 @@ impl Listing {
         let claimed_frames = stream.id.and_then(|id| sample_count(source.file, id));
         let completeness = Completeness::of_packets(&mut packets.packets, claimed_frames, source);
         completeness.check(config.min_decoded_share)?;
-        // Without a pts on the first packet (AVI with B-frames), the clock of decoded frames is a guess.
+        // Without a pts on the first packet (AVI with B-frames), the clock of decoded frames is a
+        // guess.
         let is_timed = packets.packets.first().is_some_and(|packet| packet.pts.is_some());
         let clock = Clock {
             time_base,

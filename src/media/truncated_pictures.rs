@@ -1,9 +1,13 @@
 //! Finds out how much of a picture arrived.
 //!
-//! Called by `pictures.rs`. Decoders of JPEG fill what is missing and report no error; those of
-//! other formats fail. Pure. Must never take a whole picture for a part of one.
+//! Called by `pictures.rs`. Decoders of JPEG fill what is missing and report no error; that of PNG
+//! fails after the rows that arrived; that of WebP fails with nothing. Pure. Must never take a whole
+//! picture for a part of one.
 
-use image::{ImageFormat, RgbImage};
+use image::{
+    ColorType, DynamicImage, GrayAlphaImage, GrayImage, ImageDecoder, ImageError, ImageFormat, ImageResult,
+    RgbImage, RgbaImage,
+};
 
 /// A picture without its end.
 #[derive(Debug)]
@@ -21,6 +25,39 @@ impl<'a> Truncated<'a> {
         let content = bytes.iter().rposition(|&byte| byte != 0).map_or(0, |last| last + 1);
         Some(Truncated { arrived: &bytes[..content] })
     }
+}
+
+/// Decodes a picture. Of a damaged PNG of 8 bits it returns the rows before the damage (the others are
+/// zero), and their share, 0 to 1.
+///
+/// # Errors
+/// Errors of the decoder, if it gives no rows.
+pub fn decode(decoder: impl ImageDecoder, format: ImageFormat) -> ImageResult<(DynamicImage, f64)> {
+    let ((width, height), color) = (decoder.dimensions(), decoder.color_type());
+    let has_bytes = matches!(color, ColorType::L8 | ColorType::La8 | ColorType::Rgb8 | ColorType::Rgba8);
+    if format != ImageFormat::Png || !has_bytes {
+        return Ok((DynamicImage::from_decoder(decoder)?, 1.0));
+    }
+    let mut bytes = vec![0; usize::try_from(decoder.total_bytes()).unwrap_or(usize::MAX)];
+    let damage = decoder.read_image(&mut bytes).err();
+    let mut share = 1.0;
+    if let Some(error) = damage {
+        let row_bytes = width as usize * usize::from(color.bytes_per_pixel());
+        let rows = bytes.chunks_exact(row_bytes.max(1)).rev();
+        let missing = rows.take_while(|row| row.iter().all(|&byte| byte == 0)).count();
+        share = 1.0 - missing as f64 / f64::from(height.max(1));
+        let tells_of_rows = matches!(error, ImageError::IoError(_) | ImageError::Decoding(_));
+        if !tells_of_rows || missing == height as usize {
+            return Err(error);
+        }
+    }
+    let picture = match color {
+        ColorType::L8 => GrayImage::from_raw(width, height, bytes).map(DynamicImage::from),
+        ColorType::La8 => GrayAlphaImage::from_raw(width, height, bytes).map(DynamicImage::from),
+        ColorType::Rgb8 => RgbImage::from_raw(width, height, bytes).map(DynamicImage::from),
+        _ => RgbaImage::from_raw(width, height, bytes).map(DynamicImage::from),
+    };
+    Ok((picture.expect("the decoder filled a buffer of its own size: this is a bug"), share))
 }
 
 /// Returns true if the markers of a JPEG lead to its end (ITU-T T.81, B.1): previews inside of

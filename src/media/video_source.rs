@@ -39,7 +39,8 @@ pub enum VideoSource {
     LocalFile(PathBuf),
 }
 
-/// One frame of a list: a URL, whose picture is kept under `uuid` if there is one, or a `uuid` alone.
+/// One frame of a list: a URL, whose picture is kept under `uuid` if there is one, or a `uuid`
+/// alone.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Picture {
     pub url: Option<String>,

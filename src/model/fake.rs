@@ -37,7 +37,8 @@ pub struct FakeModel {
     pub runs_ahead: bool,
     /// Rows it was given so far.
     pub num_rows: Arc<AtomicUsize>,
-    /// The frames encoded so far, `[num_frames, image_size, image_size, 3]`, RGB; `None`: not recorded.
+    /// Frames encoded so far, `[num_frames, image_size, image_size, 3]`, RGB; `None`: not
+    /// recorded.
     pub encoded: Option<Arc<Mutex<Vec<u8>>>>,
     /// Whether its next token depends on all tokens there are, as the slots have them, and not only on the prompt.
     pub reads_all: bool,

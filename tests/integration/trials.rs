@@ -1,7 +1,8 @@
-//! The files of `tests/trials/` over HTTP: small inputs of kinds that users report, each with its right value.
+//! Sends the files of `tests/trials/` over HTTP: small inputs of kinds that users report, each with
+//! its right value.
 //!
-//! A frame's number is burnt in as a grid of 5 x 4 cells, so a test reads from the pixels that the model was given
-//! which frames they are, whatever the reply says.
+//! The number of each frame is burnt in as a grid of 5 x 4 cells, so a test reads from the pixels
+//! that the model was given which frames they are, whatever the reply says.
 
 use std::{
     path::{Path, PathBuf},
@@ -54,7 +55,8 @@ impl Trial {
         Trial { server: server(config, model).await, encoded }
     }
 
-    /// Sends `file` as an upload with `more` fields: the reply's `video` object, and the frames that the model saw.
+    /// Uploads `file` with `more` fields. Returns the reply's `video` object and the frames that the
+    /// model saw.
     async fn upload(&self, file: &str, more: Value) -> (Value, Vec<Vec<u8>>) {
         let question = request(json!("What happens?"), more);
         self.encoded.lock().unwrap().clear();
@@ -64,7 +66,7 @@ impl Trial {
         (reply["video"].clone(), self.frames())
     }
 
-    /// The same as a part of type `kind` with a `data:` URL.
+    /// Sends `file` as a part of type `kind` with a `data:` URL.
     async fn part(&self, kind: &str, mime: &str, file: &str) -> (Value, Vec<Vec<u8>>) {
         let url = format!("data:{mime};base64,{}", STANDARD.encode(std::fs::read(path(file)).unwrap()));
         let part = json!({"type": kind, kind: {"url": url}});
@@ -181,7 +183,7 @@ async fn frames_per_second_are_counted_by_time() {
     let (_, frames) =
         trial.upload("burst_then_still.mkv", json!({"media_io_kwargs": {"video": {"fps": 1}}})).await;
     let shown = numbers(&frames);
-    // 200 frames in the first two seconds, then one every two: at most 4 of the burst, and all 20 others.
+    // 200 frames in two seconds, then one every two seconds: at most 4 of the first, all 20 others.
     assert!(shown.iter().filter(|&&number| number < 200).count() <= 4, "{shown:?}");
     assert!((200..220).all(|number| shown.contains(&number)), "{shown:?}");
 }
@@ -225,7 +227,7 @@ async fn transparent_pictures_are_seen_on_white() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_animated_picture_is_a_video_whatever_part_it_comes_in() {
     for kind in ["image_url", "video_url"] {
-        // A server of its own: a video that was encoded before is not encoded again.
+        // A new server: a video that was encoded before is not encoded again.
         let trial = Trial::start().await;
         let (video, frames) = trial.part(kind, "image/webp", "animation.webp").await;
         assert_eq!(numbers(&frames), spread(50, 16), "{kind}: {video}");
