@@ -103,8 +103,21 @@ impl ChoiceView {
 
     /// The vote of the choices' answers, in the order of their indices; `None` when nobody asked.
     pub fn vote(&self, answers: &[Answer]) -> Option<Vote> {
-        let chosen = || answers.iter().map(|answer| answer.chosen(self.wanted.options.as_ref())).collect();
+        let chosen = || answers.iter().map(|answer| self.ballot(answer)).collect();
         self.wanted.vote.then(chosen).map(Vote::count)
+    }
+
+    /// Returns the vote of an answer: the letter of an option, or its text. JSON counts by its value,
+    /// however it is spaced.
+    fn ballot(&self, answer: &Answer) -> Option<String> {
+        if !self.wanted.is_guided {
+            return answer.chosen(self.wanted.options.as_ref());
+        }
+        let text = answer.chosen(None)?;
+        match serde_json::from_str::<serde_json::Value>(&text) {
+            Ok(value) => Some(value.to_string()),
+            Err(_) => Some(text),
+        }
     }
 
     fn score(&self, id: TokenId, logprob: f32) -> TokenScore {
@@ -180,7 +193,13 @@ mod tests {
         );
         let by_text = view(ValidChoices { options: None, ..wanted.clone() });
         assert_eq!(by_text.vote(&answers).unwrap().counts.len(), 3);
-        assert!(view(ValidChoices { vote: false, ..wanted }).vote(&answers).is_none());
+        assert!(view(ValidChoices { vote: false, ..wanted.clone() }).vote(&answers).is_none());
+        // What an answer was held to is its vote, whatever the options of the question.
+        let guided = view(ValidChoices { is_guided: true, ..wanted });
+        let held = [answer("up"), answer("up"), answer("down")];
+        assert_eq!(guided.vote(&held).unwrap().counts, [("up".into(), 2), ("down".into(), 1)].into());
+        let json = [answer("{\"object\":\"red\"}"), answer("{ \"object\" :\n \"red\" }")];
+        assert_eq!(guided.vote(&json).unwrap().agreement, 1.0);
     }
 
     #[test]

@@ -40,19 +40,33 @@ impl RouteTable {
     }
 
     /// Finds the route that `path` matches without its first segments, or with `/v1` before it.
-    fn nearest(&self, path: &str) -> Option<&'static str> {
+    fn nearest(&self, path: &str) -> Option<String> {
         let segments: Vec<&str> = path.split('/').filter(|segment| !segment.is_empty()).collect();
         let segments = &segments[segments.len().saturating_sub(MAX_SEGMENTS)..];
         for start in 0..segments.len() {
             let rest = &segments[start..];
             for candidate in [[&["v1"], rest].concat(), rest.to_vec()] {
                 if let Some((_, pattern)) = self.0.iter().find(|(_, pattern)| matches(pattern, &candidate)) {
-                    return Some(pattern);
+                    return Some(filled(pattern, &candidate));
                 }
             }
         }
         None
     }
+}
+
+/// Returns the path of a pattern that fits `segments`.
+fn filled(pattern: &str, segments: &[&str]) -> String {
+    let mut path = String::new();
+    for (position, wanted) in pattern.split('/').skip(1).enumerate() {
+        path.push('/');
+        match segments.get(position) {
+            Some(_) if wanted.starts_with("{*") => path.push_str(&shorten(&segments[position..].join("/"))),
+            Some(segment) if wanted.starts_with('{') => path.push_str(&shorten(segment)),
+            _ => path.push_str(wanted),
+        }
+    }
+    path
 }
 
 /// Returns true if a pattern of the router fits `segments`, ignoring case.
@@ -96,15 +110,15 @@ mod tests {
             ("/api/v1/chat/completions", Some("/v1/chat/completions")),
             ("/openai/deployments/m/chat/completions", Some("/v1/chat/completions")),
             ("/completions", Some("/v1/completions")),
-            ("/files/file-1", Some("/v1/files/{id}")),
-            ("/models/org/name", Some("/v1/models/{*id}")),
+            ("/files/file-1", Some("/v1/files/file-1")),
+            ("/models/org/name", Some("/v1/models/org/name")),
             ("/v1/tokenize", Some("/tokenize")),
             ("/v1/embeddings", None),
             ("/v1", None),
             ("/", None),
             ("", None),
         ] {
-            assert_eq!(table().nearest(path), route, "{path}");
+            assert_eq!(table().nearest(path).as_deref(), route, "{path}");
         }
     }
 

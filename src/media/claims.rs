@@ -12,8 +12,12 @@ use super::{MediaError, container::Container, mp4_boxes::Span};
 const MAX_ELEMENTS: usize = 200_000;
 /// Bytes read at once.
 const BLOCK_BYTES: u64 = 64 << 10;
-/// Shorter runs of zeros at the end of a file are padding.
+/// Shorter runs of zeros at the end of a stated length are content.
 const MIN_EMPTY_BYTES: u64 = 1024;
+/// Zeros after the content of a file without a stated length are padding below these bounds: bytes,
+/// and one part in so many of the file. Longer runs are space that a downloader reserved.
+const MIN_RESERVED_BYTES: u64 = 32 << 10;
+const MIN_RESERVED_PART: u64 = 20;
 /// A RIFF size from here on was never filled in, or does not fit its field.
 const MAX_RIFF_BYTES: u64 = 0x7fff_0000;
 /// Places of a transport stream at which its packets are looked at.
@@ -65,9 +69,15 @@ impl FileClaims {
             Container::Mp4 | Container::Mov => mp4_layout(file, len),
             Container::Matroska | Container::WebM => matroska_layout(file, len),
             Container::Avi => Layout { encrypted: false, end: riff_end(file, len) },
-            Container::MpegTs => Layout { encrypted: is_scrambled(file, len), end: len },
-            _ => Layout { encrypted: false, end: len },
+            Container::MpegTs => Layout { encrypted: is_scrambled(file, len), end: None },
+            Container::Flv => Layout { encrypted: false, end: flv_size(file) },
+            Container::Asf => Layout { encrypted: false, end: asf_size(file) },
+            _ => Layout { encrypted: false, end: None },
         };
+        let end = end.unwrap_or_else(|| {
+            let content = content_end(file, len);
+            if content == 0 || is_reserved(len - content, len) { len } else { content }
+        });
         let present_bytes = content_end(file, end.min(len));
         FileClaims { encrypted, promised_bytes: end, present_bytes }
     }
@@ -81,8 +91,13 @@ impl FileClaims {
 /// Findings of one container's headers.
 struct Layout {
     encrypted: bool,
-    /// End of the last part with content; past the file's end in a truncated file.
-    end: u64,
+    /// Stated end of the content; past the file's end in a truncated file. `None`: nothing is stated.
+    end: Option<u64>,
+}
+
+/// Returns true if so many zeros at the end of a file are space for what did not arrive.
+fn is_reserved(zeros: u64, len: u64) -> bool {
+    zeros >= MIN_RESERVED_BYTES.max(len / MIN_RESERVED_PART)
 }
 
 /// Returns the start of the zeros that fill the file up to `end`, or `end` if they are few.
@@ -143,6 +158,11 @@ fn mp4_layout(file: &File, len: u64) -> Layout {
             size => (size.into(), 8),
         };
         let Some(next) = at.checked_add(size).filter(|_| size >= header) else { break };
+        // Bytes after the last box look like a box of any length: only known ones may be cut off.
+        let is_name = kind.iter().all(|&byte| byte == 0xa9 || (b' '..=b'~').contains(&byte));
+        if !is_name || next > len && !matches!(&kind, b"moov" | b"mdat" | b"moof") {
+            break;
+        }
         if &kind == b"moov" {
             movie = Some(Span { start: at + header, end: next.min(len) });
         }
@@ -152,8 +172,10 @@ fn mp4_layout(file: &File, len: u64) -> Layout {
         at = next;
     }
     let encrypted = movie.and_then(|movie| is_encrypted_movie(file, &movie)).unwrap_or(false);
-    // What no box covers counts as content.
-    Layout { encrypted, end: if at < len { len } else { end } }
+    if at < len && is_reserved(len - content_end(file, len), len) {
+        end = len;
+    }
+    Layout { encrypted, end: Some(end).filter(|&end| end > 0) }
 }
 
 /// Returns true if all sample descriptions of all video tracks are of encrypted samples.
@@ -230,12 +252,12 @@ impl Element {
 }
 
 fn matroska_layout(file: &File, len: u64) -> Layout {
-    let mut layout = Layout { encrypted: false, end: len };
+    let mut layout = Layout { encrypted: false, end: None };
     let head = Element::at(file, 0);
     let Some(segment) = head.and_then(|head| Element::at(file, head.end?)).filter(|e| e.id == SEGMENT) else {
         return layout;
     };
-    layout.end = segment.end.map_or(len, |end| end.max(len));
+    layout.end = segment.end;
     let mut at = segment.start;
     for _ in 0..MAX_ELEMENTS {
         let Some(element) = Element::at(file, at).filter(|_| at < len) else { break };
@@ -244,8 +266,8 @@ fn matroska_layout(file: &File, len: u64) -> Layout {
         }
         // A segment of unknown length promises as much as the parts that it began.
         let Some(end) = element.end.filter(|_| segment.end.is_none() || element.id != CLUSTER) else { break };
-        if segment.end.is_none() {
-            layout.end = layout.end.max(end);
+        if segment.end.is_none() && end > len {
+            layout.end = Some(end);
         }
         at = end;
     }
@@ -271,7 +293,7 @@ fn has_encrypted_video(file: &File, tracks: &Element) -> bool {
 }
 
 /// Returns the end of the last RIFF chunk of an AVI file (large files have several).
-fn riff_end(file: &File, len: u64) -> u64 {
+fn riff_end(file: &File, len: u64) -> Option<u64> {
     let mut at = 0;
     for _ in 0..MAX_ELEMENTS {
         let mut head = [0; 8];
@@ -280,11 +302,33 @@ fn riff_end(file: &File, len: u64) -> u64 {
         }
         let size = u64::from(u32::from_le_bytes([head[4], head[5], head[6], head[7]]));
         if size == 0 || size >= MAX_RIFF_BYTES {
-            return len;
+            return None;
         }
         at += 8 + size + size % 2;
     }
-    at.max(len)
+    Some(at).filter(|&end| end > 0)
+}
+
+/// Returns the file size in the metadata of an FLV file, if its recorder filled it in.
+fn flv_size(file: &File) -> Option<u64> {
+    const KEY: &[u8] = b"\x00\x08filesize\x00";
+    let mut head = vec![0; 4096];
+    let filled = file.read_at(&mut head, 0).ok()?;
+    let at = head[..filled].windows(KEY.len()).position(|window| window == KEY)? + KEY.len();
+    let size = f64::from_be_bytes(head.get(at..at + 8)?.try_into().ok()?);
+    (size >= 1.0 && size < 1e15).then_some(size as u64)
+}
+
+/// Returns the file size in the file properties of an ASF file (Advanced Systems Format, 3.2).
+fn asf_size(file: &File) -> Option<u64> {
+    const PROPERTIES: [u8; 16] =
+        [0xa1, 0xdc, 0xab, 0x8c, 0x47, 0xa9, 0xcf, 0x11, 0x8e, 0xe4, 0x00, 0xc0, 0x0c, 0x20, 0x53, 0x65];
+    let mut head = vec![0; 4096];
+    let filled = file.read_at(&mut head, 0).ok()?;
+    let at = head[..filled].windows(16).position(|window| window == PROPERTIES)?;
+    // The object's size and the id of the file stand between.
+    let size = u64::from_le_bytes(head.get(at + 40..at + 48)?.try_into().ok()?);
+    (size > 0).then_some(size)
 }
 
 /// Returns true if most program packets of a transport stream are scrambled (ISO/IEC 13818-1,
@@ -342,15 +386,21 @@ mod tests {
 
     #[test]
     fn zeros_at_the_end_did_not_arrive() {
-        for (content, zeros) in [(10, 5000), (70_000, 1024), (200_000, 9_000_000), (1, 64 << 10), (9_000, 0)]
-        {
+        for (content, zeros, is_reserved) in [
+            (200_000, 9_000_000, true),
+            (1, 64 << 10, true),
+            (70_000, 70_000, true),
+            // Padding.
+            (2_000_000, 90_000, false),
+            (70_000, 2000, false),
+            (10, 5000, false),
+            (9_000, 0, false),
+        ] {
             let mut bytes = vec![1; content];
             bytes.resize(content + zeros, 0);
-            assert_eq!(
-                claims(&bytes, Container::Gif),
-                (bytes.len() as u64, content as u64),
-                "{content} {zeros}"
-            );
+            let promised = if is_reserved { bytes.len() } else { content };
+            let expected = (promised as u64, content as u64);
+            assert_eq!(claims(&bytes, Container::Gif), expected, "{content} {zeros}");
         }
         let padded = [vec![1; 3000], vec![0; 1000]].concat();
         assert_eq!(claims(&padded, Container::Gif), (4000, 4000));

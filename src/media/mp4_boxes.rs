@@ -130,7 +130,13 @@ impl Span {
                 len => (len.into(), 8),
             };
             let end = at.checked_add(len)?;
-            if len < header || end > self.end || boxes.len() == MAX_BOXES {
+            let fits = len >= header && end <= self.end;
+            // A file may be cut off within its last box, or have other bytes after it.
+            if !fits && self.start == 0 {
+                boxes.push((kind, Span { start: at + header, end: self.end }));
+                break;
+            }
+            if !fits || boxes.len() == MAX_BOXES {
                 return None;
             }
             boxes.push((kind, Span { start: at + header, end }));

@@ -29,7 +29,7 @@ use super::{
     content::{self, Animation, Content},
     local_file::LocalFile,
     pixels::Resizer,
-    truncated_pictures::{self, Truncated, rows_share},
+    truncated_pictures::{self, Truncated},
 };
 use crate::{config::MediaConfig, telemetry::PieceTimer};
 
@@ -154,7 +154,12 @@ impl PictureDecoder {
         let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
         let decoded = truncated_pictures::decode(decoder, format);
         let (picture, share) = decoded.map_err(|error| damaged(&error, &self.config))?;
-        let rows_share = truncated.map_or(share, |_| rows_share(&picture.to_rgb8()));
+        let rows_share = match truncated {
+            None => share,
+            Some(truncated) => truncated.share(&picture.to_rgb8()).ok_or_else(|| {
+                MediaError::Undecodable("the picture is cut off; send the whole picture".into())
+            })?,
+        };
         if rows_share < self.config.min_decoded_share {
             return Err(MediaError::Undecodable(format!(
                 "only {:.0} % of the picture arrived; send the whole picture",

@@ -17,7 +17,7 @@ use super::{
     mp4_boxes::sample_count,
     orientation::Orientation,
     packet_list::{PRINT_PACKETS, PacketList},
-    packet_table::PacketTable,
+    packet_table::{Packet, PacketTable},
     streams::{Stream, StreamList},
 };
 use crate::config::MediaConfig;
@@ -247,9 +247,11 @@ impl Listing {
         // Without a pts on the first packet (AVI with B-frames), the clock of decoded frames is a
         // guess.
         let is_timed = packets.packets.first().is_some_and(|packet| packet.pts.is_some());
+        let stated = stream.frame_rate.filter(|rate| (0.01..1000.0).contains(rate));
+        let counted = decoding_rate(&packets.packets, time_base).filter(|_| !is_timed);
         let clock = Clock {
             time_base,
-            nominal_rate: stream.frame_rate.filter(|rate| (0.01..1000.0).contains(rate)).unwrap_or(25.0),
+            nominal_rate: counted.or(stated).unwrap_or(25.0),
             may_jump: source.container == Container::MpegTs,
             file_start: streams.start_seconds.filter(|_| is_timed),
         };
@@ -280,6 +282,14 @@ impl Listing {
             completeness,
         })
     }
+}
+
+/// Returns the frames per second by the decoding times of the packets.
+fn decoding_rate(packets: &[Packet], time_base: (u32, u32)) -> Option<f64> {
+    let (first, last) = (packets.first()?.dts?, packets.last()?.dts?);
+    let seconds = (last as f64 - first as f64) * f64::from(time_base.0) / f64::from(time_base.1);
+    let rate = (packets.len() - 1) as f64 / seconds;
+    (0.01..1000.0).contains(&rate).then_some(rate)
 }
 
 #[cfg(test)]

@@ -14,6 +14,8 @@ use image::{
 pub struct Truncated<'a> {
     /// Its bytes up to the zeros that stand for what did not arrive.
     pub arrived: &'a [u8],
+    /// Bytes of the file, those zeros included.
+    reserved_bytes: usize,
 }
 
 impl<'a> Truncated<'a> {
@@ -23,8 +25,33 @@ impl<'a> Truncated<'a> {
             return None;
         }
         let content = bytes.iter().rposition(|&byte| byte != 0).map_or(0, |last| last + 1);
-        Some(Truncated { arrived: &bytes[..content] })
+        Some(Truncated { arrived: &bytes[..content], reserved_bytes: bytes.len() })
     }
+
+    /// Returns the share that arrived, 0 to 1, of a picture that was decoded from it. `None`: nothing
+    /// tells the share, as every scan of a progressive JPEG covers all rows.
+    pub fn share(&self, picture: &RgbImage) -> Option<f64> {
+        if !is_progressive(self.arrived) {
+            return Some(rows_share(picture));
+        }
+        let is_reserved = self.reserved_bytes > self.arrived.len();
+        is_reserved.then(|| self.arrived.len() as f64 / self.reserved_bytes as f64)
+    }
+}
+
+/// Returns true if the frame header of a JPEG is that of a progressive one (ITU-T T.81, B.2.2).
+fn is_progressive(bytes: &[u8]) -> bool {
+    let mut at = 2;
+    while let Some(&[0xff, marker, high, low]) = bytes.get(at..at + 4) {
+        match marker {
+            0xc2 | 0xc6 | 0xca | 0xce => return true,
+            0xc0..=0xcf if !matches!(marker, 0xc4 | 0xc8 | 0xcc) => return false,
+            // Fill bytes come before a marker.
+            0xff => at += 1,
+            _ => at += 2 + usize::from(u16::from_be_bytes([high, low])),
+        }
+    }
+    false
 }
 
 /// Decodes a picture. Of a damaged PNG of 8 bits it returns the rows before the damage (the others are
@@ -83,7 +110,7 @@ fn jpeg_has_end(bytes: &[u8]) -> bool {
 
 /// Returns the share of a truncated picture's rows that arrived, at least coarsely: decoders repeat
 /// one row for all that are missing.
-pub fn rows_share(picture: &RgbImage) -> f64 {
+fn rows_share(picture: &RgbImage) -> f64 {
     let row_bytes = picture.width() as usize * 3;
     let mut rows = picture.as_raw().chunks_exact(row_bytes.max(1)).rev();
     let Some(last) = rows.next() else { return 0.0 };
@@ -108,7 +135,7 @@ mod tests {
     fn share(bytes: &[u8]) -> Option<f64> {
         let truncated = Truncated::find(bytes, ImageFormat::Jpeg)?;
         let picture = image::load_from_memory_with_format(truncated.arrived, ImageFormat::Jpeg);
-        Some(picture.map_or(0.0, |picture| rows_share(&picture.into_rgb8())))
+        picture.map_or(Some(0.0), |picture| truncated.share(&picture.into_rgb8()))
     }
 
     #[test]
@@ -131,5 +158,19 @@ mod tests {
             }
             assert!(last < 0.2, "{options}: {last}");
         }
+    }
+
+    #[test]
+    fn a_part_of_a_progressive_jpeg_has_a_share_only_if_the_length_is_known() {
+        // A frame header of a progressive JPEG after a table, and a scan without an end.
+        let quantization = [&[0xff, 0xd8, 0xff, 0xdb, 0, 67][..], &[1; 65]].concat();
+        let progressive = [&quantization[..], &[0xff, 0xc2, 0, 8], &[8; 300]].concat();
+        let baseline = [&quantization[..], &[0xff, 0xc0, 0, 8], &[8; 300]].concat();
+        let picture = RgbImage::from_fn(2, 4, |_, y| image::Rgb([y.min(2) as u8; 3]));
+        let share = |bytes: &[u8]| Truncated::find(bytes, ImageFormat::Jpeg).unwrap().share(&picture);
+        assert_eq!(share(&progressive), None);
+        let reserved = [&progressive[..], &vec![0; progressive.len()]].concat();
+        assert_eq!(share(&reserved), Some(0.5));
+        assert_eq!(share(&baseline), Some(0.5), "the last two rows are the same");
     }
 }

@@ -258,9 +258,17 @@ fn with_space(schema: &Value) -> Result<Value, GrammarError> {
     }
 }
 
-/// llguidance adds where it was and what it knows, over many lines.
+/// Returns the reason of an error in one line: llguidance adds positions and context over many lines.
 fn first_line(error: &str) -> String {
     const MAX_CHARS: usize = 180;
+    // The regex parser shows the pattern first and says what is wrong in its last line.
+    if let Some((_, reason)) = error.rsplit_once("\nerror: ") {
+        let reason = reason.lines().next().unwrap_or_default();
+        return format!("invalid regex: {reason}").chars().take(MAX_CHARS).collect();
+    }
+    if error.contains("'referencing' feature") {
+        return "only references within the schema (#/$defs/…) are supported".into();
+    }
     let line = error.lines().find(|line| !line.trim().is_empty()).unwrap_or("not understood");
     line.chars().take(MAX_CHARS).collect()
 }

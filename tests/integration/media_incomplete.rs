@@ -270,3 +270,40 @@ async fn part_of_a_picture_is_refused_or_its_loss_is_told() {
         }
     }
 }
+
+#[tokio::test]
+async fn bytes_after_a_whole_file_are_no_promise() {
+    let directory = tempfile::tempdir().unwrap();
+    let tails: [&[u8]; 5] =
+        [b"<html>error</html>\n", &[b'\n'; 16], &[0xff; 300], &[0; 4096], b"TAG and a title"];
+    for (name, bytes) in containers(directory.path()) {
+        for tail in tails {
+            let path = write(directory.path(), &format!("tail-{name}"), &[&bytes[..], tail].concat());
+            let told = load(&path, FrameSampling::default()).await.unwrap_or_else(|e| panic!("{name}: {e}"));
+            let counts = (told.source_frames, told.promised_frames, told.decoded_frames);
+            assert_eq!(counts, (200, 200, 200), "{name} and {:?}", &tail[..4]);
+        }
+    }
+}
+
+#[tokio::test]
+async fn an_index_or_a_stated_size_tells_how_much_is_missing() {
+    let directory = tempfile::tempdir().unwrap();
+    let noisy = "-vf noise=alls=12:allf=t";
+    for (name, options, promised) in [
+        ("fast.mp4", format!("{noisy} -movflags +faststart {H264}"), 200..=200),
+        ("a.flv", format!("{noisy} {H264}"), 150..=250),
+        ("a.wmv", format!("{noisy} -c:v wmv2"), 150..=250),
+    ] {
+        let path = CLIP.encode(directory.path(), name, &options);
+        let bytes = std::fs::read(&path).unwrap();
+        let part = |percent: usize| {
+            write(directory.path(), &format!("{percent}-{name}"), &bytes[..bytes.len() * percent / 100])
+        };
+        assert_refused(&part(30), name).await;
+        let told = load(&part(80), FrameSampling::default()).await.unwrap_or_else(|e| panic!("{name}: {e}"));
+        assert!(promised.contains(&told.promised_frames) && told.decoded_share < 0.95, "{name}: {told:?}");
+        let whole = load(&path, FrameSampling::default()).await.unwrap();
+        assert_eq!(whole.decoded_share, 1.0, "{name}");
+    }
+}

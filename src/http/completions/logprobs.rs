@@ -59,8 +59,11 @@ impl TextScorer {
             let text = self.0.decode_named(&[id]);
             shown.token_logprobs.push(logprobs.map(|logprobs| speakable(logprobs.chosen)));
             shown.top_logprobs.push(logprobs.map(|logprobs| self.top(&text, logprobs)));
-            shown.text_offset.push(*offset);
-            *offset += text.chars().count();
+            // A token may be a part of a character: all of its tokens stand where it begins.
+            let bytes = self.0.bytes_or_name(id).unwrap_or_default();
+            let goes_on = bytes.first().is_some_and(|&byte| is_continuation(byte));
+            shown.text_offset.push(offset.saturating_sub(usize::from(goes_on)));
+            *offset += bytes.iter().filter(|&&byte| !is_continuation(byte)).count();
             shown.tokens.push(text);
         }
         shown
@@ -76,6 +79,11 @@ impl TextScorer {
         top.entry(chosen.to_owned()).or_insert(speakable(logprobs.chosen));
         top
     }
+}
+
+/// Returns true for the second and later bytes of a character in UTF-8.
+fn is_continuation(byte: u8) -> bool {
+    byte & 0b1100_0000 == 0b1000_0000
 }
 
 #[cfg(test)]
@@ -97,5 +105,14 @@ mod tests {
         let expected =
             [("\u{fffd}", -0.5), ("b", -3.0), ("x", -9999.0)].map(|(text, l)| (text.to_owned(), l));
         assert_eq!(shown.top_logprobs, [None, Some(expected.into())]);
+    }
+
+    #[test]
+    fn tokens_of_one_character_share_its_offset() {
+        let scorer = TextScorer(Arc::new(Tokenizer::bytes()));
+        let ids = "h\u{e9}\u{8996} x".bytes().map(|byte| (u32::from(byte), None));
+        let mut offset = 0;
+        let shown = scorer.score(ids, &mut offset);
+        assert_eq!((shown.text_offset, offset), (vec![0, 1, 1, 2, 2, 2, 3, 4], 5));
     }
 }

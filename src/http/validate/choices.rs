@@ -18,6 +18,8 @@ pub struct ValidChoices {
     pub vote: bool,
     /// The options of the last question.
     pub options: Option<Options>,
+    /// The answers are held to a structure, so that each is a ballot as it stands.
+    pub is_guided: bool,
     /// Name of the field that holds the thinking.
     pub reasoning_field: ReasoningField,
 }
@@ -45,6 +47,7 @@ pub fn validate(
         answer_logprobs: request.answer_logprobs.unwrap_or(false),
         vote,
         options: Options::of_question(question),
+        is_guided: false,
         reasoning_field: reasoning_field(request, limits)?,
     })
 }

@@ -191,7 +191,12 @@ impl Builder {
         config: &Config,
     ) -> Result<(Conversation, Vec<VideoPart>), InvalidRequest> {
         let Some(last) = self.conversation.turns.last_mut().filter(|turn| turn.assistant.is_none()) else {
-            let message = "the last message must be the user's: the reply is always a new message; remove the one after it";
+            let message = match self.conversation.turns.is_empty() {
+                true => "there is no message of the user; add one",
+                false => {
+                    "the last message must be the user's: the reply is always a new message; remove the one after it"
+                }
+            };
             return Err(InvalidRequest::field("messages", message));
         };
         // An upload without a place of its own stands in the last turn.

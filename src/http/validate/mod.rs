@@ -201,8 +201,9 @@ pub fn validate(
     let messages = std::mem::take(&mut request.messages);
     let as_stills = video::as_stills(request.media_io_kwargs.as_ref(), limits.config);
     let (conversation, parts) = messages::validate(messages, upload.is_some(), as_stills, limits.config)?;
-    let choices = choices::validate(&request, &conversation, sampling.params.temperature, limits)?;
-    let videos = video::validate(parts, upload, request.media_io_kwargs, &limits.config.media)?;
+    let mut choices = choices::validate(&request, &conversation, sampling.params.temperature, limits)?;
+    choices.is_guided = guided.is_some();
+    let videos = video::validate(parts, upload, request.media_io_kwargs, limits.config)?;
     Ok(ValidRequest {
         raw_prompts: vec![],
         prompt_only: false,

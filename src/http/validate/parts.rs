@@ -2,6 +2,8 @@
 //!
 //! Called by `messages.rs`. Every form that clients of the big servers send ends in the same [`VideoSource`].
 
+use serde_json::Value;
+
 use super::{InvalidRequest, fields, refuse_unknown, shorten};
 use crate::{
     http::types::{
@@ -49,6 +51,7 @@ pub struct VideoPart {
 
 /// Reads a part of any known form.
 pub fn read(path: &str, mut part: ContentPart) -> Result<Part, InvalidRequest> {
+    take_text(&mut part);
     check_one_source(path, &part)?;
     let mut beside = part.take_knobs();
     fields::remove_ignored_of_part(&mut beside.extra);
@@ -145,6 +148,19 @@ impl Uuid {
         }
         self.0 = Some(uuid);
         Ok(())
+    }
+}
+
+/// Makes a part of type `text` of the other types with text: those of `/v1/responses`, and refusals.
+fn take_text(part: &mut ContentPart) {
+    match part.kind.as_str() {
+        "input_text" | "output_text" => part.kind = "text".into(),
+        "refusal" => {
+            let Some(Value::String(refusal)) = part.extra.shift_remove("refusal") else { return };
+            part.text.get_or_insert(refusal);
+            part.kind = "text".into();
+        }
+        _ => {}
     }
 }
 

@@ -55,8 +55,9 @@ pub fn validate(
     parts: Vec<VideoPart>,
     upload: Option<NamedTempFile>,
     top_level: Option<MediaIoKwargs>,
-    media: &MediaConfig,
+    config: &Config,
 ) -> Result<Vec<ValidVideo>, InvalidRequest> {
+    let (media, is_apart) = (&config.media, as_stills(top_level.as_ref(), config));
     let mut for_all: Vec<Placed> = vec![];
     let mut pictures = ImageKnobs::default();
     if let Some(kwargs) = top_level {
@@ -88,6 +89,8 @@ pub fn validate(
     let place = parts.iter().position(|part| is_open(part) && part.uuid.is_none());
     let place = place.or_else(|| parts.iter().position(is_open));
     let mut upload = upload.map(VideoSource::TempFile);
+    check_pictures(&pictures, &parts, is_apart)?;
+    let mut times = PictureTimes::of(&pictures, &parts);
     let mut videos = Vec::with_capacity(parts.len());
     for (i, part) in parts.into_iter().enumerate() {
         let source = part.source.or_else(|| if place == Some(i) { upload.take() } else { None });
@@ -99,7 +102,10 @@ pub fn validate(
         places.extend(for_all.iter().cloned());
         let mut timestamps = part.timestamps;
         if part.is_clip {
-            timestamps = of_clip(&pictures, &mut places, media)?;
+            if pictures.fps.is_some() || pictures.timestamps.is_some() {
+                take_rate_of_pictures(pictures.fps, &mut places, media)?;
+            }
+            timestamps = times.take(num_frames(source.as_ref()));
         }
         let mut source = match part.uuid {
             Some(uuid) => VideoSource::Named { uuid, source: source.map(Box::new) },
@@ -116,24 +122,79 @@ pub fn validate(
     Ok(videos)
 }
 
-/// Replaces the rate of videos in `places` by the rate of pictures. Returns the timestamps of the
-/// pictures and the path of their field.
-fn of_clip(
-    pictures: &ImageKnobs,
+/// Returns the fault of settings for pictures that have no effect on these parts.
+fn check_pictures(pictures: &ImageKnobs, parts: &[VideoPart], is_apart: bool) -> Result<(), InvalidRequest> {
+    let fault = |name: &str, message: &str| Err(InvalidRequest::field(format!("{PICTURES}.{name}"), message));
+    if pictures.fps.is_some() && pictures.timestamps.is_some() {
+        return fault(
+            "timestamps",
+            "fps and timestamps both say when the pictures are shown; send one of them",
+        );
+    }
+    let has_clip = parts.iter().any(|part| part.is_clip);
+    if pictures.timestamps.is_some() && !has_clip {
+        let message = match is_apart {
+            true => "separate pictures have no times; remove timestamps, or send \"as_video\": true",
+            false => {
+                "timestamps are those of two or more pictures in a row, and the request has none; remove them"
+            }
+        };
+        return fault("timestamps", message);
+    }
+    let has_picture = parts.iter().any(|part| matches!(part.source, Some(VideoSource::Image(_))));
+    if pictures.fps.is_some() && is_apart && has_picture {
+        return fault("fps", "separate pictures have no rate; remove fps, or send \"as_video\": true");
+    }
+    Ok(())
+}
+
+/// Times of the pictures of a request, handed out clip by clip.
+struct PictureTimes<'a> {
+    /// Times that no clip has taken.
+    rest: Option<&'a [f64]>,
+    /// One list for all clips together; otherwise each clip takes the same list.
+    is_shared: bool,
+}
+
+impl<'a> PictureTimes<'a> {
+    /// Times for all pictures of `parts` are shared among the clips, others are for each.
+    fn of(pictures: &'a ImageKnobs, parts: &[VideoPart]) -> Self {
+        let rest = pictures.timestamps.as_deref();
+        let clips = parts.iter().filter(|part| part.is_clip);
+        let num_pictures: usize = clips.map(|part| num_frames(part.source.as_ref())).sum();
+        PictureTimes { rest, is_shared: rest.is_some_and(|times| times.len() == num_pictures) }
+    }
+
+    fn take(&mut self, num_frames: usize) -> Option<(String, Vec<f64>)> {
+        let times = self.rest?;
+        let mut taken = times;
+        if self.is_shared {
+            let (own, rest) = times.split_at(num_frames.min(times.len()));
+            (taken, self.rest) = (own, Some(rest));
+        }
+        Some((format!("{PICTURES}.timestamps"), taken.to_vec()))
+    }
+}
+
+/// Returns the number of frames of a list by its URLs; 0 for other sources.
+fn num_frames(source: Option<&VideoSource>) -> usize {
+    match source {
+        Some(VideoSource::Frames(urls)) => urls.len(),
+        Some(VideoSource::Pictures(pictures)) => pictures.len(),
+        _ => 0,
+    }
+}
+
+/// Replaces the rate of videos in `places` by the rate of pictures.
+fn take_rate_of_pictures(
+    fps: Option<f64>,
     places: &mut Vec<Placed>,
     media: &MediaConfig,
-) -> Result<Option<(String, Vec<f64>)>, InvalidRequest> {
-    let timestamps = pictures.timestamps.clone().map(|times| (format!("{PICTURES}.timestamps"), times));
-    if pictures.fps.is_some() && timestamps.is_some() {
-        let message = "fps and timestamps both say when the pictures are shown; send one of them";
-        return Err(InvalidRequest::field(format!("{PICTURES}.timestamps"), message));
-    }
-    if pictures.fps.is_some() || timestamps.is_some() {
-        places.iter_mut().for_each(|(_, knobs)| knobs.fps = None);
-        let rate = check(PICTURES, &SamplingKnobs { fps: pictures.fps, ..SamplingKnobs::default() }, media)?;
-        places.push((PICTURES.into(), rate));
-    }
-    Ok(timestamps)
+) -> Result<(), InvalidRequest> {
+    places.iter_mut().for_each(|(_, knobs)| knobs.fps = None);
+    let rate = check(PICTURES, &SamplingKnobs { fps, ..SamplingKnobs::default() }, media)?;
+    places.push((PICTURES.into(), rate));
+    Ok(())
 }
 
 /// Attaches presentation times to a list of frames.
@@ -151,15 +212,15 @@ fn timed(
     if has_rate {
         return fault("fps and timestamps both say when the frames are shown; send one of them".into());
     }
-    let num_frames = match &source {
-        VideoSource::Frames(urls) => urls.len(),
-        VideoSource::Pictures(pictures) => pictures.len(),
+    let num_frames = match num_frames(Some(&source)) {
         // The server counts the pictures of the URL when it reads them.
-        _ => times.len(),
+        0 => times.len(),
+        num_frames => num_frames,
     };
     if times.len() != num_frames {
         return fault(format!(
-            "there are {} timestamps for {num_frames} frames; send one for each",
+            "there are {} timestamps for {num_frames} frames; send one for each, or for each picture of the request, \
+             or the frames and their timestamps in a part of type video",
             times.len()
         ));
     }
