@@ -26,6 +26,7 @@ use image::{
 
 use super::{
     MediaError,
+    container::{Container, HEAD_BYTES},
     content::{self, Animation, Content},
     local_file::LocalFile,
     pixels::Resizer,
@@ -137,7 +138,15 @@ impl PictureDecoder {
     /// Decodes a still image as viewers show it: rotated by its metadata, on white.
     fn read(&self, file: &LocalFile) -> Result<Still, MediaError> {
         let bytes = read_file(file)?;
-        let Some((format, codec)) = format(&bytes) else { return Err(unsupported()) };
+        let Some((format, codec)) = format(&bytes) else {
+            return Err(match Container::sniff(&bytes[..bytes.len().min(HEAD_BYTES)]) {
+                Ok(container) => MediaError::Unsupported(format!(
+                    "this is a {}, not a picture; send it apart from the pictures, as a video_url part",
+                    container.name()
+                )),
+                Err(_) => unsupported(),
+            });
+        };
         if let Content::Animation(animation) = content::of(file, &self.config)? {
             return Err(MediaError::Unsupported(format!(
                 "this is an animated {}, not a picture; send it by itself, as a video_url part, or send its frames \

@@ -6,7 +6,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::{Guided, InvalidRequest, shorten};
+use super::{Guided, InvalidRequest, refuse_unknown, shorten};
 use crate::{
     http::types::{ChatRequest, ContentPart, Extra, Message, TextOr},
     prompt::{Constraint, Function},
@@ -121,13 +121,18 @@ fn function(index: usize, tool: &Value) -> Result<Named<'_>, InvalidRequest> {
         let message = format!("{path} is no function; the answer can only be made to call functions");
         return Err(InvalidRequest::field(path, message));
     };
+    const IN_FUNCTION: [&str; 4] = ["name", "description", "parameters", "strict"];
     let (path, function) = match tool.get("function") {
-        Some(Value::Object(function)) => (format!("{path}.function"), function),
+        Some(Value::Object(function)) => {
+            refuse_others(tool, &path, &["type", "function", "cache_control"])?;
+            (format!("{path}.function"), function)
+        }
         Some(_) => {
             return Err(InvalidRequest::field(format!("{path}.function"), "function must be an object"));
         }
         None => (path, tool),
     };
+    refuse_others(function, &path, &[&IN_FUNCTION[..], &["type", "cache_control"]].concat())?;
     let name = function.get("name").and_then(Value::as_str).unwrap_or_default();
     if name.is_empty() || name.len() > MAX_NAME_BYTES {
         let message = format!("the name of a function must have 1 to {MAX_NAME_BYTES} bytes");
@@ -135,6 +140,13 @@ fn function(index: usize, tool: &Value) -> Result<Named<'_>, InvalidRequest> {
     }
     let parameters = function.get("parameters").filter(|parameters| !parameters.is_null());
     Ok(Named { name, parameters, path: format!("{path}.parameters") })
+}
+
+/// Refuses fields that are neither null nor among `known`.
+fn refuse_others(object: &Map<String, Value>, path: &str, known: &[&str]) -> Result<(), InvalidRequest> {
+    let mut others = object.clone();
+    others.retain(|name, _| !known.contains(&name.as_str()));
+    refuse_unknown(&others, path, known)
 }
 
 fn calls(functions: Vec<Named<'_>>) -> Result<Guided, InvalidRequest> {
