@@ -316,7 +316,7 @@ fn flv_size(file: &File) -> Option<u64> {
     let filled = file.read_at(&mut head, 0).ok()?;
     let at = head[..filled].windows(KEY.len()).position(|window| window == KEY)? + KEY.len();
     let size = f64::from_be_bytes(head.get(at..at + 8)?.try_into().ok()?);
-    (size >= 1.0 && size < 1e15).then_some(size as u64)
+    (1.0..1e15).contains(&size).then_some(size as u64)
 }
 
 /// Returns the file size in the file properties of an ASF file (Advanced Systems Format, 3.2).
