@@ -107,8 +107,8 @@ impl ChoiceView {
         self.wanted.vote.then(chosen).map(Vote::count)
     }
 
-    /// Returns the vote of an answer: the letter of an option, or its text. JSON counts by its value,
-    /// however it is spaced.
+    /// Returns the vote of an answer: the letter of an option, or its text. JSON counts by value,
+    /// whatever its spacing.
     fn ballot(&self, answer: &Answer) -> Option<String> {
         if !self.wanted.is_guided {
             return answer.chosen(self.wanted.options.as_ref());

@@ -6,7 +6,11 @@
 
 use std::{fs::File, os::unix::fs::FileExt, path::Path};
 
-use super::{MediaError, container::Container, mp4_boxes::Span};
+use super::{
+    MediaError,
+    container::Container,
+    mp4_boxes::{BoxHead, Span},
+};
 
 /// Elements looked at on one level: a recording of many hours has one every second.
 const MAX_ELEMENTS: usize = 200_000;
@@ -30,7 +34,8 @@ const DESCRIPTIONS_HEADER_BYTES: u64 = 8;
 pub struct FileClaims {
     /// Decoding needs a key.
     pub encrypted: bool,
-    /// Bytes that the file should have, at least its length.
+    /// Bytes that the content should have: more than the file's length if it is cut off, fewer if
+    /// other bytes follow the content.
     pub promised_bytes: u64,
     /// Bytes up to the end of its content: downloaders reserve the whole length and leave zeros
     /// where nothing arrived.
@@ -76,7 +81,7 @@ impl FileClaims {
         };
         let end = end.unwrap_or_else(|| {
             let content = content_end(file, len);
-            if content == 0 || is_reserved(len - content, len) { len } else { content }
+            if is_reserved(content, len) { len } else { content }
         });
         let present_bytes = content_end(file, end.min(len));
         FileClaims { encrypted, promised_bytes: end, present_bytes }
@@ -91,13 +96,13 @@ impl FileClaims {
 /// Findings of one container's headers.
 struct Layout {
     encrypted: bool,
-    /// Stated end of the content; past the file's end in a truncated file. `None`: nothing is stated.
+    /// Stated end of the content, past the file's end in a truncated file; `None` if not stated.
     end: Option<u64>,
 }
 
-/// Returns true if so many zeros at the end of a file are space for what did not arrive.
-fn is_reserved(zeros: u64, len: u64) -> bool {
-    zeros >= MIN_RESERVED_BYTES.max(len / MIN_RESERVED_PART)
+/// Returns true if the zeros from `content` to the end of a file are space for what did not arrive.
+fn is_reserved(content: u64, len: u64) -> bool {
+    content == 0 || len - content >= MIN_RESERVED_BYTES.max(len / MIN_RESERVED_PART)
 }
 
 /// Returns the start of the zeros that fill the file up to `end`, or `end` if they are few.
@@ -141,22 +146,10 @@ fn mp4_layout(file: &File, len: u64) -> Layout {
     let (mut at, mut end) = (0, 0);
     let mut movie = None;
     for _ in 0..MAX_ELEMENTS {
-        let mut head = [0; 8];
-        if at >= len || file.read_exact_at(&mut head, at).is_err() {
+        if at >= len {
             break;
         }
-        let [a, b, c, d, kind @ ..] = head;
-        let (size, header) = match u32::from_be_bytes([a, b, c, d]) {
-            0 => (len - at, 8),
-            1 => {
-                let mut long = [0; 8];
-                if file.read_exact_at(&mut long, at + 8).is_err() {
-                    break;
-                }
-                (u64::from_be_bytes(long), 16)
-            }
-            size => (size.into(), 8),
-        };
+        let Some(BoxHead { kind, len: size, header }) = BoxHead::read(file, at, len) else { break };
         let Some(next) = at.checked_add(size).filter(|_| size >= header) else { break };
         // Bytes after the last box look like a box of any length: only known ones may be cut off.
         let is_name = kind.iter().all(|&byte| byte == 0xa9 || (b' '..=b'~').contains(&byte));
@@ -172,7 +165,7 @@ fn mp4_layout(file: &File, len: u64) -> Layout {
         at = next;
     }
     let encrypted = movie.and_then(|movie| is_encrypted_movie(file, &movie)).unwrap_or(false);
-    if at < len && is_reserved(len - content_end(file, len), len) {
+    if at < len && is_reserved(content_end(file, len), len) {
         end = len;
     }
     Layout { encrypted, end: Some(end).filter(|&end| end > 0) }

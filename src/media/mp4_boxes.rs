@@ -84,6 +84,35 @@ fn product(first: &Matrix, second: &Matrix) -> Matrix {
     product
 }
 
+/// The head of a box (ISO/IEC 14496-12, 4.2).
+#[derive(Debug, Clone, Copy)]
+pub struct BoxHead {
+    pub kind: [u8; 4],
+    /// Bytes of the whole box, as it says: unchecked.
+    pub len: u64,
+    /// Bytes of the head.
+    pub header: u64,
+}
+
+impl BoxHead {
+    /// Reads the head at `at`; a box without a length reaches to `end`.
+    pub fn read(file: &File, at: u64, end: u64) -> Option<Self> {
+        let mut head = [0; 8];
+        file.read_exact_at(&mut head, at).ok()?;
+        let [a, b, c, d, kind @ ..] = head;
+        let (len, header) = match u32::from_be_bytes([a, b, c, d]) {
+            0 => (end - at, 8),
+            1 => {
+                let mut long = [0; 8];
+                file.read_exact_at(&mut long, at + 8).ok()?;
+                (u64::from_be_bytes(long), 16)
+            }
+            len => (len.into(), 8),
+        };
+        Some(BoxHead { kind, len, header })
+    }
+}
+
 /// A part of a file; of a box, what is in it.
 #[derive(Debug, Clone, Copy)]
 pub struct Span {
@@ -117,18 +146,7 @@ impl Span {
         let (mut boxes, mut at) = (Vec::new(), self.start);
         // QuickTime ends some lists with four zero bytes.
         while self.end.saturating_sub(at) >= 8 {
-            let mut head = [0; 8];
-            file.read_exact_at(&mut head, at).ok()?;
-            let [a, b, c, d, kind @ ..] = head;
-            let (len, header) = match u32::from_be_bytes([a, b, c, d]) {
-                0 => (self.end - at, 8),
-                1 => {
-                    let mut long = [0; 8];
-                    file.read_exact_at(&mut long, at + 8).ok()?;
-                    (u64::from_be_bytes(long), 16)
-                }
-                len => (len.into(), 8),
-            };
+            let BoxHead { kind, len, header } = BoxHead::read(file, at, self.end)?;
             let end = at.checked_add(len)?;
             let fits = len >= header && end <= self.end;
             // A file may be cut off within its last box, or have other bytes after it.

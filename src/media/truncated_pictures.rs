@@ -1,8 +1,8 @@
 //! Finds out how much of a picture arrived.
 //!
-//! Called by `pictures.rs`. Decoders of JPEG fill what is missing and report no error; that of PNG
-//! fails after the rows that arrived; that of WebP fails with nothing. Pure. Must never take a whole
-//! picture for a part of one.
+//! Called by `pictures.rs`. The JPEG decoder fills what is missing and reports no error, the PNG
+//! decoder fails after the rows that arrived, and the WebP decoder gives no rows. Pure. Must never
+//! take a whole picture for a part of one.
 
 use image::{
     ColorType, DynamicImage, GrayAlphaImage, GrayImage, ImageDecoder, ImageError, ImageFormat, ImageResult,
@@ -28,8 +28,8 @@ impl<'a> Truncated<'a> {
         Some(Truncated { arrived: &bytes[..content], reserved_bytes: bytes.len() })
     }
 
-    /// Returns the share that arrived, 0 to 1, of a picture that was decoded from it. `None`: nothing
-    /// tells the share, as every scan of a progressive JPEG covers all rows.
+    /// Returns the share, 0 to 1, of the decoded `picture` that arrived. `None` for a progressive JPEG
+    /// of unknown length: each of its scans covers all rows.
     pub fn share(&self, picture: &RgbImage) -> Option<f64> {
         if !is_progressive(self.arrived) {
             return Some(rows_share(picture));
@@ -54,8 +54,8 @@ fn is_progressive(bytes: &[u8]) -> bool {
     false
 }
 
-/// Decodes a picture. Of a damaged PNG of 8 bits it returns the rows before the damage (the others are
-/// zero), and their share, 0 to 1.
+/// Decodes a picture and returns the share of its rows that arrived, 0 to 1. In a damaged 8-bit PNG
+/// the rows after the damage are zero.
 ///
 /// # Errors
 /// Errors of the decoder, if it gives no rows.

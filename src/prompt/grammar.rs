@@ -258,7 +258,7 @@ fn with_space(schema: &Value) -> Result<Value, GrammarError> {
     }
 }
 
-/// Returns the reason of an error in one line: llguidance adds positions and context over many lines.
+/// Returns the reason of an error in one line; llguidance adds positions and context over many.
 fn first_line(error: &str) -> String {
     const MAX_CHARS: usize = 180;
     // The regex parser shows the pattern first and says what is wrong in its last line.

@@ -55,8 +55,8 @@ impl Trial {
         Trial { server: server(config, model).await, encoded }
     }
 
-    /// Uploads `file` with `more` fields. Returns the reply's `video` object and the frames that the
-    /// model saw.
+    /// Uploads `file` with `more` fields. Returns the reply's `video` object and the frames that
+    /// the model saw.
     async fn upload(&self, file: &str, more: Value) -> (Value, Vec<Vec<u8>>) {
         let question = request(json!("What happens?"), more);
         self.encoded.lock().unwrap().clear();

@@ -151,7 +151,8 @@ impl Uuid {
     }
 }
 
-/// Makes a part of type `text` of the other types with text: those of `/v1/responses`, and refusals.
+/// Turns the other parts with text, those of `/v1/responses` and refusals, into parts of type
+/// `text`.
 fn take_text(part: &mut ContentPart) {
     match part.kind.as_str() {
         "input_text" | "output_text" => part.kind = "text".into(),
